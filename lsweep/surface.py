@@ -307,7 +307,7 @@ class Surface:
             n: {
                 k: _string(v)
                 for k, v in f[n].attrs.items()
-                if k in ("long_name", "units", "split", "metric", "direction", "replicate")
+                if k in ("long_name", "units", "split", "metric", "direction", "replicate", "norm")
             }
             for n in names
         }

@@ -1,0 +1,213 @@
+"""Data splits as batches that come the same way every time, whatever they were given as."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from lsweep.errors import LsweepError
+
+Batch = Any
+"""A tensor, a tuple or list of tensors, or a dict of tensors; dimension 0 counts samples."""
+
+FINGERPRINT_SAMPLES = 32
+
+
+def tensors_of(batch: Batch) -> list[Tensor]:
+    """Return the tensors in a batch, in order.
+
+    >>> len(tensors_of({"x": torch.zeros(2), "y": (torch.ones(2), "text")}))
+    2
+    """
+    if isinstance(batch, Tensor):
+        return [batch]
+    if isinstance(batch, Mapping):
+        return [t for k in batch for t in tensors_of(batch[k])]
+    if isinstance(batch, list | tuple):
+        return [t for b in batch for t in tensors_of(b)]
+    return []
+
+
+def map_tensors(batch: Batch, f: Any) -> Batch:
+    """Apply ``f`` to each tensor of a batch, keeping its structure."""
+    if isinstance(batch, Tensor):
+        return f(batch)
+    if isinstance(batch, Mapping):
+        return {k: map_tensors(v, f) for k, v in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_tensors(b, f) for b in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(map_tensors(b, f) for b in batch)
+    return batch
+
+
+def samples_in(batch: Batch) -> int:
+    """Return the number of samples in a batch: the length of its first tensor's dimension 0.
+
+    >>> samples_in((torch.zeros(3, 8), torch.zeros(3)))
+    3
+    """
+    for t in tensors_of(batch):
+        return len(t) if t.dim() else 1
+    raise LsweepError(f"a batch of type {type(batch).__name__} holds no tensor")
+
+
+class Split:
+    """One split of the data; `batches` yields the same batches in the same order at every call.
+
+    Tensors and datasets are cut into batches of the size asked for; a re-iterable of batches
+    (a DataLoader, a list) keeps its own.
+
+    >>> split = Split("train", (torch.arange(5.0), torch.zeros(5)))
+    >>> [samples_in(b) for b in split.batches(2)], split.samples
+    ([2, 2, 1], 5)
+    """
+
+    def __init__(self, name: str, data: Any) -> None:
+        self.name = name
+        data = _as_tensors(data)
+        self._tensors: Batch | None = None
+        self._dataset: Dataset[Any] | None = None
+        self._iterable: Iterable[Batch] | None = None
+        if _is_bundle(data):
+            self._tensors = data
+        elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+            self._dataset = data
+        elif isinstance(data, Iterator):
+            raise LsweepError(
+                f"data[{name!r}] is an iterator, which can be read once: give a list, a "
+                "DataLoader, or an object whose __iter__ starts anew"
+            )
+        elif isinstance(data, Iterable) and not isinstance(data, str | bytes):
+            self._iterable = data
+        else:
+            raise LsweepError(
+                f"data[{name!r}] is a {type(data).__name__}: give tensors, a Dataset, or a "
+                "re-iterable of batches"
+            )
+        if self.samples == 0:
+            raise LsweepError(f"data[{name!r}] is empty")
+
+    @property
+    def samples(self) -> int | None:
+        """How many samples there are, or None where only reading all batches would tell."""
+        if self._tensors is not None:
+            return samples_in(self._tensors)
+        if self._dataset is not None:
+            return len(self._dataset)  # type: ignore[arg-type]
+        return None
+
+    @property
+    def sizable(self) -> bool:
+        """True when batches are cut here, so that the batch size is free."""
+        return self._iterable is None
+
+    def sample_numbers(self) -> int:
+        """Return how many numbers one sample's inputs hold, from which a batch size follows."""
+        first = next(iter(self.batches(1)))
+        return max(t.numel() // max(1, samples_in(first)) for t in tensors_of(first))
+
+    def batches(self, size: int, slice_: int = 0, slices: int = 1) -> Iterator[Batch]:
+        """Yield the batches of one slice, samples ``[slice·n/slices, (slice+1)·n/slices)``.
+
+        Raises:
+            LsweepError: the data is empty, or cannot be sliced, or an item fails to load.
+        """
+        if self._iterable is not None:
+            if slices > 1:
+                raise LsweepError(
+                    f"data[{self.name!r}] is an iterable of batches, which cannot be sliced: give "
+                    "tensors or a Dataset, or use slices = 1"
+                )
+            empty = True
+            for batch in self._iterable:
+                empty = False
+                yield _as_tensors(batch)
+            if empty:
+                raise LsweepError(f"data[{self.name!r}] yields no batch; is it empty, or used up?")
+            return
+        n = self.samples
+        assert n is not None
+        start, stop = slice_ * n // slices, (slice_ + 1) * n // slices
+        for a in range(start, stop, size):
+            b = min(a + size, stop)
+            if self._tensors is not None:
+                yield map_tensors(self._tensors, lambda t, a=a, b=b: t[a:b])
+            else:
+                yield default_collate([self._dataset[i] for i in range(a, b)])  # type: ignore[index]
+
+    def fingerprint(self) -> str:
+        """Return a sha256 that changes with the data, from a few samples: cheap, for resuming.
+
+        >>> Split("a", torch.zeros(4, 2)).fingerprint()[:7] == Split("a", torch.ones(4, 2)).fingerprint()[:7]
+        False
+        """
+        h = hashlib.sha256()
+        if self._iterable is not None:
+            for batch in itertools.islice(self.batches(1), 2):
+                _hash_batch(h, batch)
+            return h.hexdigest()
+        n = self.samples
+        assert n is not None
+        h.update(str(n).encode())
+        for i in np.unique(np.linspace(0, n - 1, min(n, FINGERPRINT_SAMPLES)).astype(int)).tolist():
+            if self._tensors is not None:
+                _hash_batch(h, map_tensors(self._tensors, lambda t, i=i: t[i : i + 1]))
+            else:
+                _hash_batch(h, default_collate([self._dataset[i]]))  # type: ignore[index]
+        return h.hexdigest()
+
+    def full_digest(self, size: int) -> str:
+        """Return the sha256 over every sample in order, whatever the batch size."""
+        hashes: dict[int, Any] = {}
+        for batch in self.batches(size):
+            for i, t in enumerate(tensors_of(batch)):
+                hashes.setdefault(i, hashlib.sha256()).update(_bytes(t))
+        return hashlib.sha256(
+            "".join(h.hexdigest() for _, h in sorted(hashes.items())).encode()
+        ).hexdigest()
+
+
+def _as_tensors(data: Any) -> Any:
+    if isinstance(data, np.ndarray):
+        return torch.from_numpy(np.ascontiguousarray(data))
+    if isinstance(data, Mapping):
+        return {k: _as_tensors(v) for k, v in data.items()}
+    if isinstance(data, tuple) and not hasattr(data, "_fields"):
+        return tuple(_as_tensors(v) for v in data)
+    return data
+
+
+def _is_bundle(data: Any) -> bool:
+    """Tensors of equal length: the whole split at once, not a sequence of batches."""
+    if isinstance(data, Tensor):
+        return True
+    if isinstance(data, Mapping):
+        values: Sequence[Any] = list(data.values())
+    elif isinstance(data, list | tuple):
+        values = data
+    else:
+        return False
+    return (
+        bool(values)
+        and all(isinstance(v, Tensor) and v.dim() for v in values)
+        and len({len(v) for v in values}) == 1
+    )
+
+
+def _bytes(t: Tensor) -> memoryview:
+    t = t.detach().cpu().contiguous().flatten()
+    return memoryview(t.view(torch.uint8).numpy() if t.numel() else np.empty(0, np.uint8))
+
+
+def _hash_batch(h: Any, batch: Batch) -> None:
+    for t in tensors_of(batch):
+        h.update(f"{tuple(t.shape)}{t.dtype}".encode())
+        h.update(_bytes(t))

@@ -1,0 +1,103 @@
+"""The live display: done, rate and time left over all workers, and the minimum so far.
+
+One line that rewrites itself on a terminal; a line every ten seconds elsewhere.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from typing import TextIO
+
+from lsweep.folder import RunFolder
+from lsweep.workers import State, all_workers
+
+ON_TERMINAL, ELSEWHERE = 0.5, 10.0  # seconds between updates
+
+
+class Display:
+    """Shows the progress of a run while it is open; a thread of its own reads the heartbeats.
+
+    Args:
+        folder: the run.
+        total: points of the run, times slices.
+        done: how many were committed before.
+        stream: where to write; None is silent.
+    """
+
+    def __init__(
+        self, folder: RunFolder, total: int, done: int, stream: TextIO | None = sys.stderr
+    ) -> None:
+        self._folder, self._total, self._before = folder, total, done
+        self._stream = stream
+        self._live = bool(stream and stream.isatty())
+        self._start, self._since = time.monotonic(), time.time()
+        self._over = threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="lsweep-display")
+
+    def __enter__(self) -> Display:
+        if self._stream:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+        if self._stream:
+            self._thread.join()
+            if self._live:
+                self._write("\r\033[K")
+
+    def say(self, text: str) -> None:
+        """Print a line of its own."""
+        if self._stream:
+            self._write(f"\r\033[K{text}\n" if self._live else f"{text}\n")
+
+    def _write(self, text: str) -> None:
+        assert self._stream is not None
+        with self._lock:
+            self._stream.write(text)
+            self._stream.flush()
+
+    def _run(self) -> None:
+        while not self._over.wait(ON_TERMINAL if self._live else ELSEWHERE):
+            line = self.line()
+            self._write(f"\r\033[K{line}" if self._live else f"{line}\n")
+
+    def progress(self) -> int:
+        """Return how many points are done, as the workers tell."""
+        mine = (w for w in all_workers(self._folder) if w["since"] >= self._since - 1)
+        return min(self._total, self._before + sum(int(w["points"]) for w in mine))
+
+    def line(self) -> str:
+        """Return the present state in one line."""
+        workers = [w for w in all_workers(self._folder) if w["since"] >= self._since - 1]
+        new = sum(int(w["points"]) for w in workers)
+        done = min(self._total, self._before + new)
+        working = [w for w in workers if w["state"] == State.WORKING]
+        if not new:
+            return f"{done}/{self._total} points, {len(working)} workers getting ready"
+        # Each worker's own busy time gives the rate; starting up is no part of it.
+        rate = sum(w["points"] / w["busy"] for w in workers if w["busy"] > 0 and w in working)
+        left = f", {duration((self._total - done) / rate)} left" if rate else ""
+        lows = [w["minimum"] for w in workers if w["minimum"] is not None]
+        low = f", minimum {min(lows):.4g}" if lows else ""
+        return (
+            f"{done}/{self._total} points ({done / self._total:.0%}), {rate:.3g}/s by "
+            f"{len(working)} workers{left}{low}"
+        )
+
+
+def duration(seconds: float) -> str:
+    """Return a time span in two units.
+
+    >>> duration(75), duration(3), duration(90061)
+    ('1 min 15 s', '3 s', '25 h 1 min')
+    """
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60} s"
+    return f"{s // 3600} h {s % 3600 // 60} min"

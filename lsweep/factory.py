@@ -1,0 +1,130 @@
+"""A problem from its factory: the one place where the user's code is imported."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lsweep.errors import LsweepError, nearest
+from lsweep.machine import refuse_foreign
+from lsweep.problem import Problem
+from lsweep.settings import ProblemSource
+
+
+def factory_file(source: ProblemSource, base: Path) -> Path | None:
+    """Return the file of a ``FILE.py:function`` factory, or None for an importable module."""
+    where = source.factory.rpartition(":")[0]
+    return base / where if where.endswith(".py") else None
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256 of a file.
+
+    Raises:
+        LsweepError: it cannot be read.
+    """
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as e:
+        raise LsweepError(f"cannot read {path}: {e.strerror}") from None
+
+
+def make_problem(
+    source: ProblemSource, base: Path | None = None, code: Path | None = None, trust: bool = False
+) -> Problem:
+    """Call the factory, in the folder that its relative paths refer to.
+
+    Args:
+        source: factory and options.
+        base: the TOML's folder; the present one when None.
+        code: a copy to import instead of the factory's own file.
+        trust: import also what belongs to another user.
+
+    Raises:
+        LsweepError: the factory is missing, raises, or returns something else than a Problem.
+    """
+    base = (base or Path()).absolute()
+    where, _, name = source.factory.rpartition(":")
+    file = code or factory_file(source, base)
+    if not base.is_dir():
+        raise LsweepError(f"the folder {base}, where this run was planned, is gone")
+    with _inside(base):
+        if file is None:
+            module = _import(where)
+        else:
+            if not file.is_file():
+                raise LsweepError(f"no factory file at {file}")
+            refuse_foreign(file, trust)
+            module = _import_file(file, shown_as=base / Path(where))
+        function = getattr(module, name, None)
+        if not callable(function):
+            functions = [n for n, v in vars(module).items() if callable(v) and n[0] != "_"]
+            raise LsweepError(f"{where} has no function {name!r}{nearest(name, functions)}")
+        try:
+            problem = function(**source.options)
+        except LsweepError:
+            raise
+        except Exception as e:
+            raise LsweepError(f"the factory {source.factory} raised {describe(e)}") from e
+    if not isinstance(problem, Problem):
+        raise LsweepError(
+            f"the factory {source.factory} returned a {type(problem).__name__}, not an lsweep.Problem"
+        )
+    object.__setattr__(problem, "source", source)
+    return problem
+
+
+def describe(error: BaseException) -> str:
+    """Return ``Type: message (file:line)`` of an exception, in one line.
+
+    >>> describe(ValueError("no"))
+    'ValueError: no'
+    """
+    text = " ".join(str(error).split())[:300]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "lsweep" not in f.filename]
+    at = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {text}{at}"
+
+
+@contextlib.contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    """Relative paths and sibling modules of the factory are those of the TOML's folder."""
+    before, path = Path.cwd(), list(sys.path)
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        os.chdir(before)
+        # The folder stays importable: a network may import its siblings when it is first called.
+        sys.path[:] = [*path, str(folder)] if str(folder) not in path else path
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as e:
+        raise LsweepError(f"cannot import the factory's module {name}: {describe(e)}") from e
+
+
+def _import_file(file: Path, shown_as: Path) -> ModuleType:
+    # The module has the original's __file__, so that paths beside it are found from a copy too.
+    name = f"lsweep_factory_{shown_as.stem}"
+    module = ModuleType(name)
+    module.__file__ = str(shown_as)
+    sys.modules[name] = module
+    try:
+        code: Any = compile(file.read_bytes(), str(shown_as), "exec")
+        exec(code, module.__dict__)
+    except Exception as e:
+        raise LsweepError(f"cannot import the factory {shown_as.name}: {describe(e)}") from e
+    return module

@@ -1,0 +1,182 @@
+"""Files that are whole or absent: published once by link, or replaced; JSON carries its checksum."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lsweep.errors import DamagedFile, LsweepError
+
+
+def canonical(value: Any) -> bytes:
+    """Return JSON in one form only: sorted keys, no spaces, no NaN.
+
+    >>> canonical({"b": 1, "a": [1.5]})
+    b'{"a":[1.5],"b":1}'
+    """
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True
+    ).encode()
+
+
+def digest(value: Any) -> str:
+    """Return the sha256 of the canonical JSON of ``value``.
+
+    >>> digest({})[:8]
+    '44136fa3'
+    """
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names in ``folder`` survive a crash of the node, where the file system can."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems refuse fsync on a directory
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def scratch(path: Path) -> Path:
+    """Return a name beside ``path`` that nobody else uses; readers pass over hidden names."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+
+
+def write_new(path: Path, data: bytes, *, sync: bool = True) -> None:
+    """Write a file under a name that nobody reads yet."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        if sync:
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def link_once(temporary: Path, path: Path) -> bool:
+    """Give ``temporary`` the name ``path`` unless that exists; True for exactly one caller.
+
+    link(2) makes name and content appear together, also on NFS; where its reply was lost, the
+    link count tells whether it happened.
+    """
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as e:
+        if e.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            return _claim_without_links(temporary, path)
+        with contextlib.suppress(OSError):
+            if os.stat(temporary).st_nlink == 2:
+                return True
+        raise
+    return True
+
+
+def _claim_without_links(temporary: Path, path: Path) -> bool:
+    # No hard links here (exFAT, some FUSE): an exclusive name decides, a rename publishes.
+    try:
+        os.close(os.open(path.with_name(f".{path.name}.claim"), os.O_CREAT | os.O_EXCL, 0o666))
+    except FileExistsError:
+        return False
+    os.rename(temporary, path)
+    return True
+
+
+def publish(path: Path, data: bytes, *, sync: bool = True) -> bool:
+    """Publish ``data`` as ``path`` if nobody has yet; the first wins and nobody ever changes it.
+
+    Returns:
+        True when this call published it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = scratch(path)
+    try:
+        write_new(temporary, data, sync=sync)
+        won = link_once(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if won and sync:
+        sync_folder(path.parent)
+    return won
+
+
+def replace(path: Path, data: bytes, *, sync: bool = False) -> None:
+    """Write ``data`` as ``path``, whole or not at all, over whatever was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = scratch(path)
+    try:
+        write_new(temporary, data, sync=sync)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replace_with(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then put it there, synced.
+
+    Raises:
+        LsweepError: the folder cannot be written.
+    """
+    temporary = scratch(path).with_suffix(path.suffix)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        raise LsweepError(f"cannot write {path}: {e.strerror or e}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sealed(value: dict[str, Any]) -> bytes:
+    """Return the JSON of ``value`` with its own sha256 inside.
+
+    >>> unsealed(sealed({"a": 1}), "here")
+    {'a': 1}
+    """
+    text = json.dumps({**value, "sha256": digest(value)}, sort_keys=True, indent=1, allow_nan=False)
+    return text.encode() + b"\n"
+
+
+def unsealed(data: bytes, where: str) -> dict[str, Any]:
+    """Read what `sealed` wrote.
+
+    Raises:
+        DamagedFile: it was truncated or altered.
+    """
+    try:
+        value = json.loads(data)
+        seal = value.pop("sha256")
+        good = seal == digest(value)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        good = False
+    if not good:
+        raise DamagedFile(f"{where} is damaged: its content does not match its checksum")
+    assert isinstance(value, dict)
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a sealed JSON file.
+
+    Raises:
+        DamagedFile: it was truncated or altered.
+        LsweepError: it is missing or cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise LsweepError(f"cannot read {path}: {e.strerror}") from None
+    return unsealed(data, str(path))

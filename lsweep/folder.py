@@ -1,0 +1,129 @@
+"""Where everything in a run folder lies; no other module makes a path inside a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+LEASES_PER_FOLDER = 1024
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of one run.
+
+    >>> RunFolder(Path("net.run")).lease(0, 2048, 1).as_posix()
+    'net.run/leases/0000/002/002048.g1'
+    """
+
+    root: Path
+
+    @property
+    def plan(self) -> Path:
+        """The frozen plan."""
+        return self.root / "plan.json"
+
+    @property
+    def source(self) -> Path:
+        """Where the run was planned: the folder that relative paths of the TOML refer to."""
+        return self.root / "source.json"
+
+    @property
+    def settings(self) -> Path:
+        """The copy of sweep.toml."""
+        return self.root / "sweep.toml"
+
+    @property
+    def directions(self) -> Path:
+        """Norms and cosines of the directions."""
+        return self.root / "directions.h5"
+
+    @property
+    def rounds(self) -> Path:
+        """The folder of rounds."""
+        return self.root / "rounds"
+
+    @property
+    def devices(self) -> Path:
+        """The folder of device files."""
+        return self.root / "devices"
+
+    @property
+    def workers(self) -> Path:
+        """The folder of worker files."""
+        return self.root / "workers"
+
+    @property
+    def leases(self) -> Path:
+        """The folder of leases."""
+        return self.root / "leases"
+
+    @property
+    def parts(self) -> Path:
+        """The folder of parts."""
+        return self.root / "parts"
+
+    @property
+    def figures(self) -> Path:
+        """The folder of pictures."""
+        return self.root / "figures"
+
+    @property
+    def logs(self) -> Path:
+        """The folder of what local workers print."""
+        return self.root / "logs"
+
+    @property
+    def surface(self) -> Path:
+        """The merged surface."""
+        return self.root / "surface.h5"
+
+    def factory(self, name: str) -> Path:
+        """The copy of the factory's file; only its bare name counts, so nothing escapes the run."""
+        return self.root / Path(name).name
+
+    def round(self, number: int) -> Path:
+        """One published round."""
+        return self.rounds / f"{number:04d}.json"
+
+    def device(self, name: str) -> Path:
+        """The file of a device class."""
+        return self.devices / f"{name}.json"
+
+    def worker(self, name: str) -> Path:
+        """The heartbeat of a worker."""
+        return self.workers / f"{name}.json"
+
+    def part(self, worker: str, number: int) -> Path:
+        """One part of a worker."""
+        return self.parts / f"{worker}.{number:04d}.h5"
+
+    def lease(self, round_: int, number: int, generation: int) -> Path:
+        """One generation of a lease."""
+        folder = self.lease_folder(round_, number)
+        return folder / f"{number:06d}.g{generation}"
+
+    def lease_folder(self, round_: int, number: int) -> Path:
+        """The folder that holds a lease."""
+        return self.leases / f"{round_:04d}" / f"{number // LEASES_PER_FOLDER:03d}"
+
+    def log(self, index: int) -> Path:
+        """What local worker ``index`` printed."""
+        return self.logs / f"worker-{index}.log"
+
+    def all_parts(self) -> list[Path]:
+        """All parts, by name."""
+        return sorted(self.parts.glob("*.h5"))
+
+    def all_workers(self) -> list[Path]:
+        """All worker files, by name."""
+        return sorted(self.workers.glob("*.json"))
+
+    def all_devices(self) -> list[Path]:
+        """All device files, by name."""
+        return sorted(self.devices.glob("*.json"))
+
+    @property
+    def exists(self) -> bool:
+        """True when the folder holds a plan."""
+        return self.plan.is_file()

@@ -1,0 +1,165 @@
+"""The local launcher: one process per worker on this machine, watched until the run is complete."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lsweep.folder import RunFolder
+from lsweep.machine import cpus
+
+RESTARTS_WITHOUT_PROGRESS = 6  # more than a poison point needs to be found out
+GRACE = 20.0  # seconds that an interrupted worker has to end
+POLL = 0.2
+
+
+@dataclass
+class Outcome:
+    """How local workers ended.
+
+    Attributes:
+        code: 0, or the worst exit code of a worker that could not go on.
+        events: what happened to workers, in lines for people.
+        interrupted: True after Ctrl-C or SIGTERM.
+    """
+
+    code: int = 0
+    events: list[str] = field(default_factory=list)
+    interrupted: bool = False
+
+
+def default_workers(gpus: int) -> int:
+    """Return one worker per GPU, or per CPU that this process may use."""
+    return gpus or cpus()
+
+
+def run_workers(
+    folder: RunFolder,
+    count: int,
+    *,
+    device: str = "auto",
+    threads: int = 1,
+    claims: str = "lease",
+    trust: bool = False,
+    on_event: Callable[[str], None] = lambda text: None,
+    progress: Callable[[], int] = lambda: 0,
+) -> Outcome:
+    """Run ``count`` workers to the end.
+
+    A worker that dies is reported and replaced; its unit is done by whoever comes first. Workers
+    that end with an error of their own (exit 1 or 3) are not replaced.
+
+    Args:
+        folder: a planned run.
+        count: number of processes.
+        device: for every worker; with ``auto`` or ``cuda`` GPUs are dealt out in turn.
+        threads: torch threads of each.
+        claims: ``lease`` or ``static``.
+        trust: passed on.
+        on_event: told when a worker dies or refuses.
+        progress: how much has been done; restarts are counted anew when it grows.
+    """
+    outcome = Outcome()
+    folder.logs.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "lsweep", "work", str(folder.root), "--of", str(count)]
+    command += ["--device", device, "--threads", str(threads), "--claims", claims, "--beat", "1"]
+    command += ["--trust"] if trust else []
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+
+    def start(index: int) -> subprocess.Popen[bytes]:
+        with folder.log(index).open("ab") as log:
+            return subprocess.Popen(
+                [*command, "--index", str(index), "--local", str(index)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,  # Ctrl-C reaches the launcher alone, which tells them
+            )
+
+    def tell(text: str) -> None:
+        outcome.events.append(text)
+        on_event(text)
+
+    stop = _Stop()
+    running: dict[int, subprocess.Popen[bytes]] = {}
+    restarts, seen = 0, progress()
+    with stop:
+        for index in range(count):
+            running[index] = start(index)
+        try:
+            while running and not stop.asked:
+                time.sleep(POLL)
+                for index, process in list(running.items()):
+                    if process.poll() is None:
+                        continue
+                    del running[index]
+                    message = _last_line(folder.log(index))
+                    if process.returncode < 0:
+                        name = signal.Signals(-process.returncode).name
+                        done = progress()
+                        restarts, seen = (0, done) if done > seen else (restarts, seen)
+                        restarts += 1
+                        if restarts > RESTARTS_WITHOUT_PROGRESS * count:
+                            tell(f"worker {index} was killed ({name}); too often, it stays down")
+                            outcome.code = max(outcome.code, 1)
+                            continue
+                        tell(f"worker {index} was killed ({name}); another takes its unit over")
+                        running[index] = start(index)
+                    elif process.returncode:
+                        tell(message or f"worker {index} ended with {process.returncode}")
+                        outcome.code = max(outcome.code, process.returncode)
+        finally:
+            outcome.interrupted = stop.asked
+            _end(running)
+    return outcome
+
+
+def _last_line(log: Path) -> str:
+    try:
+        lines = log.read_text(errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    return lines[-1].removeprefix("lsweep: ") if lines else ""
+
+
+def _end(running: dict[int, subprocess.Popen[bytes]]) -> None:
+    for process in running.values():
+        process.terminate()
+    deadline = time.monotonic() + GRACE
+    for process in running.values():
+        try:
+            process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+class _Stop:
+    """Ctrl-C and SIGTERM ask once, in order; a second Ctrl-C is Python's own."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> _Stop:
+        self._before = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._ask)
+            except ValueError:  # not the main thread, such as a notebook's: Ctrl-C is Python's own
+                break
+        return self
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

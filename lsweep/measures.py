@@ -1,0 +1,92 @@
+"""Measures: numbers computed from a surface, without the network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lsweep.errors import LsweepError
+from lsweep.surface import Surface
+
+FloatArray = npt.NDArray[np.float64]
+THRESHOLD = 0.1
+NOISE = 3.0  # standard errors
+
+
+def plane_hessian_extremes(z: FloatArray, x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Return both eigenvalues of the 2 x 2 Hessian of a plane, by central differences.
+
+    Args:
+        z: (ny, nx) values.
+        x: (nx,) equidistant offsets.
+        y: (ny,) equidistant offsets.
+
+    Returns:
+        (smaller, larger), each of shape (ny-2, nx-2): interior cells.
+
+    >>> x = np.linspace(-1, 1, 5)
+    >>> low, high = plane_hessian_extremes(np.add.outer(-(x**2), 2 * x**2), x, x)
+    >>> bool(np.allclose(low, -2) and np.allclose(high, 4))
+    True
+    """
+    dx, dy = x[1] - x[0], y[1] - y[0]
+    c = z[1:-1, 1:-1]
+    with np.errstate(invalid="ignore", over="ignore"):
+        xx = (z[1:-1, 2:] - 2 * c + z[1:-1, :-2]) / dx**2
+        yy = (z[2:, 1:-1] - 2 * c + z[:-2, 1:-1]) / dy**2
+        xy = (z[2:, 2:] - z[2:, :-2] - z[:-2, 2:] + z[:-2, :-2]) / (4 * dx * dy)
+        middle, spread = (xx + yy) / 2, np.hypot((xx - yy) / 2, xy)
+        return middle - spread, middle + spread
+
+
+def nonconvex_fraction(surface: Surface, name: str = "train_loss", threshold: float = THRESHOLD) -> float:
+    """Return the share of interior cells whose plane Hessian has -λ_min / max|λ| > threshold.
+
+    A lower bound of the true non-convexity: principal curvatures of a random plane are averages of
+    the full ones (Li et al., section 6). Cells with a value that is not finite do not count.
+
+    Raises:
+        LsweepError: the surface is no plane of at least 3 x 3 points.
+
+    >>> x = np.linspace(-1, 1, 9)
+    >>> saddle = Surface({"x": x, "y": x}, {"train_loss": np.subtract.outer(x**2, x**2)})
+    >>> nonconvex_fraction(saddle)
+    1.0
+    """
+    if len(surface.axes) != 2 or min(surface.shape) < 3:
+        raise LsweepError(f"a non-convex fraction needs a plane of 3 x 3 points, not {surface.shape}")
+    low, high = plane_hessian_extremes(surface[name], surface.x, surface.y)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = -low / np.maximum(np.abs(low), np.abs(high))
+    known = np.isfinite(ratio)
+    if not known.any():
+        return float("nan")
+    return float((ratio[known] > threshold).mean())
+
+
+def measure(surface: Surface, name: str = "train_loss") -> dict[str, Any]:
+    """Return what a surface alone tells about one metric.
+
+    Returns:
+        ``center``, ``minimum``, ``minimum_at``, ``points``, ``finite`` (share), and for planes
+        ``nonconvex_fraction``.
+
+    >>> x = np.linspace(-1, 1, 5)
+    >>> bowl = Surface({"x": x, "y": x}, {"train_loss": np.add.outer(x**2, x**2)})
+    >>> measure(bowl)["nonconvex_fraction"]
+    0.0
+    """
+    where, least = surface.minimum(name)
+    out: dict[str, Any] = {
+        "metric": name,
+        "points": int(surface[name].size),
+        "finite": float(np.isfinite(surface[name]).mean()),
+        "center": surface.center(name),
+        "minimum": least,
+        "minimum_at": where,
+    }
+    if len(surface.axes) == 2 and min(surface.shape) >= 3:
+        out["nonconvex_fraction"] = nonconvex_fraction(surface, name)
+    return out

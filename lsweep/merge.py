@@ -1,0 +1,430 @@
+"""Merge: from committed rows to a surface; the same parts give the same bytes.
+
+Value m = Σwv/Σw. Standard error over samples: sqrt(Σw²(v-m)²)/Σw · sqrt(n/(n-1)) with the effective
+n = (Σw)²/Σw²; for equal weights this is s/√n.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lsweep.committed import Committed
+from lsweep.errors import LsweepError
+from lsweep.files import read_json
+from lsweep.folder import RunFolder
+from lsweep.machine import versions
+from lsweep.parts import Kind, Part, device_code
+from lsweep.plan import Plan
+from lsweep.points import Lattice
+from lsweep.rounds import Rounds
+from lsweep.surface import Status, Surface, Trajectory
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+W, WW, WV, WWV, WWVV, WD, WWD, WWDD = range(8)
+ACROSS_CLASSES = {"float64": 1e-9, "float32": 1e-4, "tf32": 1e-2, "bfloat16": 5e-2, "float16": 5e-2}
+
+
+@dataclass
+class Report:
+    """What merging found.
+
+    Attributes:
+        points: how many points the surface has.
+        missing: how many of them are pending.
+        failed: reason -> how many points, with one example.
+        nonfinite: how many are NaN or infinite, a result like others.
+        conflicts: points whose rows disagree: non-determinism, or a device that errs.
+        damaged: part name -> what is wrong with it.
+        audit: how far second evaluations are from the first.
+    """
+
+    points: int = 0
+    missing: int = 0
+    failed: dict[str, int] = field(default_factory=dict)
+    nonfinite: int = 0
+    conflicts: int = 0
+    damaged: dict[str, str] = field(default_factory=dict)
+    audit: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def clean(self) -> bool:
+        """True when nothing is missing and nothing failed."""
+        return not self.missing and not self.failed
+
+    def lines(self) -> list[str]:
+        """Return the report as lines for people; empty when there is nothing to tell."""
+        out = []
+        if self.missing:
+            out.append(f"{self.missing} of {self.points} points are missing")
+        for reason, count in self.failed.items():
+            out.append(f"{count} points failed: {reason}")
+        if self.nonfinite:
+            out.append(f"{self.nonfinite} points are NaN or infinite: results, masked in pictures")
+        if self.conflicts:
+            out.append(f"{self.conflicts} points were computed twice with different values")
+        out += [f"{name}: {what}" for name, what in self.damaged.items()]
+        return out
+
+
+def merge(folder: RunFolder) -> tuple[Surface, Report]:
+    """Merge all that is committed; points without a row are pending.
+
+    Raises:
+        LsweepError: this is no run.
+        DamagedFile: its plan or a round was altered.
+    """
+    plan = Plan.read(folder)
+    rounds = Rounds.read(folder, plan)
+    committed = Committed.read(folder, plan, rounds)
+    report = Report(damaged=damage(committed.parts))
+    best = _best_rows(committed.parts, rounds, plan, report)
+    lattice = rounds.last.lattice
+    numbers = rounds.numbers_of(lattice)
+    sums, status, failed_rows = _combine(best, numbers, plan)
+    shape = lattice.shape
+    opaque = {v for p in committed.parts for v in p.header.get("opaque", "").split()}
+    values = _variables(sums, plan, opaque)
+    values = {n: np.where(status == Status.FAILED, np.nan, v) for n, v in values.items()}
+    finite = np.logical_and.reduce([np.isfinite(values[n]) for n in plan.variable_names])
+    status[(status == Status.OK) & ~finite] = Status.NONFINITE
+    values["weight_sq"] = _weight_squares(plan, lattice.offsets(np.arange(len(lattice))))
+    classes = _classes(folder, committed.parts, best, numbers)
+    if len(classes) > 1:
+        values["device_class"] = _class_of_points(best, numbers, sorted(classes))
+    report.points = len(lattice)
+    report.missing = int((status == Status.PENDING).sum())
+    report.nonfinite = int((status == Status.NONFINITE).sum())
+    report.failed = _reasons(failed_rows, best, lattice)
+    report.audit = _audit(committed.parts, best, rounds, plan)
+    surface = Surface(
+        lattice.axes,
+        {n: v.reshape(shape) for n, v in values.items()},
+        status.reshape(shape),
+        _attributes(plan, opaque),
+        _trajectory(best, rounds, plan, opaque),
+        _provenance(folder, plan, committed.parts, report, classes),
+        _title(plan),
+        f"lsweep {versions()['lsweep']}: merge of plan {plan.digest[:12]}",
+    )
+    return surface, report
+
+
+def damage(parts: list[Part]) -> dict[str, str]:
+    """Return what is wrong with parts, by name."""
+    out = {}
+    for p in parts:
+        if p.salvaged:
+            out[p.path.name] = f"HDF5 cannot open it; {len(p.rows)} rows were salvaged"
+        elif p.damaged:
+            out[p.path.name] = f"{p.damaged} rows fail their checksum; they count as not computed"
+    return out
+
+
+@dataclass
+class _Best:
+    """One row per (point, slice) that has any: arrays sorted by number."""
+
+    sums: FloatArray  # (points, slices, V, 8); NaN where there is no row
+    status: npt.NDArray[np.uint8]  # (points, slices)
+    device: npt.NDArray[np.uint32]  # (points, slices)
+    reason: dict[int, str]
+    seconds: float
+
+
+def _best_rows(parts: list[Part], rounds: Rounds, plan: Plan, report: Report) -> _Best:
+    shape = (rounds.total, plan.slices)
+    sums = np.full((*shape, len(plan.variables), 8), np.nan)
+    status = np.zeros(shape, dtype=np.uint8)
+    device = np.zeros(shape, dtype=np.uint32)
+    batch = np.zeros(shape, dtype=np.uint32)
+    best = _Best(sums, status, device, {}, 0.0)
+    conflicts: set[int] = set()
+    tolerance = ACROSS_CLASSES[plan.evaluate["precision"]]
+    for part in parts:
+        rows = part.rows[part.rows["kind"] == Kind.VALUE]
+        rows = rows[(rows["point"] < rounds.total) & (rows["slice"] < plan.slices)]
+        point = rounds.first_asked[rows["point"].astype(np.int64)]
+        slice_ = rows["slice"].astype(np.int64)
+        best.seconds += float(rows["seconds"].sum())
+        sizes = device_code(part.header.get("batch_sizes", ""))
+        there, new = status[point, slice_], rows["status"]
+        # ok is 1, nonfinite 2, failed 3: a lower status is the better row; the first part wins.
+        for i in np.flatnonzero((there > 0) & (there < Status.FAILED) & (new < Status.FAILED)):
+            p, s = point[i], slice_[i]
+            same = rows["device"][i] == device[p, s] and batch[p, s] == sizes
+            a, b = sums[p, s], rows["sums"][i]
+            if not (_identical(a, b) if same else _close(a, b, tolerance)):
+                conflicts.add(int(p))
+        better = (there == 0) | (new < there)
+        # Within one part a point may stand twice; the later row of equal status must not win.
+        order = np.flatnonzero(better)[::-1]
+        order = order[np.argsort(-new[order].astype(np.int64), kind="stable")]
+        p, s = point[order], slice_[order]
+        sums[p, s], status[p, s], device[p, s] = rows["sums"][order], new[order], rows["device"][order]
+        batch[p, s] = sizes
+        for i in np.flatnonzero(new == Status.FAILED):
+            best.reason.setdefault(int(point[i]), part.reason(rows[i]))
+    report.conflicts = len(conflicts)
+    return best
+
+
+def _identical(a: FloatArray, b: FloatArray) -> bool:
+    return bool(np.array_equal(a, b, equal_nan=True))
+
+
+def _close(a: FloatArray, b: FloatArray, tolerance: float) -> bool:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        x, y = a[:, WV] / a[:, W], b[:, WV] / b[:, W]
+    return bool(np.allclose(x, y, rtol=tolerance, atol=tolerance * 1e-2, equal_nan=True))
+
+
+def _combine(
+    best: _Best, numbers: IntArray, plan: Plan
+) -> tuple[FloatArray, npt.NDArray[np.uint8], IntArray]:
+    """Sum the slices of each point in slice order, so that cutting the data changes nothing."""
+    known = numbers >= 0
+    at = np.where(known, numbers, 0)
+    slices = best.status[at]
+    status = slices.max(axis=1)
+    status[(slices == Status.PENDING).any(axis=1) | ~known] = Status.PENDING
+    status[(slices == Status.FAILED).any(axis=1) & known] = Status.FAILED
+    total = best.sums[at, 0]
+    for s in range(1, plan.slices):
+        total = total + best.sums[at, s]
+    total[(status == Status.PENDING) | (status == Status.FAILED)] = np.nan
+    return total, status, numbers[status == Status.FAILED]
+
+
+def standard_error(w: Any, ww: Any, wv: Any, wwv: Any, wwvv: Any) -> FloatArray:
+    """Return the standard error of Σwv/Σw over samples; NaN for fewer than two.
+
+    >>> v = np.array([1.0, 2.0, 4.0])
+    >>> e = standard_error(3.0, 3.0, v.sum(), v.sum(), (v * v).sum())
+    >>> bool(np.isclose(e, v.std(ddof=1) / np.sqrt(3)))
+    True
+    """
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        mean = wv / w
+        square = np.maximum(wwvv - 2 * mean * wwv + mean * mean * ww, 0.0)
+        n = w * w / ww
+        error = np.where(n > 1.0000001, np.sqrt(square * n / (n - 1)) / w, np.nan)
+    return np.asarray(error, dtype=np.float64)
+
+
+def _variables(sums: FloatArray, plan: Plan, opaque: set[str]) -> dict[str, FloatArray]:
+    values, errors = {}, {}
+    for k, name in enumerate(plan.variable_names):
+        s = sums[:, k]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            values[name] = s[:, WV] / s[:, W]
+        if name in opaque:
+            continue
+        errors[f"{name}_se"] = standard_error(s[:, W], s[:, WW], s[:, WV], s[:, WWV], s[:, WWVV])
+        errors[f"{name}_diff_se"] = standard_error(
+            s[:, W], s[:, WW], s[:, WD], s[:, WWD], s[:, WWDD]
+        )
+    return values | errors
+
+
+def _weight_squares(plan: Plan, offsets: FloatArray) -> FloatArray:
+    """||θ + Σ offset·d||² = ||θ||² + 2 Σ offset <θ, d> + Σ Σ offset offset' <d, d'>."""
+    products = plan.facts["weight_sq"]
+    linear, square = np.array(products["linear"]), np.array(products["square"])
+    return np.asarray(
+        products["origin"]
+        + 2 * offsets @ linear
+        + np.einsum("pa,ab,pb->p", offsets, square, offsets)
+    )
+
+
+def _reasons(failed: IntArray, best: _Best, lattice: Lattice) -> dict[str, int]:
+    counted = Counter(best.reason.get(int(n), "reason not recorded") for n in failed)
+    return dict(sorted(counted.items()))
+
+
+def _audit(parts: list[Part], best: _Best, rounds: Rounds, plan: Plan) -> dict[str, float]:
+    """Compare the first variable of audited points with their value."""
+    absolute, relative = [], []
+    for part in parts:
+        for row in part.rows[part.rows["kind"] == Kind.AUDIT]:
+            if row["point"] >= rounds.total or row["slice"] >= plan.slices:
+                continue
+            p = rounds.first_asked[int(row["point"])]
+            a, b = best.sums[p, row["slice"], 0], row["sums"][0]
+            with np.errstate(invalid="ignore", divide="ignore"):
+                x, y = a[WV] / a[W], b[WV] / b[W]
+            if np.isfinite(x) and np.isfinite(y):
+                absolute.append(abs(x - y))
+                relative.append(abs(x - y) / max(abs(y), 1e-300))
+    if not absolute:
+        return {}
+    return {
+        "points": float(len(absolute)),
+        "largest_absolute": float(max(absolute)),
+        "largest_relative": float(max(relative)),
+        "median_relative": float(np.median(relative)),
+    }
+
+
+def _classes(
+    folder: RunFolder, parts: list[Part], best: _Best, numbers: IntArray
+) -> dict[int, str]:
+    used = set(np.unique(best.device[numbers[numbers >= 0]]).tolist()) - {0}
+    names = {device_code(p.header["device_class"]): p.header["device_class"] for p in parts if p.header}
+    return {code: names.get(code, f"unknown {code:08x}") for code in sorted(used)}
+
+
+def _class_of_points(best: _Best, numbers: IntArray, codes: list[int]) -> FloatArray:
+    device = best.device[np.where(numbers >= 0, numbers, 0), 0]
+    out = np.full(len(numbers), np.nan)
+    for i, code in enumerate(codes):
+        out[(device == code) & (numbers >= 0)] = i
+    return out
+
+
+def _attributes(plan: Plan, opaque: set[str]) -> dict[str, dict[str, str]]:
+    out: dict[str, dict[str, str]] = {
+        "weight_sq": {"long_name": "squared L2 norm of the parameters", "units": "1"},
+        "device_class": {"long_name": "index into provenance devices", "units": "1"},
+    }
+    for (split, metric), name in zip(plan.variables, plan.variable_names, strict=True):
+        units = "percent" if metric == "accuracy" else "1"
+        common = {"units": units, "split": split}
+        note = " (mean over batches, no standard error)" if name in opaque else ""
+        out[name] = {**common, "metric": metric, "long_name": f"{split} {metric}{note}"}
+        for suffix, what in (
+            ("se", "standard error"),
+            ("diff_se", "standard error of the difference to the centre"),
+        ):
+            text = f"{what} of {split} {metric}"
+            out[f"{name}_{suffix}"] = {**common, "long_name": text, "replicate": "samples"}
+    for axis, recipe in plan.directions.items():
+        out[axis] = {
+            "direction": describe_recipe(recipe),
+            "long_name": f"offset along direction {axis}",
+            "norm": repr(float(plan.facts["axes"][axis]["norm"])),
+        }
+    return out
+
+
+def describe_recipe(recipe: dict[str, Any]) -> str:
+    """Return a direction's recipe in a few words.
+
+    >>> describe_recipe({"kind": "random", "normalize": "filter", "seed": 0})
+    'random, filter-normalised, seed 0'
+    """
+    words = [str(recipe["kind"])]
+    if recipe["kind"] == "to":
+        words = [f"to {recipe['checkpoint']}"]
+    if recipe["kind"] == "file":
+        words = [f"from {recipe['file']}"]
+    if recipe["normalize"] != "none":
+        words.append(f"{recipe['normalize']}-normalised")
+    if recipe["kind"] == "random":
+        words.append(f"seed {recipe['seed']}")
+    return ", ".join(words)
+
+
+def _title(plan: Plan) -> str:
+    shape = {1: "line", 2: "plane", 3: "volume"}[len(plan.axes)]
+    kinds = dict.fromkeys(str(plan.directions[a]["kind"]) for a in plan.axes)
+    return f"{plan.facts['network']}: {' and '.join(kinds)} {shape}"
+
+
+def _trajectory(
+    best: _Best, rounds: Rounds, plan: Plan, opaque: set[str]
+) -> Trajectory | None:
+    if not plan.steps:
+        return None
+    sums, _, _ = _combine(best, rounds.step_numbers(), plan)
+    found = _variables(sums, plan, opaque)
+    spots = plan.facts["projections"]
+    return Trajectory(
+        np.array([p["offsets"] for p in spots], dtype=np.float64),
+        np.array([p["residual"] for p in spots], dtype=np.float64),
+        np.array([p["in_plane"] for p in spots], dtype=np.float64),
+        {n: found[n] for n in plan.variable_names},
+        tuple(s["label"] for s in plan.steps),
+    )
+
+
+def _provenance(
+    folder: RunFolder, plan: Plan, parts: list[Part], report: Report, classes: dict[int, str]
+) -> dict[str, Any]:
+    devices = {}
+    for path in folder.all_devices():
+        try:
+            value = read_json(path)
+        except LsweepError as e:
+            report.damaged[path.name] = str(e)
+            continue
+        devices[value["class"]] = {
+            k: value[k]
+            for k in ("device", "batch_sizes", "threads", "versions", "samples", "centre")
+        } | {"batch_norm": value["batch_norm"], "seconds_per_point": value["seconds_per_point"]}
+    seconds = float(sum(p.rows["seconds"].sum() for p in parts))
+    return {
+        "plan": {f: getattr(plan, f) for f in plan.__dataclass_fields__},
+        "plan_sha256": plan.digest,
+        "versions": versions(),
+        "devices": devices,
+        "device_classes": [classes[c] for c in sorted(classes)],
+        "numerics": {
+            "precision": plan.evaluate["precision"],
+            "sums": "float64",
+            "agreement_across_classes": ACROSS_CLASSES[plan.evaluate["precision"]],
+        },
+        "seconds": f"{seconds:.3f}",
+        "audit": report.audit,
+        "failures": report.failed,
+        "caption": caption(plan, devices, report),
+    }
+
+
+def caption(plan: Plan, devices: dict[str, Any], report: Report) -> str:
+    """Return what a reader of the picture must know: network, directions, samples, batch norm."""
+    words = [f"{plan.facts['network']}, {plan.origin['parameters']:,} parameters and statistics"]
+    for axis in plan.axes:
+        facts, recipe = plan.facts["axes"][axis], plan.directions[axis]
+        text = f"{axis}: {describe_recipe(recipe)}"
+        if recipe["ignore"] != "none":
+            text += f", {recipe['ignore']} ignored"
+        if "explained" in facts:
+            text += (
+                f", explains {facts['explained']:.0%} of the path "
+                f"(a random walk: {facts['random_walk_null']:.0%})"
+            )
+        if facts["zero_filters"]:
+            text += f", {facts['zero_filters']} filters of norm zero"
+        words.append(text)
+    if len(plan.axes) == 2:
+        words.append(f"cos(x, y) = {plan.facts['cosines'][0][1]:+.3f}")
+    samples = next((d["samples"] for d in devices.values()), {})
+    counts = [f"{samples.get(s) or plan.data[s]['samples'] or '?'} {s}" for s in plan.data]
+    words.append(f"{' and '.join(counts)} samples, the same at every point")
+    check = next((d["batch_norm"] for d in devices.values() if d["batch_norm"]), None)
+    mode = str(plan.evaluate["batch_norm"])
+    if check:
+        words.append(
+            f"batch norm {mode} (recalibrated statistics change the loss by up to "
+            f"{check['largest_relative']:.0%} at |offset| = 1)"
+        )
+    elif mode != "eval":
+        words.append(f"batch norm {mode}")
+    words.append(str(plan.evaluate["precision"]))
+    return "; ".join(words) + "."
+
+
+def failed_points(folder: RunFolder) -> list[int]:
+    """Return the numbers of points that failed and have not succeeded since."""
+    plan = Plan.read(folder)
+    rounds = Rounds.read(folder, plan)
+    best = _best_rows(Committed.read(folder, plan, rounds).parts, rounds, plan, Report())
+    asked = np.unique(rounds.first_asked)
+    return [int(p) for p in asked if (best.status[p] == Status.FAILED).any()]

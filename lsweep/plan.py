@@ -1,0 +1,132 @@
+"""The plan: what a value depends on, frozen, with a digest that every other file of the run names."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from lsweep.errors import DamagedFile, LsweepError, PlanChanged
+from lsweep.files import digest, publish, read_json, sealed
+from lsweep.folder import RunFolder
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a value depends on; JSON throughout, so that it is the same everywhere.
+
+    Attributes:
+        problem: ``factory``, ``options``, ``code`` (sha256 of its file, or None).
+        origin: ``tensors``, ``parameters``, ``sha256`` of weights and buffers.
+        directions: axis -> the recipe, with the ``sha256`` of the vector it makes.
+        steps: checkpoints shown on the plane: ``label``, ``sha256``.
+        data: split -> ``samples`` and a cheap ``fingerprint``.
+        evaluate: ``metrics``, ``splits``, ``batch_norm``, ``precision``, ``slices``, ...
+        facts: what follows from the rest and was found out once: norms, cosines, coefficients,
+            projections. Not compared on resuming, for its last bits differ between machines.
+    """
+
+    problem: dict[str, Any]
+    origin: dict[str, Any]
+    directions: dict[str, dict[str, Any]]
+    steps: list[dict[str, Any]]
+    data: dict[str, dict[str, Any]]
+    evaluate: dict[str, Any]
+    facts: dict[str, Any]
+    version: int = VERSION
+
+    @property
+    def digest(self) -> str:
+        """The sha256 that names this plan in every other file of the run."""
+        return digest(dataclasses.asdict(self))
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Axis names in the order x, y, z."""
+        return tuple(sorted(self.directions))
+
+    @property
+    def variables(self) -> tuple[tuple[str, str], ...]:
+        """(split, metric) of each stored value, in the order of a row's sums."""
+        return tuple((s, m) for s in self.evaluate["splits"] for m in self.evaluate["metrics"])
+
+    @property
+    def variable_names(self) -> tuple[str, ...]:
+        """``train_loss`` and the like, in the order of a row's sums."""
+        return tuple(f"{s}_{m}" for s, m in self.variables)
+
+    @property
+    def slices(self) -> int:
+        """Into how many fixed parts the data is cut."""
+        return int(self.evaluate["slices"])
+
+    def freeze(self, folder: RunFolder) -> Plan:
+        """Publish this plan, or return the one that is already there.
+
+        Raises:
+            PlanChanged: another plan is there; the first differing field is named.
+        """
+        publish(folder.plan, sealed(dataclasses.asdict(self)))
+        there = Plan.read(folder)
+        there.require_same(self, folder)
+        return there
+
+    @classmethod
+    def read(cls, folder: RunFolder) -> Plan:
+        """Read the plan of a run.
+
+        Raises:
+            LsweepError: there is none, or a newer lsweep made it.
+            DamagedFile: it was altered.
+        """
+        if not folder.exists:
+            raise LsweepError(f"{folder.root} is not a run: it has no plan.json")
+        value = read_json(folder.plan)
+        if value.get("version", 0) > VERSION:
+            raise LsweepError(
+                f"{folder.plan} has version {value['version']}, this lsweep reads up to {VERSION}: "
+                "update lsweep"
+            )
+        try:
+            return cls(**value)
+        except TypeError as e:
+            raise DamagedFile(f"{folder.plan} is not a plan: {e}") from None
+
+    def require_same(self, other: Plan, folder: RunFolder) -> None:
+        """Refuse another plan on this run.
+
+        Raises:
+            PlanChanged: with the first field that differs.
+        """
+        for name in ("problem", "origin", "directions", "steps", "data", "evaluate"):
+            found = _difference(getattr(self, name), getattr(other, name), name)
+            if found:
+                field, old, new = found
+                raise PlanChanged(
+                    f"{folder.root} holds another plan: {field} is {_short(old)} there and "
+                    f"{_short(new)} now; restore it, or give a new folder with --run",
+                    field,
+                )
+
+
+def _difference(old: Any, new: Any, where: str) -> tuple[str, Any, Any] | None:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            found = _difference(old.get(key), new.get(key), f"{where}.{key}")
+            if found:
+                return found
+        return None
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for i, (a, b) in enumerate(zip(old, new, strict=True)):
+            found = _difference(a, b, f"{where}[{i}]")
+            if found:
+                return found
+        return None
+    return None if old == new else (where, old, new)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

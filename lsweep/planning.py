@@ -1,0 +1,296 @@
+"""From a sweep and a problem to a frozen plan, and from a run back to its problem."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from lsweep.directions import Directions, Origin, dot, make_directions, project
+from lsweep.errors import LsweepError, PlanChanged, nearest
+from lsweep.factory import factory_file, file_digest, make_problem
+from lsweep.files import publish, read_json, replace, replace_with, sealed
+from lsweep.folder import RunFolder
+from lsweep.machine import refuse_foreign
+from lsweep.plan import Plan
+from lsweep.problem import Problem
+from lsweep.rounds import Rounds, publish_round
+from lsweep.settings import Evaluation, Settings, Track, build, plain
+from lsweep.weights import describe, fingerprint, load_matching
+
+LIVE = "live:problem"
+_RESTORE = "restore it, or plan a new run"
+_REMEDIES = {
+    "origin.sha256": "a factory must load the same weights each time: if it trains, save them first"
+}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run that is ready to be worked on."""
+
+    folder: RunFolder
+    plan: Plan
+    rounds: Rounds
+
+
+def make_plan(
+    settings: Settings, problem: Problem, base: Path, known: dict[str, Any] | None = None
+) -> tuple[Plan, Directions]:
+    """Find out all that a value depends on.
+
+    Args:
+        settings: what is asked for.
+        problem: made by its factory, or live.
+        base: folder that relative paths refer to.
+        known: ``facts`` of a plan made before, whose coefficients are kept.
+
+    Raises:
+        LsweepError: a split, a metric, a checkpoint or a direction is wrong.
+    """
+    evaluate = settings.evaluate
+    for split in evaluate.splits:
+        if split not in problem.splits:
+            raise LsweepError(f"no data split {split!r}{nearest(split, problem.splits)}")
+    if problem.forward is None:
+        for metric in evaluate.metrics:
+            if metric not in problem.metric_names:
+                raise LsweepError(f"no metric {metric!r}{nearest(metric, problem.metric_names)}")
+    variables = [f"{s}_{m}" for s in evaluate.splits for m in evaluate.metrics]
+    for name in evaluate.expected:
+        if name not in variables:
+            raise LsweepError(f"expected.{name}{nearest(name, variables)}")
+    origin = Origin.of(problem.model)
+    directions = make_directions(settings, origin, base, known)
+    steps, projections = [], []
+    for step in directions.steps:
+        state = load_matching(step.path, origin.everything)
+        steps.append({"label": step.label, "sha256": fingerprint(state)})
+        projections.append(dataclasses.asdict(project(state, origin, directions)))
+    table = plain(dataclasses.asdict(evaluate))
+    del table["expected"]  # a check, not something that a value depends on
+    source = problem.source
+    code = factory_file(source, base) if source else None
+    plan = Plan(
+        problem={
+            "factory": source.factory if source else LIVE,
+            "options": plain(source.options) if source else {},
+            "code": file_digest(code) if code else None,
+        },
+        origin=describe(origin.everything),
+        directions={
+            axis: {
+                **plain(dataclasses.asdict(settings.directions[axis])),
+                "sha256": fingerprint({n: t.float() for n, t in d.tensors.items()}),
+            }
+            for axis, d in directions.axes.items()
+        },
+        steps=steps,
+        data={
+            s: {"samples": problem.splits[s].samples, "fingerprint": problem.splits[s].fingerprint()}
+            for s in evaluate.splits
+        },
+        evaluate=table,
+        facts={
+            "network": type(problem.model).__name__,
+            "track": list(settings.trajectory.checkpoints) if settings.trajectory else [],
+            "axes": {
+                axis: {
+                    **directions.facts[axis],
+                    "norm": d.norm,
+                    "zero_filters": d.zero_filters,
+                    "ignored": list(d.ignored),
+                }
+                for axis, d in directions.axes.items()
+            },
+            "gram": directions.gram.tolist(),
+            "cosines": directions.cosines().tolist(),
+            "projections": projections,
+            "weight_sq": _weight_products(origin, directions),
+        },
+    )
+    return plan, directions
+
+
+def _weight_products(origin: Origin, directions: Directions) -> dict[str, Any]:
+    """Inner products over parameters alone, from which ||θ||² follows at every point exactly."""
+    moved = [
+        {n: t for n, t in d.tensors.items() if n in origin.parameters}
+        for d in directions.axes.values()
+    ]
+    return {
+        "origin": dot(origin.parameters, origin.parameters),
+        "linear": [dot(m, origin.parameters) for m in moved],
+        "square": [[dot(a, b) for b in moved] for a in moved],
+    }
+
+
+def plan_run(
+    settings: Settings,
+    problem: Problem,
+    base: Path,
+    folder: RunFolder,
+    *,
+    text: str | None = None,
+    unit_points: int | None = None,
+) -> Planned:
+    """Freeze the plan of a run and publish the round that its grid asks for.
+
+    On a run that exists, the plan must be the same; another grid is one more round.
+
+    Raises:
+        PlanChanged: the run holds another plan; the field is named.
+        LsweepError: the folder cannot be written, or the settings do not fit the problem.
+    """
+    existing = Plan.read(folder) if folder.exists else None
+    known = existing.facts["axes"] if existing else None
+    try:
+        plan, directions = make_plan(settings, problem, base, known)
+    except LsweepError as e:
+        if existing is not None and not isinstance(e, PlanChanged):
+            raise LsweepError(f"{e} ({folder.root} exists and is untouched)") from None
+        raise
+    if existing is not None:
+        existing.require_same(plan, folder)
+    try:
+        folder.root.mkdir(parents=True, exist_ok=True)
+        if existing is None:
+            _keep_source(settings, problem, base, folder, text)
+        plan = plan.freeze(folder)
+        if not folder.directions.exists():
+            write_directions(folder, plan, directions)
+        grid = directions.grid
+        rounds = publish_round(
+            folder, plan, grid, expected=settings.evaluate.expected, unit_points=unit_points
+        )
+    except OSError as e:
+        raise LsweepError(f"cannot write the run {folder.root}: {e.strerror or e}") from None
+    return Planned(folder, plan, rounds)
+
+
+def _keep_source(
+    settings: Settings, problem: Problem, base: Path, folder: RunFolder, text: str | None
+) -> None:
+    """Copy what the run was made from, before the plan that names it appears."""
+    publish(folder.source, sealed({"base": str(base.absolute())}))
+    if text is not None:
+        publish(folder.settings, text.encode())
+    code = factory_file(problem.source, base) if problem.source else None
+    if code is not None:
+        publish(folder.factory(code.name), code.read_bytes())
+
+
+def write_directions(folder: RunFolder, plan: Plan, directions: Directions) -> None:
+    """Write norms and fingerprints of the directions; no arrays, for the recipe remakes them."""
+    def write(path: Path) -> None:
+        with h5py.File(path, "w", libver=("v108", "v108")) as f:
+            f.attrs["plan"] = np.bytes_(plan.digest)
+            f.create_dataset("gram", data=directions.gram, fletcher32=True)
+            f.create_dataset("cosines", data=directions.cosines(), fletcher32=True)
+            for axis, d in directions.axes.items():
+                g = f.create_group(axis)
+                g.attrs["norm"] = d.norm
+                g.attrs["sha256"] = np.bytes_(plan.directions[axis]["sha256"])
+                g.attrs["zero_filters"] = d.zero_filters
+                names = sorted(d.tensors)
+                norms = np.array([math.sqrt(float(d.tensors[n].double().square().sum())) for n in names])
+                g.create_dataset("tensor_norms", data=norms, fletcher32=True)
+                joined = np.array([n.encode() for n in names])
+                g.create_dataset("tensor_names", data=joined, fletcher32=True)
+
+    replace_with(folder.directions, write)
+
+
+def base_of(folder: RunFolder) -> Path:
+    """Return the folder that relative paths of a run refer to."""
+    if folder.source.is_file():
+        return Path(read_json(folder.source)["base"])
+    return folder.root.absolute().parent
+
+
+def move_base(folder: RunFolder, base: Path) -> None:
+    """Let a run that was moved find its factory's files again."""
+    replace(folder.source, sealed({"base": str(base.absolute())}))
+
+
+def settings_of(folder: RunFolder, plan: Plan) -> Settings:
+    """Return settings that make the plan's directions again, with the newest round's grid."""
+    rounds = Rounds.read(folder, plan)
+    recipes = {
+        axis: {k: v for k, v in recipe.items() if k != "sha256" and v is not None}
+        for axis, recipe in plan.directions.items()
+    }
+    grid = {
+        n: {"range": [Decimal(low), Decimal(high)], "count": count}
+        for n, (low, high, count) in rounds.last.grid.items()
+    }
+    table: dict[str, Any] = {
+        "problem": {"factory": plan.problem["factory"], "options": plan.problem["options"]},
+        "grid": grid,
+        "directions": recipes,
+    }
+    settings = Settings.from_table(table, str(folder.plan))
+    evaluation = build(Evaluation, {k: v for k, v in plan.evaluate.items() if v is not None}, "plan")
+    track = Track(tuple(plan.facts["track"])) if plan.facts["track"] else None
+    return dataclasses.replace(settings, evaluate=evaluation, trajectory=track)
+
+
+def load_problem(
+    folder: RunFolder, plan: Plan, problem: Problem | None = None, trust: bool = False
+) -> tuple[Problem, Directions]:
+    """Make a run's problem and directions, and check that they are the plan's.
+
+    Raises:
+        PlanChanged: weights, directions, data or code are not those that were planned.
+        LsweepError: the run was made from a live problem, or its factory fails.
+    """
+    if problem is None:
+        if plan.problem["factory"] == LIVE:
+            raise LsweepError(
+                f"{folder.root} was made from a live model, which no other process can load: "
+                "call lsweep.sweep(problem, run=…) again, or use Problem.from_factory"
+            )
+        refuse_foreign(folder.plan, trust)
+        settings = settings_of(folder, plan)
+        where = Path(plan.problem["factory"].rpartition(":")[0])
+        code = folder.factory(where.name) if where.suffix == ".py" else None
+        if code is not None and file_digest(code) != plan.problem["code"]:
+            raise PlanChanged(
+                f"{code} is not the factory file that was planned: put back the original, or plan "
+                "a new run",
+                "problem.code",
+            )
+        problem = make_problem(settings.problem, base_of(folder), code, trust)
+    else:
+        settings = settings_of(folder, plan)
+    origin = Origin.of(problem.model)
+    directions = make_directions(settings, origin, base_of(folder), plan.facts["axes"])
+    for field, there, here in (
+        ("origin.sha256", plan.origin["sha256"], describe(origin.everything)["sha256"]),
+        *(
+            (
+                f"directions.{axis}.sha256",
+                plan.directions[axis]["sha256"],
+                fingerprint({n: t.float() for n, t in d.tensors.items()}),
+            )
+            for axis, d in directions.axes.items()
+        ),
+        *(
+            (f"data.{s}.fingerprint", known["fingerprint"], problem.splits[s].fingerprint())
+            for s, known in plan.data.items()
+            if s in problem.splits
+        ),
+    ):
+        if there != here:
+            raise PlanChanged(
+                f"{folder.root}: {field} is {here[:12]}… now, {there[:12]}… was planned: the "
+                f"{field.split('.')[0]} changed since; {_REMEDIES.get(field, _RESTORE)}",
+                field,
+            )
+    return problem, directions

@@ -1,0 +1,231 @@
+"""The pre-flight: what the first worker of a device class checks at the centre, frozen for its class.
+
+A device class is what computes equal bits: device, vector instructions, torch, threads. Its file
+in ``devices/`` fixes the batch sizes; the first worker of the class writes it, first wins.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from lsweep import batchnorm, machine
+from lsweep.errors import DamagedFile, LsweepError
+from lsweep.evaluate import Evaluator, Samples, Spot
+from lsweep.files import publish, read_json, sealed
+from lsweep.folder import RunFolder
+from lsweep.plan import Plan
+
+EXPECTED_TOLERANCE = 0.02  # relative; an expected value is typed from a log with few digits
+REPEAT_TOLERANCE = {"cpu": 0.0, "cuda": 1e-6, "mps": 1e-5}
+
+
+def choose_device(name: str, local: int = 0) -> torch.device:
+    """Return the device called ``name``; ``auto`` is the GPU of this local rank, else the CPU.
+
+    Raises:
+        LsweepError: there is no such device.
+
+    >>> choose_device("cpu")
+    device(type='cpu')
+    """
+    gpus = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda", local % gpus) if gpus else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise LsweepError(f"no device {name!r}: use cpu, cuda, cuda:N, mps or auto") from None
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", local % max(1, gpus))
+        if device.index >= gpus:
+            raise LsweepError(f"no device {name!r}: torch sees {gpus} CUDA devices here")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise LsweepError("no device 'mps' here")
+    return device
+
+
+def device_class(device: torch.device) -> str:
+    """Return the name of the device class: equal names compute equal bits."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        what = f"{properties.name} sm{properties.major}{properties.minor} cuda {torch.version.cuda}"
+    else:
+        what = f"{machine.cpu_model()} threads {torch.get_num_threads()}"
+    text = f"{device.type} {what} torch {torch.__version__}"
+    return f"{machine.slug(text)[:80]}-{machine.short_hash(text)}"
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuse a precision that the device does not have.
+
+    Raises:
+        LsweepError: naming what to use instead.
+    """
+    if precision == "tf32" and device.type != "cuda":
+        raise LsweepError(f'precision = "tf32" needs a CUDA device, not {device}: use float32')
+    if precision == "float64" and device.type == "mps":
+        raise LsweepError('precision = "float64" is not there on mps: use float32, or device cpu')
+
+
+def frozen_class(folder: RunFolder, plan: Plan, name: str) -> dict[str, Any] | None:
+    """Return the file of a device class, or None when no worker of the class has come yet.
+
+    Raises:
+        DamagedFile: it was altered, or belongs to another plan.
+    """
+    path = folder.device(name)
+    if not path.exists():
+        return None
+    value = read_json(path)
+    if value.get("plan") != plan.digest:
+        raise DamagedFile(f"{path} belongs to another plan: delete it, it is made again")
+    return value
+
+
+def preflight(
+    folder: RunFolder, plan: Plan, evaluator: Evaluator, expected: dict[str, float], worker: str
+) -> dict[str, Any]:
+    """Check the problem at the centre and publish the device class, or return what is there.
+
+    Each split's data is read twice and must come the same; the centre is evaluated twice and each
+    sample must give the same value; the loss must be what the user expects, where that is given.
+
+    Raises:
+        LsweepError: with the reason: a loader that shuffles, a dropout left on, another loss.
+    """
+    name = device_class(evaluator.device)
+    data = {s: _check_data(evaluator, s) for s in evaluator.splits}
+    for split in evaluator.splits[:1]:
+        batch = next(iter(evaluator._batches(split)))
+        with evaluator._context(audit=False):
+            evaluator.problem.check_mean(batch)
+    origin = Spot((0.0,) * len(evaluator.directions.axes))
+    first = evaluator.samples([origin])[0]
+    second: list[Samples] = []
+    seconds = evaluator.timed(lambda: second.extend(evaluator.samples([origin])[0]))
+    _check_repeat(evaluator, first, second)
+    centre = {v: _mean(s) for v, s in zip(plan.variable_names, first, strict=True)}
+    check_expected(centre, expected, plan)
+    value = {
+        "plan": plan.digest,
+        "class": name,
+        "device": _human(evaluator.device),
+        "backend": "eager",
+        "batch_sizes": evaluator.batch_sizes,
+        "threads": torch.get_num_threads(),
+        "versions": machine.versions(),
+        "worker": worker,
+        "centre": {v: c if c == c and abs(c) != float("inf") else None for v, c in centre.items()},
+        "opaque": [v for v, s in zip(plan.variable_names, first, strict=True) if s.opaque],
+        "samples": {
+            s: len(first[i * len(evaluator.metrics)].values) for i, s in enumerate(evaluator.splits)
+        },
+        "data": data,
+        "seconds_per_point": seconds,
+        "memory": _memory(evaluator.device),
+        "batch_norm": _batch_norm_check(evaluator),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    publish(folder.device(name), sealed(value))
+    there = frozen_class(folder, plan, name)
+    assert there is not None
+    return there
+
+
+def _check_data(evaluator: Evaluator, split: str) -> str:
+    source, size = evaluator.problem.splits[split], evaluator.batch_sizes[split]
+    once, twice = source.full_digest(size), source.full_digest(size)
+    if once != twice:
+        raise LsweepError(
+            f"the {split} data differs between two passes: a loader that shuffles, or an "
+            "augmentation; use shuffle=False and the transforms of evaluation"
+        )
+    return once
+
+
+def _check_repeat(evaluator: Evaluator, first: list[Samples], second: list[Samples]) -> None:
+    tolerance = REPEAT_TOLERANCE.get(evaluator.device.type, 1e-5)
+    for k, (a, b) in enumerate(zip(first, second, strict=True)):
+        split, metric = divmod(k, len(evaluator.metrics))
+        where = f"{evaluator.splits[split]} {evaluator.metrics[metric]}"
+        if a.values.shape != b.values.shape:
+            raise LsweepError(
+                f"{where}: {len(a.values)} samples the first time, {len(b.values)} the second"
+            )
+        off = (a.values - b.values).abs() > tolerance * (1 + a.values.abs())
+        if bool(off.any()):
+            i = int(off.nonzero()[0])
+            raise LsweepError(
+                f"{where}: the same sample gives another value the second time (sample {i}: "
+                f"{float(a.values[i]):.6g}, then {float(b.values[i]):.6g}). The network or the loss "
+                f"is random: {_suspects(evaluator)}"
+            )
+
+
+def _suspects(evaluator: Evaluator) -> str:
+    model = evaluator.problem.model
+    on = [n for n, m in model.named_modules() if m.training]
+    if on:
+        return f"{on[0] or type(model).__name__} stays in train mode"
+    drops = [n for n, m in model.named_modules() if "drop" in type(m).__name__.lower()]
+    hint = f"look at {', '.join(drops[:3])}, or at" if drops else "look for"
+    return f"{hint} a dropout that ignores eval mode, such as F.dropout(x, training=True)"
+
+
+def check_expected(centre: dict[str, float], expected: dict[str, float], plan: Plan) -> None:
+    """Compare the centre with what the user knows.
+
+    Raises:
+        LsweepError: a value is further off than 2 %, or names no variable.
+    """
+    for name, wanted in expected.items():
+        if name not in centre:
+            raise LsweepError(f"expected.{name}: the sweep has {', '.join(centre)}")
+        if not abs(centre[name] - wanted) <= EXPECTED_TOLERANCE * abs(wanted) + 1e-6:
+            raise LsweepError(
+                f"{name} at the centre is {centre[name]:.6g}, expected {wanted:.6g} (within "
+                f"{EXPECTED_TOLERANCE:.0%}): other weights, data, preprocessing or loss than in "
+                "training?"
+            )
+
+
+def _mean(s: Samples) -> float:
+    return float((s.weights * s.values).sum() / s.weights.sum())
+
+
+def _batch_norm_check(evaluator: Evaluator) -> dict[str, Any] | None:
+    """Measure once how much recalibrated statistics would change the picture at |offset| = 1."""
+    if evaluator.settings["batch_norm"] != "eval" or not batchnorm.layers(evaluator.problem.model):
+        return None
+    axes = len(evaluator.directions.axes)
+    offsets = [(s, *(0.0,) * (axes - 1)) for s in (1.0, -1.0)]
+    offsets += [(0.0, s, *(0.0,) * (axes - 2)) for s in (1.0, -1.0)] if axes > 1 else []
+    spots = [Spot(o) for o in offsets]
+    split = "train" if "train" in evaluator.problem.splits else evaluator.splits[0]
+    kept = [_mean(v[0]) for v in evaluator.samples(spots)]
+    anew = [_mean(v[0]) for v in evaluator.samples(spots, recalibrate=split)]
+    finite = [(a, b) for a, b in zip(kept, anew, strict=True) if abs(a) < 1e300 and abs(b) < 1e300]
+    if not finite:
+        return None
+    return {
+        "offsets": [list(o) for o in offsets],
+        "eval": [a for a, _ in finite],
+        "recalibrate": [b for _, b in finite],
+        "largest_relative": max(abs(b - a) / max(abs(a), 1e-12) for a, b in finite),
+    }
+
+
+def _human(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{machine.cpu_model()}, {torch.get_num_threads()} threads"
+
+
+def _memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return machine.peak_memory()

@@ -1,0 +1,270 @@
+"""A problem: a network, its data, and what is computed from one batch of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lsweep.data import Batch, Split, samples_in
+from lsweep.errors import LsweepError, nearest
+from lsweep.losses import Values, accuracy, flatten, per_sample
+from lsweep.settings import ProblemSource
+
+Forward = Callable[[nn.Module, Batch], Mapping[str, Values]]
+TARGETS = ("labels", "label", "targets", "target", "y")
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One metric on one batch: values [B], weights [B]; ``opaque`` when only a mean is known."""
+
+    values: Tensor
+    weights: Tensor
+    opaque: bool = False
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A network with its data and loss: everything a sweep needs to know about it.
+
+    Args:
+        model: any `nn.Module`, at the trained weights; evaluated in eval mode.
+        data: split name -> tensors ``(x, y)``, a dict of tensors, a `Dataset`, or a re-iterable
+            of batches. The same samples in the same order every time, without augmentation.
+        loss: ``loss(output, target)``: a torch loss, or a callable that returns per-sample values
+            [B], ``(values, weights)``, or an opaque scalar mean.
+        metrics: further ``name -> f(output, target)``, each per sample.
+        forward: ``forward(model, batch) -> {metric: values or (values, weights)}`` instead of
+            ``loss`` and ``metrics``; see `classifier` and `causal_lm`.
+        grad: True where computing the loss needs autograd inside (physics-informed networks).
+        source: where it came from; `from_factory` fills it in.
+
+    Raises:
+        LsweepError: data is empty or of an unknown kind, or neither loss nor forward is given.
+
+    >>> net = nn.Linear(2, 2)
+    >>> p = Problem(net, {"train": (torch.zeros(3, 2), torch.tensor([0, 1, 1]))},
+    ...             loss=nn.CrossEntropyLoss(), metrics={"accuracy": accuracy})
+    >>> p.metric_names
+    ('loss', 'accuracy')
+    """
+
+    model: nn.Module
+    data: Mapping[str, Any]
+    loss: Callable[..., Any] | None = None
+    metrics: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    forward: Forward | None = None
+    grad: bool = False
+    source: ProblemSource | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, nn.Module):
+            raise LsweepError(f"model is a {type(self.model).__name__}, not an nn.Module")
+        if not isinstance(self.data, Mapping) or not self.data:
+            raise LsweepError('data must be a dict of splits, such as {"train": (x, y)}')
+        if (self.loss is None) == (self.forward is None):
+            raise LsweepError("give a Problem either loss=… (and metrics=…) or forward=…")
+        if self.forward is not None and self.metrics:
+            raise LsweepError("with forward=… its returned dict holds all metrics: leave out metrics=")
+        if "loss" in self.metrics:
+            raise LsweepError("metrics must not contain 'loss': that is loss=…")
+        object.__setattr__(self, "splits", {n: Split(n, d) for n, d in self.data.items()})
+        if self.loss is not None:
+            object.__setattr__(
+                self, "_functions", {"loss": per_sample(self.loss), **self.metrics}
+            )
+
+    splits: dict[str, Split] = field(init=False, repr=False, compare=False)
+    _functions: dict[str, Callable[..., Any]] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
+
+    @classmethod
+    def from_factory(cls, factory: str, **options: Any) -> Problem:
+        """Make the problem that ``FILE.py:function(**options)`` returns, so that workers can too."""
+        from lsweep.factory import make_problem
+
+        return make_problem(ProblemSource(factory, options))
+
+    @functools.cached_property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of the metrics; a ``forward`` is run on one batch where it does not say."""
+        if self.forward is None:
+            return tuple(self._functions)
+        known = getattr(self.forward, "metrics", None)
+        if known:
+            return tuple(known)
+        split = next(iter(self.splits.values()))
+        with torch.set_grad_enabled(self.grad):
+            return tuple(self.forward(self.model, next(iter(split.batches(2)))))
+
+    def evaluate(self, batch: Batch, names: tuple[str, ...], full: bool = False) -> dict[str, Sampled]:
+        """Return the metrics ``names`` on one batch at the model's present weights.
+
+        Args:
+            batch: as the split yields it, on the model's device.
+            names: which metrics.
+            full: cast a reduced-precision output to float32 before the loss.
+
+        Raises:
+            LsweepError: a metric is unknown or not per sample.
+        """
+        n = samples_in(batch)
+        if self.forward is not None:
+            results = self.forward(self.model, batch)
+            if not isinstance(results, Mapping):
+                raise LsweepError(
+                    f"forward returned a {type(results).__name__}, not {{metric: values}}"
+                )
+        else:
+            inputs, target = split_batch(batch)
+            output = call(self.model, inputs)
+            if full and isinstance(output, Tensor) and output.is_floating_point():
+                output = output.float()
+            results = {m: self._functions[m](output, target) for m in names if m in self._functions}
+        out = {}
+        for name in names:
+            if name not in results:
+                raise LsweepError(f"no metric {name!r}{nearest(name, results or self._functions)}")
+            out[name] = _sampled(results[name], n, name)
+        return out
+
+    def check_mean(self, batch: Batch) -> None:
+        """Check on one batch that per-sample values average to the loss as it was given.
+
+        Raises:
+            LsweepError: they do not, so Σwv/Σw would be another number than the user's loss.
+        """
+        reduction = getattr(self.loss, "reduction", None)
+        if self.loss is None or (reduction is None and self._functions["loss"] is self.loss):
+            return
+        if reduction == "none":
+            return
+        inputs, target = split_batch(batch)
+        with torch.set_grad_enabled(self.grad):
+            output = call(self.model, inputs)
+            wanted = float(self.loss(output, target))
+            s = _sampled(self._functions["loss"](output, target), samples_in(batch), "loss")
+        found = float((s.weights.double() * s.values.double()).sum() / s.weights.double().sum())
+        if wanted == wanted and abs(found - wanted) > 1e-4 * max(1.0, abs(wanted)):
+            raise LsweepError(
+                f"loss: the weighted mean of its per-sample values is {found:.6g}, but the loss "
+                f"itself gives {wanted:.6g}; return (values, weights) from a function of your own"
+            )
+
+
+def split_batch(batch: Batch) -> tuple[Any, Any]:
+    """Return inputs and target of a batch: the last of a tuple, or ``labels`` of a dict.
+
+    >>> split_batch({"x": 1, "labels": 2})
+    ({'x': 1}, 2)
+    """
+    if isinstance(batch, Mapping):
+        for key in TARGETS:
+            if key in batch:
+                return {k: v for k, v in batch.items() if k != key}, batch[key]
+        raise LsweepError(
+            f"a dict batch with keys {', '.join(batch)} has no target ({', '.join(TARGETS)}): "
+            "give forward=…"
+        )
+    if isinstance(batch, list | tuple) and len(batch) >= 2:
+        return (batch[0] if len(batch) == 2 else tuple(batch[:-1])), batch[-1]
+    raise LsweepError("a batch is neither (input, target) nor a dict: give forward=…")
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Run a network on a tensor, a tuple or a dict of inputs; return its logits or output."""
+    if isinstance(inputs, Mapping):
+        output = model(**inputs)
+    elif isinstance(inputs, tuple):
+        output = model(*inputs)
+    else:
+        output = model(inputs)
+    return getattr(output, "logits", output)
+
+
+def _sampled(result: Values, n: int, name: str) -> Sampled:
+    values, weights = result if isinstance(result, tuple) else (result, None)
+    if not isinstance(values, Tensor):
+        values = torch.as_tensor(values)
+    if values.is_complex():
+        raise LsweepError(f"metric {name!r} is complex: a value is a real number")
+    if values.dim() == 0:
+        if name != "loss":
+            raise LsweepError(
+                f"metric {name!r} returned one number for a batch of {n} samples. A metric is a "
+                "mean over samples; batch values of F1, AUC and other non-means cannot be merged. "
+                "Return one value per sample"
+            )
+        ones = torch.full((1,), float(n), dtype=torch.float64, device=values.device)
+        return Sampled(values.detach().reshape(1), ones, opaque=True)
+    values = values.detach()
+    if values.dim() > 1:
+        reduced = flatten(values, weights)
+        values, weights = reduced if isinstance(reduced, tuple) else (reduced, weights)
+    if weights is None:
+        weights = torch.ones_like(values)
+    weights = weights.detach().to(values.device)
+    if weights.shape != values.shape:
+        raise LsweepError(
+            f"metric {name!r}: weights have shape {tuple(weights.shape)}, values {tuple(values.shape)}"
+        )
+    return Sampled(values, weights)
+
+
+def classifier(model: nn.Module, batch: Batch) -> dict[str, Values]:
+    """Return cross-entropy and accuracy of a classifier, for tuple and dict batches alike.
+
+    Args:
+        model: returns logits [B, C], or an object with ``.logits``.
+        batch: ``(x, y)`` or a dict with ``labels``; labels of -100 are ignored.
+
+    Returns:
+        ``loss`` in nats and ``accuracy`` in per cent, per sample.
+
+    >>> classifier(nn.Identity(), (torch.zeros(1, 4), torch.tensor([2])))["loss"][0]
+    tensor([1.3863])
+    """
+    inputs, target = split_batch(batch)
+    output = call(model, inputs).float()
+    return {"loss": _cross_entropy(output, target), "accuracy": accuracy(output, target)}
+
+
+def causal_lm(model: nn.Module, batch: Batch) -> dict[str, Values]:
+    """Return next-token cross-entropy and accuracy of a language model, weighted by tokens.
+
+    A sample is a sequence: its value is the mean over its predicted tokens and its weight their
+    number, so Σwv/Σw is the mean over tokens, while standard errors treat the tokens of one
+    sequence as dependent.
+
+    Args:
+        model: ``model(input_ids)`` or ``model(input_ids=…)`` returns logits [B, T, V].
+        batch: token ids [B, T], or a dict with ``input_ids`` and optionally ``attention_mask``
+            and ``labels`` (-100 ignored).
+
+    Returns:
+        ``loss`` in nats per token and ``accuracy`` in per cent of tokens.
+
+    >>> causal_lm(lambda ids: torch.zeros(1, 3, 8), torch.tensor([[1, 2, 3]]))["loss"]
+    (tensor([2.0794]), tensor([2.]))
+    """
+    if isinstance(batch, Mapping):
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        labels = batch.get("labels", batch["input_ids"])
+        if "labels" not in batch and "attention_mask" in batch:
+            labels = torch.where(batch["attention_mask"].bool(), labels, -100)
+    else:
+        inputs = batch[0] if isinstance(batch, list | tuple) else batch
+        labels = inputs
+    logits = call(model, inputs)[:, :-1].transpose(1, 2).float()  # [B, V, T-1]
+    target = labels[:, 1:]
+    return {"loss": _cross_entropy(logits, target), "accuracy": accuracy(logits, target)}
+
+
+classifier.metrics = causal_lm.metrics = ("loss", "accuracy")  # type: ignore[attr-defined]
+_cross_entropy = per_sample(nn.CrossEntropyLoss())

@@ -1,0 +1,366 @@
+"""What the user asks for: `sweep.toml` and the keywords of `sweep()` as frozen, validated values."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lsweep.errors import LsweepError, nearest
+
+T = TypeVar("T")
+KINDS = ("random", "to", "plane", "pca", "hessian", "gradient", "file")
+NORMALIZATIONS = ("filter", "layer", "weight", "none")
+BATCH_NORMS = ("eval", "batch", "recalibrate")
+PRECISIONS = ("float64", "float32", "tf32", "bfloat16", "float16")
+AXES = ("x", "y", "z")
+LARGEST_GRID = 10**8  # points; beyond it the index arrays alone outgrow a node
+LARGEST_OFFSET = 10**6
+
+
+@dataclass(frozen=True)
+class ProblemSource:
+    """Where the problem comes from: ``FILE.py:function`` or ``package.module:function``."""
+
+    factory: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[^:]+:[A-Za-z_]\w*", self.factory):
+            raise LsweepError(
+                f"problem.factory = {self.factory!r}: write FILE.py:function or "
+                "package.module:function"
+            )
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A range and a count; the bounds are exact rationals, or ``auto`` until a trajectory is read."""
+
+    range: tuple[Decimal, Decimal] | str
+    count: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.range, str):
+            if self.range != "auto":
+                raise LsweepError(f'range = {self.range!r}: write [low, high] or "auto"')
+        else:
+            low, high = self.range
+            for bound in (low, high):
+                if not bound.is_finite() or abs(bound) > LARGEST_OFFSET:
+                    raise LsweepError(f"range bound {bound}: must be within ±{LARGEST_OFFSET:g}")
+                if bound and abs(bound) < Decimal("1e-12"):
+                    raise LsweepError(f"range bound {bound}: must be 0 or at least 1e-12 in size")
+            if low >= high:
+                raise LsweepError(f"range = [{low}, {high}]: the low end must be below the high end")
+        if not 2 <= self.count <= LARGEST_GRID:
+            raise LsweepError(f"count = {self.count}: must be between 2 and {LARGEST_GRID}")
+
+    @property
+    def bounds(self) -> tuple[Fraction, Fraction]:
+        """Low and high end as exact rationals."""
+        assert not isinstance(self.range, str), "an auto range is resolved when the plan is made"
+        return Fraction(self.range[0]), Fraction(self.range[1])
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a direction is made; see ``directions.py`` for what each kind means."""
+
+    kind: str = "random"
+    seed: int = 0
+    normalize: str | None = None
+    ignore: str | None = None
+    orthogonalize: bool = False
+    parameters: tuple[str, ...] = ("*",)
+    gauge: str = "none"
+    checkpoint: str | None = None
+    checkpoints: tuple[str, ...] = ()
+    file: str | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("kind", self.kind, KINDS)
+        if self.kind in ("hessian", "gradient"):
+            raise LsweepError(f'kind = "{self.kind}" is not built yet; use random, to, pca or file')
+        if self.gauge != "none":
+            raise LsweepError(f"gauge = {self.gauge!r} is not built yet; leave it out")
+        random = self.kind == "random"
+        object.__setattr__(self, "normalize", self.normalize or ("filter" if random else "none"))
+        object.__setattr__(self, "ignore", self.ignore or ("bias+norm" if random else "none"))
+        _one_of("normalize", self.normalize, NORMALIZATIONS)
+        _one_of("ignore", self.ignore, ("bias+norm", "none"))
+        if not 0 <= self.seed < 2**63:
+            raise LsweepError(f"seed = {self.seed}: must be between 0 and 2**63 - 1")
+        needs = {"to": "checkpoint", "plane": "checkpoints", "pca": "checkpoints", "file": "file"}
+        if self.kind in needs and not getattr(self, needs[self.kind]):
+            raise LsweepError(f'kind = "{self.kind}" needs {needs[self.kind]} = …')
+        if self.kind == "plane" and len(self.checkpoints) != 2:
+            raise LsweepError('kind = "plane" needs two checkpoints: the plane through them and θ')
+        if not self.parameters:
+            raise LsweepError('parameters = []: give at least one pattern, such as ["layer3.*"]')
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is computed at a point, and how."""
+
+    metrics: tuple[str, ...] = ("loss",)
+    splits: tuple[str, ...] = ("train",)
+    batch_norm: str = "eval"
+    precision: str = "float32"
+    samples: int | None = None
+    slices: int = 1
+    expected: dict[str, float] = field(default_factory=dict)
+    backend: str = "auto"
+    batch_size: int | str = "auto"
+
+    def __post_init__(self) -> None:
+        _one_of("batch_norm", self.batch_norm, BATCH_NORMS)
+        _one_of("precision", self.precision, PRECISIONS)
+        _one_of("backend", self.backend, ("auto", "eager"))
+        for what in ("metrics", "splits"):
+            names = getattr(self, what)
+            if not names or len(set(names)) != len(names):
+                raise LsweepError(f"{what} = {list(names)}: give at least one, each once")
+            for name in names:
+                if not re.fullmatch(r"[A-Za-z]\w*", name):
+                    raise LsweepError(f"{what}: {name!r} must be letters, digits and _")
+        if self.samples is not None:
+            raise LsweepError("samples is not built yet; give the subset as a split of its own")
+        if not 1 <= self.slices <= 10**6:
+            raise LsweepError(f"slices = {self.slices}: must be between 1 and 1000000")
+        if self.slices > 1 and self.batch_norm != "eval":
+            raise LsweepError(
+                f'batch_norm = "{self.batch_norm}" cannot be sliced: its statistics need whole '
+                "batches; use slices = 1"
+            )
+        if isinstance(self.batch_size, str) and self.batch_size != "auto":
+            raise LsweepError(f'batch_size = {self.batch_size!r}: a number or "auto"')
+        if isinstance(self.batch_size, int) and self.batch_size < 1:
+            raise LsweepError(f"batch_size = {self.batch_size}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """Adaptive resolution; not built yet, so every grid point is evaluated."""
+
+    tolerance: float
+
+    def __post_init__(self) -> None:
+        raise LsweepError("[refine] is not built yet: leave it out, every grid point is evaluated")
+
+
+@dataclass(frozen=True)
+class Track:
+    """Checkpoints to draw on the plane, with their true values."""
+
+    checkpoints: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One sweep as asked for.
+
+    >>> s = Settings.from_text('''
+    ... [problem]
+    ... factory = "problem.py:make"
+    ... [grid.x]
+    ... range = [-1.0, 1.0]
+    ... count = 51
+    ... ''')
+    >>> s.grid["x"].count, s.directions["x"].normalize
+    (51, 'filter')
+    """
+
+    problem: ProblemSource
+    grid: dict[str, Axis]
+    directions: dict[str, Recipe] = field(default_factory=dict)
+    evaluate: Evaluation = field(default_factory=Evaluation)
+    refine: Refinement | None = None
+    trajectory: Track | None = None
+
+    def __post_init__(self) -> None:
+        if list(self.grid) not in (["x"], ["x", "y"], ["x", "y", "z"]):
+            raise LsweepError(f"grid has axes {sorted(self.grid)}: write [grid.x], then y, then z")
+        points = 1
+        for axis in self.grid.values():
+            points *= axis.count
+        if points > LARGEST_GRID:
+            raise LsweepError(f"the grid has {points} points: at most {LARGEST_GRID}")
+        for name in self.directions:
+            if name not in self.grid:
+                raise LsweepError(f"[directions.{name}] has no [grid.{name}]{nearest(name, self.grid)}")
+        recipes = {n: self.directions.get(n, Recipe()) for n in self.grid}
+        object.__setattr__(self, "directions", recipes)
+        for name, axis in self.grid.items():
+            if axis.range == "auto" and recipes[name].kind != "pca":
+                raise LsweepError(f'grid.{name}.range = "auto" needs directions of kind "pca"')
+
+    @classmethod
+    def from_text(cls, text: str, where: str = "sweep.toml") -> Settings:
+        """Read TOML.
+
+        Raises:
+            LsweepError: it is not TOML, or a key or a value is wrong; the message names it.
+        """
+        return cls.from_table(_parse(text, where), where)
+
+    @classmethod
+    def from_file(cls, path: Path, overrides: tuple[str, ...] = ()) -> Settings:
+        """Read a `sweep.toml`, with ``KEY=VALUE`` overrides such as ``grid.x.count=11``."""
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            reason = e.strerror if isinstance(e, OSError) else "it is not UTF-8 text"
+            raise LsweepError(f"cannot read {path}: {reason}") from None
+        table = _parse(text, path.name)
+        for override in overrides:
+            _override(table, override)
+        return cls.from_table(table, path.name)
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any], where: str = "sweep.toml") -> Settings:
+        """Validate nested tables, where ``[directions]`` may hold ``[directions.x]``."""
+        top = dict(table)
+        directions = top.pop("directions", {})
+        if not isinstance(directions, Mapping):
+            raise LsweepError(f"{where}: directions must be a table")
+        shared = {k: v for k, v in directions.items() if k not in AXES}
+        grid = top.get("grid", {})
+        if not isinstance(grid, Mapping) or not grid:
+            raise LsweepError(f"{where}: [grid.x] is missing; write range = [-1.0, 1.0], count = 51")
+        special = {k: directions[k] for k in AXES if k in directions}
+        for name, value in special.items():
+            if not isinstance(value, Mapping):
+                raise LsweepError(f"{where}: directions.{name} must be a table")
+        top["directions"] = {
+            n: {**shared, **special.get(n, {})} for n in [*grid, *(k for k in special if k not in grid)]
+        }
+        top["grid"] = {n: grid[n] for n in sorted(grid, key=str)}
+        return build(cls, top, where)
+
+
+def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
+    """Make a dataclass from a table, checking every key and type.
+
+    Raises:
+        LsweepError: unknown key (the nearest valid one is named), missing key, or wrong type.
+
+    >>> build(Axis, {"range": [-1, 1], "cuont": 3}, "grid.x")
+    Traceback (most recent call last):
+    lsweep.errors.LsweepError: grid.x: unknown key 'cuont'; did you mean 'count'?
+    """
+    if not isinstance(table, Mapping):
+        raise LsweepError(f"{where}: expected a table, got {_kind(table)}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    for key in table:
+        if key not in fields:
+            raise LsweepError(f"{where}: unknown key {key!r}{nearest(key, fields)}")
+    values = {}
+    for name, f in fields.items():
+        if name in table:
+            values[name] = _convert(hints[name], table[name], f"{where}: {name}")
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise LsweepError(f"{where}: {name} is missing")
+    try:
+        return cls(**values)
+    except LsweepError as e:
+        raise LsweepError(f"{where}: {e}") from None
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        reasons = []
+        for option in (a for a in args if a is not type(None)):
+            try:
+                return _convert(option, value, where)
+            except LsweepError as e:
+                reasons.append(e)
+        raise reasons[0]
+    if dataclasses.is_dataclass(hint):
+        return build(typing.cast(type, hint), value, where)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise LsweepError(f"{where}: expected a table, got {_kind(value)}")
+        if args[1] is Any:
+            return plain(value)
+        return {k: _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, list | tuple):
+            raise LsweepError(f"{where} = {value!r}: expected a list")
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_convert(args[0], v, where) for v in value)
+        if len(value) != len(args):
+            raise LsweepError(f"{where} = {plain(value)}: expected {len(args)} values")
+        return tuple(_convert(a, v, where) for a, v in zip(args, value, strict=True))
+    number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    if hint is Decimal and number:
+        return value if isinstance(value, Decimal) else Decimal(repr(value))
+    if hint is float and number:
+        return float(value)
+    if hint is int and number and value == value and abs(value) < 2**63 and value == int(value):
+        return int(value)
+    if hint in (str, bool) and isinstance(value, hint):
+        return value
+    names = {Decimal: "a number", float: "a number", int: "a whole number", str: "a string"}
+    raise LsweepError(f"{where} = {value!r}: expected {names.get(hint, 'true or false')}")
+
+
+def plain(value: Any) -> Any:
+    """Return ``value`` with decimals as floats and tuples as lists, ready for JSON.
+
+    >>> plain({"a": (Decimal("0.5"), 1)})
+    {'a': [0.5, 1]}
+    """
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text, parse_float=Decimal)
+    except (ValueError, InvalidOperation, RecursionError) as e:
+        raise LsweepError(f"{where} is not valid TOML: {e or type(e).__name__}") from None
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key.strip():
+        raise LsweepError(f"--set {override!r}: write KEY=VALUE, such as grid.x.count=11")
+    try:
+        value = _parse(f"v = {text}", "--set")["v"]
+    except LsweepError:
+        value = text.strip()  # a bare word is a string: --set directions.kind=random
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise LsweepError(f"--set {key}: {parent} is not a table")
+    table[last] = value
+
+
+def _one_of(name: str, value: Any, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise LsweepError(f"{name} = {value!r}{nearest(str(value), valid)}")
+
+
+def _kind(value: Any) -> str:
+    names = {str: "a string", bool: "true or false", int: "a number", Decimal: "a number"}
+    return names.get(type(value), f"a {type(value).__name__}")

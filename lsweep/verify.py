@@ -1,0 +1,126 @@
+"""Verify: the integrity of every file of a run, and on request of the data it was computed from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lsweep.committed import Committed
+from lsweep.errors import LsweepError
+from lsweep.files import read_json
+from lsweep.folder import RunFolder
+from lsweep.merge import damage, merge
+from lsweep.plan import Plan
+from lsweep.rounds import Rounds
+from lsweep.surface import Surface
+
+
+@dataclass
+class Findings:
+    """What verifying found: ``problems`` for damage, ``notes`` for what is merely worth knowing."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    checked: int = 0
+
+
+def verify(folder: RunFolder, data: bool = False, trust: bool = False) -> Findings:
+    """Check the checksum of every file, that they belong together, and that rows agree.
+
+    Args:
+        folder: the run.
+        data: also read all data and compare with what the first worker saw (imports the factory).
+        trust: import a factory that belongs to another user.
+
+    Raises:
+        LsweepError: this is no run.
+    """
+    found = Findings()
+    try:
+        plan = Plan.read(folder)
+        found.checked += 1
+        rounds = Rounds.read(folder, plan)
+        found.checked += len(rounds.all)
+    except LsweepError as e:
+        if not folder.exists:
+            raise
+        found.problems.append(f"{e}; nothing else can be checked without it")
+        return found
+    others = [*folder.all_devices(), *folder.all_workers(), *sorted(folder.leases.glob("*/*/*.g*"))]
+    others += [folder.source] if folder.source.exists() else []
+    for path in others:
+        found.checked += 1
+        try:
+            value = read_json(path)
+            if value.get("plan", plan.digest) != plan.digest:
+                raise LsweepError(f"{path} belongs to another plan")
+        except LsweepError as e:
+            found.problems.append(f"{e}; it can be deleted, it is made again")
+    _check_code(folder, plan, found)
+    committed = Committed.read(folder, plan, rounds)
+    found.checked += len(committed.parts)
+    for name, what in damage(committed.parts).items():
+        found.problems.append(f"{name}: {what}; 'lsweep run' computes what is lost")
+    missing = int((~committed.done).sum())
+    if missing:
+        found.notes.append(f"{missing} of {committed.done.size} points have no row yet")
+    merged, report = merge(folder)
+    if report.conflicts:
+        found.problems.append(
+            f"{report.conflicts} points were computed twice with different values: "
+            "non-determinism, or a device that errs"
+        )
+    if folder.surface.exists():
+        found.checked += 1
+        _check_surface(folder, plan, merged, found)
+    if data:
+        _check_data(folder, plan, found, trust)
+    return found
+
+
+def _check_code(folder: RunFolder, plan: Plan, found: Findings) -> None:
+    from hashlib import sha256
+
+    where = plan.problem["factory"].rpartition(":")[0]
+    if not plan.problem["code"]:
+        return
+    copy = folder.factory(where)
+    found.checked += 1
+    if not copy.is_file():
+        found.problems.append(f"{copy} is missing: put the planned factory file there")
+    elif sha256(copy.read_bytes()).hexdigest() != plan.problem["code"]:
+        found.problems.append(f"{copy} is not the factory file that was planned")
+
+
+def _check_surface(folder: RunFolder, plan: Plan, merged: Surface, found: Findings) -> None:
+    try:
+        surface = Surface.load(folder.surface)
+    except LsweepError as e:
+        found.problems.append(f"{e}; 'lsweep merge' makes it again")
+        return
+    if surface.provenance.get("plan_sha256") != plan.digest:
+        found.problems.append(f"{folder.surface} belongs to another plan")
+        return
+    for name in plan.variable_names:
+        same = surface[name].shape == merged[name].shape
+        if not same or surface[name].tobytes() != merged[name].tobytes():
+            found.notes.append(f"{folder.surface.name} is older than the parts: 'lsweep merge' it")
+            return
+
+
+def _check_data(folder: RunFolder, plan: Plan, found: Findings, trust: bool) -> None:
+    from lsweep.planning import load_problem
+
+    problem, _ = load_problem(folder, plan, trust=trust)
+    for path in folder.all_devices():
+        try:
+            value = read_json(path)
+        except LsweepError:
+            continue  # reported above
+        for split, there in value["data"].items():
+            found.checked += 1
+            here = problem.splits[split].full_digest(value["batch_sizes"][split])
+            if here != there:
+                found.problems.append(
+                    f"the {split} data is not what {value['class']} evaluated: {here[:12]}… now, "
+                    f"{there[:12]}… then"
+                )

@@ -1,0 +1,235 @@
+"""Weights by canonical name: read from checkpoints, fingerprinted, told apart by module."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lsweep.errors import DamagedFile, LsweepError
+
+State = dict[str, Tensor]
+WRAPPERS = ("module", "_orig_mod")
+NESTS = ("state_dict", "model_state_dict", "model", "net", "params", "model_ema", "ema")
+
+
+def canonical_name(name: str) -> str:
+    """Return a parameter's name without the wrappers of DataParallel and torch.compile.
+
+    >>> canonical_name("module._orig_mod.layer1.weight")
+    'layer1.weight'
+    """
+    while name.split(".")[0] in WRAPPERS and "." in name:
+        name = name.partition(".")[2]
+    return name
+
+
+def parameters_of(model: nn.Module) -> State:
+    """Return parameters by canonical name, tied ones once, in the model's order."""
+    return {canonical_name(n): p for n, p in model.named_parameters()}
+
+
+def buffers_of(model: nn.Module) -> State:
+    """Return floating-point buffers by canonical name, those that a checkpoint would hold."""
+    kept = model.state_dict().keys()
+    return {
+        canonical_name(n): b
+        for n, b in model.named_buffers()
+        if b.is_floating_point() and n in kept
+    }
+
+
+def owners_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Return for each parameter's canonical name the module that holds it."""
+    return {
+        canonical_name(f"{prefix}.{n}" if prefix else n): module
+        for prefix, module in model.named_modules()
+        for n, _ in module.named_parameters(recurse=False)
+    }
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """Return the sha256 over names, shapes and float32 or float64 bytes, sorted by name.
+
+    >>> fingerprint({"w": torch.zeros(2)}) == fingerprint({"w": torch.zeros(2)})
+    True
+    """
+    h = hashlib.sha256()
+    for name in sorted(state):
+        t = state[name].detach().cpu()
+        t = t if t.dtype == torch.float64 or not t.is_floating_point() else t.float()
+        h.update(f"{name}{tuple(t.shape)}{t.dtype}".encode())
+        h.update(memoryview(t.contiguous().flatten().view(torch.uint8).numpy()))
+    return h.hexdigest()
+
+
+def load_state(path: str | Path) -> State:
+    """Return the tensors of a checkpoint by canonical name; nothing is ever unpickled.
+
+    Reads a plain state dict, one nested under ``state_dict``, ``model`` or the like (Lightning,
+    timm), ``.safetensors``, a sharded ``*.index.json`` and a Hugging Face folder. A prefix that
+    all names share (``model.``, ``net.``) is left to `match`, which knows the network.
+
+    Args:
+        path: a file or a folder.
+
+    Returns:
+        name -> tensor on the CPU, in the checkpoint's order and dtype.
+
+    Raises:
+        LsweepError: the path is missing, or the file holds objects other than tensors.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as d:
+    ...     torch.save({"state_dict": {"module.w": torch.ones(2)}, "epoch": 3}, f"{d}/a.pt")
+    ...     load_state(f"{d}/a.pt")
+    {'w': tensor([1., 1.])}
+    """
+    p = Path(path)
+    if p.is_dir():
+        for name in (
+            "model.safetensors.index.json",
+            "model.safetensors",
+            "pytorch_model.bin.index.json",
+            "pytorch_model.bin",
+        ):
+            if (p / name).is_file():
+                return load_state(p / name)
+        raise LsweepError(f"{p} holds no model.safetensors and no pytorch_model.bin")
+    if not p.is_file():
+        raise LsweepError(f"no checkpoint at {p}")
+    if p.name.endswith(".index.json"):
+        return _load_shards(p)
+    if p.suffix == ".safetensors":
+        return {canonical_name(n): t for n, t in _load_safetensors(p).items()}
+    try:
+        value = torch.load(p, map_location="cpu", weights_only=True)
+    except Exception as e:
+        reason = str(e).splitlines()[0][:160] if str(e) else type(e).__name__
+        raise LsweepError(
+            f"cannot read checkpoint {p}: {reason} (only tensors and plain containers are read; "
+            "save model.state_dict())"
+        ) from None
+    for key in NESTS:
+        if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
+            value = value[key]
+            break
+    if not isinstance(value, Mapping):
+        raise LsweepError(f"{p} holds a {type(value).__name__}, not a state dict")
+    state = {canonical_name(str(n)): t for n, t in value.items() if isinstance(t, Tensor)}
+    if not state:
+        raise LsweepError(f"{p} holds no tensors; its keys: {', '.join(map(str, value))[:120]}")
+    return state
+
+
+def _load_safetensors(path: Path) -> State:
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise LsweepError(f"{path} needs safetensors: pip install 'lsweep[safetensors]'") from None
+    try:
+        state: State = load_file(path)
+    except Exception as e:
+        raise DamagedFile(f"{path} is damaged or not a safetensors file: {e}") from None
+    return state
+
+
+def _load_shards(index: Path) -> State:
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, OSError) as e:
+        raise DamagedFile(f"{index} is not a checkpoint index: {e}") from None
+    state: State = {}
+    for name in sorted(names):
+        if Path(name).name != name:
+            raise LsweepError(f"{index} names {name!r}, a path outside its folder")
+        state |= load_state(index.parent / name)
+    return state
+
+
+def match(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> State:
+    """Return the tensors of ``state`` that belong to ``wanted``, a shared prefix removed.
+
+    Raises:
+        LsweepError: a name is missing or a shape differs; the message names the first.
+
+    >>> match({"net.w": torch.ones(2)}, {"w": torch.zeros(2)}, "a.pt")
+    {'w': tensor([1., 1.])}
+    """
+    renamed = dict(state)
+    for prefix in _prefixes(state):
+        if not set(wanted) <= set(renamed) and any(prefix + n in state for n in wanted):
+            renamed = {n.removeprefix(prefix): t for n, t in state.items()}
+    found = {}
+    for name, tensor in wanted.items():
+        if name not in renamed:
+            raise LsweepError(f"{where}: no tensor for {name!r}; it has {', '.join(list(state)[:4])}, …")
+        if renamed[name].shape != tensor.shape:
+            raise LsweepError(
+                f"{where}: {name} has shape {tuple(renamed[name].shape)}, "
+                f"the network's is {tuple(tensor.shape)}"
+            )
+        found[name] = renamed[name]
+    return found
+
+
+def _prefixes(state: Iterable[str]) -> list[str]:
+    return sorted({n.partition(".")[0] + "." for n in state if "." in n})
+
+
+def natural_order(paths: Iterable[Path]) -> list[Path]:
+    """Sort paths so that ``epoch10`` comes after ``epoch9``.
+
+    >>> [p.name for p in natural_order([Path("e10"), Path("e9")])]
+    ['e9', 'e10']
+    """
+    return sorted(
+        paths, key=lambda p: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", str(p))]
+    )
+
+
+def find_checkpoints(patterns: Iterable[str], base: Path) -> list[Path]:
+    """Return the files that match paths or glob patterns relative to ``base``, in natural order.
+
+    Raises:
+        LsweepError: a pattern matches nothing.
+    """
+    found: list[Path] = []
+    for pattern in patterns:
+        path = base / pattern
+        if path.exists():
+            found.append(path)
+            continue
+        hits: list[Path] = []
+        with contextlib.suppress(ValueError, NotImplementedError):
+            root = Path(path.anchor) if Path(pattern).is_absolute() else base
+            hits = natural_order(root.glob(str(path.relative_to(root))))
+        if not hits:
+            raise LsweepError(f"no checkpoint matches {pattern!r} in {base}")
+        found += hits
+    return found
+
+
+def load_matching(path: Path, wanted: Mapping[str, Tensor]) -> State:
+    """Return the tensors of the checkpoint at ``path`` that ``wanted`` names, checked."""
+    return match(load_state(path), wanted, str(path))
+
+
+def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return how many tensors and numbers ``state`` has, with its fingerprint.
+
+    >>> describe({"w": torch.zeros(2, 3)})["parameters"]
+    6
+    """
+    return {
+        "tensors": len(state),
+        "parameters": sum(t.numel() for t in state.values()),
+        "sha256": fingerprint(state),
+    }

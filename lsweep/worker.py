@@ -1,0 +1,420 @@
+"""The worker: lease some units, evaluate them, commit each, until nothing is missing.
+
+Every launcher starts this one function. It needs nobody, and may join or leave at any time.
+"""
+
+from __future__ import annotations
+
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lsweep import leases, machine
+from lsweep.committed import Committed
+from lsweep.errors import LsweepError, SickDevice
+from lsweep.evaluate import Evaluator, Spot, is_out_of_memory, means
+from lsweep.factory import describe
+from lsweep.folder import RunFolder
+from lsweep.parts import CAPACITIES, Kind, PartWriter, Rows, device_code, row_type
+from lsweep.plan import Plan
+from lsweep.planning import load_problem
+from lsweep.preflight import check_precision, choose_device, device_class, frozen_class, preflight
+from lsweep.problem import Problem
+from lsweep.rounds import Round, Rounds
+from lsweep.surface import Status
+from lsweep.workers import Heartbeat, Observer, State, Verdict
+
+AUDIT_SHARE = 100  # one point in so many is evaluated twice
+LEAST_AUDITED = 3
+CENTRE_TOLERANCE = {"cpu": 0.0, "cuda": 1e-6}
+LONGEST_NAP = 2.0  # seconds between looks at what others left
+
+
+@dataclass(frozen=True)
+class Task:
+    """How this worker takes part: worker ``index`` of ``of``, the ``local``-th on its node.
+
+    Attributes:
+        index: picks the shard of a round that it begins with.
+        of: number of workers.
+        local: picks its GPU.
+        device: ``auto``, ``cpu``, ``cuda:1``, ….
+        threads: torch threads; 0 leaves torch's own choice.
+        claims: ``lease``; or ``static``, each worker its shard only, where metadata lies.
+        beat: seconds between heartbeats.
+        trust: import a factory that belongs to another user.
+    """
+
+    index: int = 0
+    of: int = 1
+    local: int = 0
+    device: str = "auto"
+    threads: int = 1
+    claims: str = "lease"
+    beat: float = 10.0
+    trust: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.of:
+            raise LsweepError(f"--index {self.index}: must be from 0 to {self.of - 1} (--of)")
+
+
+def work(folder: RunFolder, task: Task, problem: Problem | None = None) -> int:
+    """Be one worker, until every round of the run is complete.
+
+    Args:
+        folder: the run.
+        task: how to take part.
+        problem: a live problem; otherwise the run's factory is called.
+
+    Returns:
+        How many points it evaluated.
+
+    Raises:
+        LsweepError: the run cannot be worked on.
+        SickDevice: the device no longer gives its own value at the centre.
+    """
+    plan = Plan.read(folder)
+    rounds = Rounds.read(folder, plan)
+    if task.threads:
+        torch.set_num_threads(task.threads)
+    device = choose_device(task.device, task.local)
+    check_precision(plan.evaluate["precision"], device)
+    if bool(Committed.read(folder, plan, rounds).done.all()):
+        return 0
+    problem, directions = load_problem(folder, plan, problem, task.trust)
+    name = machine.worker_name()
+    known = frozen_class(folder, plan, device_class(device))
+    sizes = known["batch_sizes"] if known else None
+    with Evaluator(problem, plan.evaluate, directions, device, sizes) as evaluator:
+        known = known or preflight(folder, plan, evaluator, rounds.last.expected, name)
+        evaluator.batch_sizes.update(known["batch_sizes"])
+        _require_same_centre(evaluator, plan, known)
+        with _Ledger(folder, plan, name, known, task.beat, evaluator) as ledger:
+            _Shift(folder, plan, task, evaluator, ledger).run()
+            return ledger.points
+
+
+def _require_same_centre(evaluator: Evaluator, plan: Plan, known: dict[str, Any]) -> None:
+    """The centre must be what the first worker of this class found, or the class is a fiction."""
+    if plan.slices > 1:
+        return  # the class recorded the whole data; slices are compared when they are merged
+    centre = evaluator.centre()
+    for name, s in zip(plan.variable_names, centre, strict=True):
+        there = known["centre"].get(name)
+        here = float((s.weights * s.values).sum() / s.weights.sum())
+        if there is not None and not abs(here - there) <= 1e-5 * max(1.0, abs(there)):
+            raise SickDevice(
+                f"{socket.gethostname()} {evaluator.device}: {name} at the centre is {here!r}, the "
+                f"first worker of its class {known['class']} found {there!r}; nothing was written"
+            )
+
+
+class _Ledger:
+    """A worker's parts and its heartbeat: where finished rows go."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        plan: Plan,
+        name: str,
+        known: dict[str, Any],
+        beat: float,
+        ev: Evaluator,
+    ) -> None:
+        self._folder, self._plan, self.name = folder, plan, name
+        self._class, self._evaluator = known["class"], ev
+        self._opaque = " ".join(known["opaque"])
+        self._code = device_code(self._class)
+        self._part: PartWriter | None = None
+        self._count = 0
+        self._lock = threading.Lock()
+        self._type = row_type(len(plan.variables))
+        self.points = 0
+        for path in (folder.parts, folder.workers):
+            path.mkdir(parents=True, exist_ok=True)
+        self.heart = Heartbeat(folder, name, beat, self._sync)
+
+    def __enter__(self) -> _Ledger:
+        self.heart.tell(device=self._class)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+        with self._lock:
+            if self._part is not None:
+                try:
+                    self._part.sync()
+                except OSError as e:
+                    self.heart.disk_error = e
+                self._part.close()
+        if kind is None:
+            state = State.DONE
+        elif isinstance(error, SickDevice):
+            state = State.SICK
+        else:
+            state = State.FAILED if isinstance(error, Exception) else State.STOPPED
+        self.heart.end(state, "" if error is None else str(error) or type(error).__name__)
+
+    def _sync(self) -> None:
+        with self._lock:
+            if self._part is not None and self._part.dirty:
+                self._part.sync()
+
+    def _header(self) -> dict[str, str]:
+        sizes = self._evaluator.batch_sizes
+        return {
+            "worker": self.name,
+            "device_class": self._class,
+            "opaque": self._opaque,
+            "batch_sizes": " ".join(f"{s}={n}" for s, n in sorted(sizes.items())),
+        }
+
+    def new_part(self) -> None:
+        """Let the next rows begin a part, because its header no longer holds."""
+        with self._lock:
+            if self._part is not None:
+                self._part.sync()
+                self._part.close()
+                self._part = None
+
+    def commit(self, rows: Rows, reasons: dict[int, str] | None = None) -> None:
+        """Write rows, all of them or an error.
+
+        Raises:
+            LsweepError: the disk refused; what was committed before stays.
+        """
+        rows["device"] = self._code
+        try:
+            with self._lock:
+                if self.heart.disk_error is not None:
+                    raise self.heart.disk_error
+                if self._part is None or self._part.free < len(rows):
+                    self._open_part(len(rows))
+                assert self._part is not None
+                for i, reason in (reasons or {}).items():
+                    rows[i]["text"] = self._part.note(reason)
+                self._part.append(rows)
+        except OSError as e:
+            raise LsweepError(
+                f"cannot write in {self._folder.parts}: {e.strerror or e}; all that was committed "
+                "is kept. Make room, then run the same command again"
+            ) from None
+
+    def _open_part(self, rows: int) -> None:
+        if self._part is not None:
+            self._part.sync()
+            self._part.close()
+        capacity = CAPACITIES[min(self._count, len(CAPACITIES) - 1)]
+        self._part = PartWriter(
+            self._folder.part(self.name, self._count),
+            plan=self._plan.digest,
+            variables=len(self._plan.variables),
+            capacity=max(capacity, rows),
+            header=self._header(),
+        )
+        self._count += 1
+
+    def empty(self, rows: int) -> Rows:
+        """Return zeroed rows to fill."""
+        return np.zeros(rows, self._type)
+
+
+class _Shift:
+    """One worker's way through the rounds."""
+
+    def __init__(
+        self, folder: RunFolder, plan: Plan, task: Task, evaluator: Evaluator, ledger: _Ledger
+    ) -> None:
+        self._folder, self._plan, self._task = folder, plan, task
+        self._evaluator, self._ledger = evaluator, ledger
+        self._observer = Observer(folder)
+        self._rounds = Rounds.read(folder, plan)
+        self._committed = Committed.read(folder, plan, self._rounds)
+        self._jitter = random.Random(ledger.name)  # when to look again, never what to compute
+
+    def run(self) -> None:
+        """Work until no round has a missing point."""
+        while True:
+            for round_ in self._rounds:
+                self._round(round_)
+            fresh = Rounds.read(self._folder, self._plan)
+            if fresh.total == self._rounds.total:
+                return
+            self._rounds = fresh
+            self._look()
+
+    def _look(self) -> None:
+        self._committed = Committed.read(self._folder, self._plan, self._rounds)
+
+    def _round(self, round_: Round) -> None:
+        count = round_.leases(self._plan.slices)
+        mine = range(self._task.index, count, self._task.of)
+        if self._task.claims == "static":
+            for number in mine:
+                self._do(round_, number, None)
+            return
+        for number in self._fresh(round_, mine, count):
+            lease = leases.Lease(self._ledger.name, 0, suspect=self._first_missing(round_, number))
+            if leases.claim(self._folder, round_.number, number, lease):
+                self._do(round_, number, lease)
+        nap = 0.05
+        while True:
+            self._look()
+            left = [n for n in range(count) if self._first_missing(round_, n) >= 0]
+            if not left:
+                return
+            self._jitter.shuffle(left)
+            if any([self._take_over(round_, number) for number in left]):
+                nap = 0.05
+            else:
+                time.sleep(nap * self._jitter.uniform(0.5, 1.0))
+                nap = min(LONGEST_NAP, nap * 1.5)
+
+    def _fresh(self, round_: Round, mine: range, count: int) -> Iterator[int]:
+        """Yield leases to try: first one's shard, coarse to fine; then what the others left."""
+        missing = [n for n in range(count) if self._first_missing(round_, n) >= 0]
+        own = [n for n in missing if n in mine]
+        yield from own
+        free = leases.unclaimed(self._folder, round_.number, count)
+        others = [n for n in missing if n not in mine and n in free]
+        # From the far end: the owner of a shard comes from the near one.
+        yield from reversed(others)
+
+    def _first_missing(self, round_: Round, number: int) -> int:
+        for unit in round_.lease_range(number, self._plan.slices):
+            missing = self._committed.missing(round_, unit, self._plan.slices)
+            if missing:
+                return missing[0]
+        return -1
+
+    def _take_over(self, round_: Round, number: int) -> bool:
+        """Claim the next generation of a lease whose owner is gone; True when it was done."""
+        last = leases.newest(self._folder, round_.number, number)
+        if last is None:
+            lease = leases.Lease(self._ledger.name, 0, suspect=self._first_missing(round_, number))
+        else:
+            verdict = self._observer.verdict(last.worker)
+            if last.worker == self._ledger.name:
+                verdict = Verdict.ENDED  # an earlier lease of its own, lost on a damaged part
+            if verdict is Verdict.ALIVE:
+                return False
+            # Its owner may have committed more since this worker last looked.
+            self._look()
+            suspect = self._first_missing(round_, number)
+            if suspect < 0:
+                return True
+            lease = last.next(self._ledger.name, suspect, verdict is Verdict.DIED)
+        if not leases.claim(self._folder, round_.number, number, lease):
+            return False
+        self._do(round_, number, lease)
+        return True
+
+    def _do(self, round_: Round, number: int, lease: leases.Lease | None) -> None:
+        slices = self._plan.slices
+        for unit in round_.lease_range(number, slices):
+            missing = self._committed.missing(round_, unit, slices)
+            _, slice_ = round_.unit(unit, slices)
+            if lease is not None and lease.single:
+                for point in missing:
+                    if lease.poisoned and point == lease.suspect:
+                        reason = f"killed {lease.kills} workers that evaluated it alone"
+                        self._fail([point], slice_, reason)
+                    else:
+                        self._unit([point], slice_)
+            elif missing:
+                self._unit(missing, slice_)
+
+    # -- one unit -------------------------------------------------------------------------------
+
+    def _spots(self, points: Iterable[int]) -> list[Spot]:
+        r = self._rounds
+        return [Spot(tuple(map(float, r.offsets[p])), int(r.step[p])) for p in points]
+
+    def _unit(self, points: list[int], slice_: int) -> None:
+        """Evaluate points and commit them; what goes wrong is told apart point by point."""
+        start = time.perf_counter()
+        try:
+            sums = self._evaluate(points, slice_)
+        except LsweepError:
+            raise
+        except Exception as e:
+            if len(points) > 1:
+                for point in points:
+                    self._unit([point], slice_)
+                return
+            self._require_health(slice_, e)
+            self._fail(points, slice_, describe(e))
+            return
+        seconds = (time.perf_counter() - start) / len(points)
+        rows = self._ledger.empty(len(points))
+        rows["point"], rows["slice"], rows["kind"] = points, slice_, Kind.VALUE
+        rows["sums"], rows["seconds"] = sums, seconds
+        # A sum may overflow where the value itself does not count as one that is missing.
+        values = means(sums)
+        finite = np.isfinite(values).all(axis=-1)
+        rows["status"] = np.where(finite, Status.OK, Status.NONFINITE)
+        audited = [p for p in points if self._is_audited(p)]
+        if audited:
+            rows = np.concatenate([rows, self._audit(audited, slice_)])
+        self._ledger.commit(rows)
+        self._ledger.points += len(points)
+        first = values[:, 0]
+        whole = self._plan.slices == 1 and np.isfinite(first).any()
+        least = float(first[np.isfinite(first)].min()) if whole else None
+        self._ledger.heart.did(len(points), time.perf_counter() - start, least)
+
+    def _evaluate(self, points: list[int], slice_: int, audit: bool = False) -> Any:
+        while True:
+            try:
+                return self._evaluator.evaluate(self._spots(points), slice_, audit)
+            except Exception as e:
+                if not is_out_of_memory(e) or not self._evaluator.halve_batch():
+                    raise
+                self._ledger.new_part()  # its header names the batch sizes
+
+    def _is_audited(self, point: int) -> bool:
+        """One point in a hundred, at least three: by number, so every worker agrees which."""
+        stride = min(AUDIT_SHARE, max(1, self._rounds.total // LEAST_AUDITED))
+        return point % stride == stride // 2
+
+    def _audit(self, points: list[int], slice_: int) -> Rows:
+        rows = self._ledger.empty(len(points))
+        rows["point"], rows["slice"], rows["kind"] = points, slice_, Kind.AUDIT
+        rows["sums"] = self._evaluate(points, slice_, audit=True)
+        rows["status"] = Status.OK
+        return rows
+
+    def _fail(self, points: list[int], slice_: int, reason: str) -> None:
+        rows = self._ledger.empty(len(points))
+        rows["point"], rows["slice"], rows["kind"] = points, slice_, Kind.VALUE
+        rows["status"] = Status.FAILED
+        rows["sums"] = np.nan
+        self._ledger.commit(rows, {i: reason for i in range(len(points))})
+
+    def _require_health(self, slice_: int, error: Exception) -> None:
+        """After an exception the centre must still give its value; otherwise the device is sick."""
+        ev = self._evaluator
+        where = f"{socket.gethostname()} {ev.device}"
+        try:
+            before = ev.centre(slice_)
+            again = ev.samples([Spot((0.0,) * len(self._plan.axes))], slice_)[0]
+        except Exception as e:
+            raise SickDevice(
+                f"{where}: after {describe(error)} the centre fails too ({describe(e)}); nothing "
+                "was written for this point"
+            ) from None
+        tolerance = CENTRE_TOLERANCE.get(ev.device.type, 1e-5)
+        for a, b in zip(before, again, strict=True):
+            same = torch.isclose(a.values, b.values, rtol=tolerance, atol=tolerance, equal_nan=True)
+            if not bool(same.all()):
+                raise SickDevice(
+                    f"{where}: after {describe(error)} the centre gives another value; nothing was "
+                    "written for this point"
+                ) from None
