@@ -21,9 +21,7 @@ def layers(model: nn.Module) -> list[BatchNorm]:
     >>> len(layers(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))))
     1
     """
-    return [
-        m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None
-    ]
+    return [m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
 
 
 @contextlib.contextmanager

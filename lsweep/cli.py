@@ -86,10 +86,10 @@ def _version() -> str:
 
 def _takes_sweep(p: argparse.ArgumentParser) -> None:
     p.add_argument("sweep", metavar="SWEEP", type=Path, help="a sweep.toml, or a run")
-    p.add_argument("--run", type=Path, metavar="DIR", help="the run; by default <stem>.run beside it")
+    p.add_argument("--run", type=Path, metavar="DIR", help="the run (default: <stem>.run)")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                    help="override a TOML key, such as grid.x.count=11")  # fmt: skip
-    p.add_argument("--unit-points", type=int, metavar="K", help="points of a unit (default: by size)")
+    p.add_argument("--unit-points", type=int, metavar="K", help="points of a unit")
     p.add_argument("--retry-failed", action="store_true", help="ask for failed points again")
     _takes_trust(p)
 
@@ -230,7 +230,7 @@ def _command_run(options: argparse.Namespace) -> int:
 
 def _evaluate(folder: RunFolder, options: argparse.Namespace, display: Any) -> tuple[int, bool]:
     if options.on == "mpi":
-        raise LsweepError("--on mpi is not built yet: start 'lsweep work RUN --index I --of N' ranks")
+        raise LsweepError("--on mpi is not built yet: start 'lsweep work RUN --index I --of N'")
     count = 1 if options.on == "inline" else options.workers
     if count is None:
         import torch
@@ -380,9 +380,9 @@ def _command_measure(options: argparse.Namespace) -> int:
 
 
 def _command_init(options: argparse.Namespace) -> int:
-    from lsweep.templates import write_templates
+    from lsweep.starter import write_starter
 
-    for path in write_templates(options.folder):
+    for path in write_starter(options.folder):
         print(f"wrote {path}")
     print(f"next: edit them, then 'lsweep run {options.folder / 'sweep.toml'}'")
     return 0
@@ -401,7 +401,7 @@ def _add_run(p: argparse.ArgumentParser) -> None:
     _takes_sweep(p)
     p.add_argument("--on", choices=("inline", "local", "mpi"), default="local",
                    help="where workers run (default: local)")  # fmt: skip
-    p.add_argument("--workers", type=int, metavar="N", help="processes (default: a GPU or CPU each)")
+    p.add_argument("--workers", type=int, metavar="N", help="processes (default: one a GPU or CPU)")
     p.add_argument("--no-picture", action="store_true", help="do not draw at the end")
     _takes_device(p)
 

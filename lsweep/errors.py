@@ -1,4 +1,4 @@
-"""The errors that lsweep raises on purpose: one line that says what, where, the limit, the remedy."""
+"""The errors that lsweep raises on purpose: one line with what, where, the limit, the remedy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class DamagedFile(LsweepError):
 
 
 class PlanChanged(LsweepError):
-    """A resumed run whose plan differs from the frozen one; ``field`` names the first difference."""
+    """A run whose frozen plan is another one; ``field`` names the first difference."""
 
     def __init__(self, message: str, field: str) -> None:
         super().__init__(message)
@@ -30,7 +30,7 @@ class PlanChanged(LsweepError):
 
 
 class SickDevice(LsweepError):
-    """A device that no longer reproduces its own value at the centre; its worker stops with exit 3."""
+    """A device that no longer gives its own value at the centre; its worker stops with exit 3."""
 
     exit_code = 3
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from lsweep.directions import Directions
 from lsweep.errors import LsweepError, nearest
 from lsweep.machine import available_memory
 from lsweep.problem import Problem
+from lsweep.takeover import generators_kept, model_kept, numerics
 
 FloatArray = npt.NDArray[np.float64]
 ALIGNMENT = 16  # numbers: every packed tensor starts on 64 bytes, as vector loads like it
@@ -112,9 +112,9 @@ class Evaluator:
 
     def __enter__(self) -> Evaluator:
         try:
-            self._stack.enter_context(_generators_kept())
-            self._stack.enter_context(_numerics(self.device, self.settings["precision"] == "tf32"))
-            self._stack.enter_context(_model_kept(self.problem.model))
+            self._stack.enter_context(generators_kept())
+            self._stack.enter_context(numerics(self.device, self.settings["precision"] == "tf32"))
+            self._stack.enter_context(model_kept(self.problem.model))
             self.problem.model.eval()
             self._pack()
         except BaseException:
@@ -286,13 +286,15 @@ class Evaluator:
             if precision in AUTOCAST and not audit:
                 stack.enter_context(torch.autocast(self.device.type, AUTOCAST[precision]))
             if precision == "tf32" and audit:
-                stack.enter_context(_numerics(self.device, False))
+                stack.enter_context(numerics(self.device, False))
             if self.settings["batch_norm"] == "batch":
                 stack.enter_context(batchnorm.batch_statistics(self.problem.model))
             yield
 
     def _recalibrate(self, split: str, audit: bool) -> None:
-        self.batch_sizes.setdefault(split, default_batch_size(self.problem.splits[split], self.device))
+        self.batch_sizes.setdefault(
+            split, default_batch_size(self.problem.splits[split], self.device)
+        )
 
         def run_batches() -> None:
             for batch in self._batches(split):
@@ -323,13 +325,11 @@ class Evaluator:
                         f"the data gave {len(there.values)} samples here and {len(here.values)} at "
                         "the centre: it must be the same at every point"
                     )
-            rows.append(
-                torch.stack([_sums(t, h) for t, h in zip(variables, centre, strict=True)])
-            )
+            rows.append(torch.stack([_sums(t, h) for t, h in zip(variables, centre, strict=True)]))
         return torch.stack(rows).cpu().numpy().astype(np.float64)
 
     def halve_batch(self) -> bool:
-        """Halve every free batch size after running out of memory; False when none is left to halve."""
+        """Halve every free batch size after running out of memory; False when all are 1."""
         free = [s for s in self.batch_sizes if self.problem.splits[s].sizable]
         if not free or all(self.batch_sizes[s] == 1 for s in free):
             return False
@@ -355,8 +355,7 @@ def _sums(there: Samples, centre: Samples) -> Tensor:
     d = v - centre.values
     ww = w * w
     return torch.stack(
-        [w.sum(), ww.sum(), (w * v).sum(), (ww * v).sum(), (ww * v * v).sum()]
-        + [(w * d).sum(), (ww * d).sum(), (ww * d * d).sum()]
+        [t.sum() for t in (w, ww, w * v, ww * v, ww * v * v, w * d, ww * d, ww * d * d)]
     )
 
 
@@ -401,55 +400,3 @@ def _free_memory(device: torch.device) -> float:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-@contextlib.contextmanager
-def _model_kept(model: nn.Module) -> Iterator[None]:
-    """Give back every tensor, flag and mode of the model, whatever happens in between."""
-    tensors = [(p, p.data, p.requires_grad) for p in model.parameters()]
-    buffers = [(m, dict(m._buffers)) for m in model.modules()]
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        yield
-    finally:
-        for p, data, requires_grad in tensors:
-            p.data = data
-            p.requires_grad_(requires_grad)
-        for m, kept in buffers:
-            m._buffers.update(kept)
-        for m, training in modes:
-            m.training = training
-
-
-@contextlib.contextmanager
-def _generators_kept() -> Iterator[None]:
-    """Give back the state of every global random generator."""
-    python, state, numpy_state = random.getstate(), torch.get_rng_state(), np.random.get_state()
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        torch.set_rng_state(state)
-        np.random.set_state(numpy_state)
-        if gpus:
-            torch.cuda.set_rng_state_all(gpus)
-
-
-@contextlib.contextmanager
-def _numerics(device: torch.device, tf32: bool) -> Iterator[None]:
-    """Fix what decides the last bits on a GPU: no silent tf32, no algorithm chosen by timing."""
-    if device.type != "cuda":
-        yield
-        return
-    cudnn = torch.backends.cudnn
-    before = (torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark)
-    deterministic = cudnn.deterministic
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = tf32, False, True
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        cudnn.allow_tf32, cudnn.benchmark = before[1:]
-        cudnn.deterministic = deterministic

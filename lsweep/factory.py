@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
-import importlib.util
 import os
 import sys
 import traceback
@@ -77,7 +76,8 @@ def make_problem(
             raise LsweepError(f"the factory {source.factory} raised {describe(e)}") from e
     if not isinstance(problem, Problem):
         raise LsweepError(
-            f"the factory {source.factory} returned a {type(problem).__name__}, not an lsweep.Problem"
+            f"the factory {source.factory} returned a {type(problem).__name__}, "
+            "not an lsweep.Problem"
         )
     object.__setattr__(problem, "source", source)
     return problem

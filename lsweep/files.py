@@ -1,4 +1,4 @@
-"""Files that are whole or absent: published once by link, or replaced; JSON carries its checksum."""
+"""Files that are whole or absent: published once by link, or replaced; JSON with a checksum."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def link_once(temporary: Path, path: Path) -> bool:
         if e.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
             return _claim_without_links(temporary, path)
         with contextlib.suppress(OSError):
-            if os.stat(temporary).st_nlink == 2:
+            if temporary.stat().st_nlink == 2:
                 return True
         raise
     return True
@@ -89,7 +89,7 @@ def _claim_without_links(temporary: Path, path: Path) -> bool:
         os.close(os.open(path.with_name(f".{path.name}.claim"), os.O_CREAT | os.O_EXCL, 0o666))
     except FileExistsError:
         return False
-    os.rename(temporary, path)
+    Path(temporary).rename(path)
     return True
 
 
@@ -117,7 +117,7 @@ def replace(path: Path, data: bytes, *, sync: bool = False) -> None:
     temporary = scratch(path)
     try:
         write_new(temporary, data, sync=sync)
-        os.replace(temporary, path)
+        Path(temporary).replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -131,9 +131,9 @@ def replace_with(path: Path, write: Callable[[Path], None]) -> None:
     temporary = scratch(path).with_suffix(path.suffix)
     try:
         write(temporary)
-        with open(temporary, "rb") as f:
+        with Path(temporary).open("rb") as f:
             os.fsync(f.fileno())
-        os.replace(temporary, path)
+        Path(temporary).replace(path)
     except OSError as e:
         raise LsweepError(f"cannot write {path}: {e.strerror or e}") from None
     finally:

@@ -1,12 +1,11 @@
 """Filters: which weights belong to one output unit, and directions scaled filter by filter.
 
 H. Li, Z. Xu, G. Taylor, C. Studer, T. Goldstein, *Visualizing the Loss Landscape of Neural Nets*,
-NeurIPS 2018, section 4: d_{i,j} <- d_{i,j} / ||d_{i,j}|| · ||θ_{i,j}||, j the j-th filter of layer i.
+NeurIPS 2018, section 4: d_{i,j} <- d_{i,j} / ||d_{i,j}|| · ||θ_{i,j}|| for filter j of layer i.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 EPSILON = 1e-10
@@ -48,7 +47,7 @@ def filter_rows(weight: Tensor, module: nn.Module | None) -> Tensor:
         return weight.reshape(1, -1)
     if isinstance(module, _TRANSPOSED):
         groups = module.groups
-        split = weight.unflatten(0, (groups, weight.shape[0] // groups))  # [g, in/g, out/g, k...]
+        split = weight.reshape(groups, -1, *weight.shape[1:])  # [g, in/g, out/g, k...]
         return split.transpose(1, 2).flatten(0, 1).flatten(1)
     if type(module).__name__ == "Conv1D" and weight.dim() == 2:
         return weight.t()
@@ -62,7 +61,7 @@ def scale_rows(direction: Tensor, factors: Tensor, module: nn.Module | None) -> 
     shape = [1] * direction.dim()
     if isinstance(module, _TRANSPOSED):
         groups = module.groups
-        split = direction.unflatten(0, (groups, direction.shape[0] // groups))
+        split = direction.reshape(groups, -1, *direction.shape[1:])
         f = factors.reshape([groups, 1, direction.shape[1], *shape[2:]])
         return (split * f).flatten(0, 1)
     dim = 1 if type(module).__name__ == "Conv1D" and direction.dim() == 2 else 0
@@ -71,7 +70,7 @@ def scale_rows(direction: Tensor, factors: Tensor, module: nn.Module | None) -> 
 
 
 def filter_normalize(direction: Tensor, weight: Tensor, module: nn.Module | None) -> Tensor:
-    """Return ``direction`` with each filter as long as the network's: d_f · ||w_f|| / (||d_f|| + ε).
+    """Return ``direction`` with filters as long as the network's: d_f · ||w_f|| / (||d_f|| + ε).
 
     Six numbers by hand, for a layer ``Linear(2, 3)``. Its three filters are the three rows: all
     that enters output 1 is (3, 4), of norm 5; output 2 is (0, 1), of norm 1; output 3 is (0, 0).
@@ -104,7 +103,7 @@ def filter_normalize(direction: Tensor, weight: Tensor, module: nn.Module | None
 
 
 def normalize(rule: str, direction: Tensor, weight: Tensor, module: nn.Module | None) -> Tensor:
-    """Apply one of the paper's rules to one tensor: filter, layer, weight (element by element), none.
+    """Apply one of the paper's rules to one tensor: filter, layer, weight (elementwise), none.
 
     >>> normalize("layer", torch.tensor([2.0]), torch.tensor([3.0]), None)
     tensor([3.])
@@ -114,9 +113,7 @@ def normalize(rule: str, direction: Tensor, weight: Tensor, module: nn.Module | 
     if rule == "layer":
         length = direction.double().norm()
         return direction * (weight.double().norm() / (length + EPSILON)).to(direction.dtype)
-    if rule == "weight":
-        return direction * weight
-    return direction
+    return direction * weight if rule == "weight" else direction
 
 
 def count_zero_filters(weight: Tensor, module: nn.Module | None) -> int:

@@ -72,7 +72,7 @@ def sweep(
     >>> _ = nn.init.constant_(net.weight, 2.0)
     >>> data = (torch.ones(4, 1), torch.full((4, 1), 2.0))
     >>> s = sweep(Problem(net, {"train": data}, loss=nn.MSELoss()), x=(-1, 1, 3))
-    >>> s["train_loss"]       # one filter of norm 2: θ + x·(±2) against a target of 2
+    >>> s["train_loss"].round(5)   # one filter of norm 2: θ + x·(±2), the target being 2
     array([4., 0., 4.])
     """
     live = problem.source is None

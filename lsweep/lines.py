@@ -182,8 +182,7 @@ def _right_axis(surface: Surface, names: Sequence[str], twin: Axes, color: str |
 
 def _twin(ax: Axes, *, create: bool) -> Axes | None:
     """Return the right-hand axes that an earlier run has made, or make them."""
-    figure = ax.get_figure(root=False)
-    for other in [] if figure is None else figure.axes:
+    for other in ax.figure.axes:
         if other.get_label() == _TWIN and ax.get_shared_x_axes().joined(ax, other):
             return other
     if not create:

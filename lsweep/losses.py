@@ -20,7 +20,6 @@ _MODULES: dict[Any, type[nn.Module]] = {
     nn.functional.cross_entropy: nn.CrossEntropyLoss,
     nn.functional.nll_loss: nn.NLLLoss,
 }
-_CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss)
 
 
 def per_sample(loss: Callable[..., Any]) -> Callable[[Any, Any], Values]:
@@ -46,7 +45,7 @@ def per_sample(loss: Callable[..., Any]) -> Callable[[Any, Any], Values]:
             )
         single = copy.deepcopy(loss)
         single.reduction = "none"  # type: ignore[assignment]
-        if isinstance(loss, _CLASS_LOSSES):
+        if isinstance(single, nn.CrossEntropyLoss | nn.NLLLoss):
             return functools.partial(_class_loss, single)
         batchmean = loss.reduction == "batchmean"
         return functools.partial(_element_loss, single, batchmean)

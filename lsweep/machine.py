@@ -26,7 +26,9 @@ def cpus() -> int:
     >>> cpus() >= 1
     True
     """
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     for quota in _cgroup_quotas():
         count = min(count, max(1, int(quota)))
     return max(1, count)
@@ -83,7 +85,7 @@ def host_identity() -> str:
     parts = [socket.gethostname()]
     try:
         parts = [Path("/proc/sys/kernel/random/boot_id").read_text().strip()]
-        parts.append(os.readlink("/proc/self/ns/pid"))
+        parts.append(str(Path("/proc/self/ns/pid").readlink()))
     except OSError:
         parts.append(f"{uuid.getnode():x}")
     return "/".join(parts)

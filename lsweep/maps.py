@@ -206,8 +206,6 @@ def add_bar(axes: Sequence[Axes], scale: Scale, text: str, kind: str) -> None:
     'loss'
     """
     last = axes[-1]
-    figure = last.get_figure(root=False)
-    assert figure is not None, "an Axes without a figure"
     norm = _bands(scale) if kind == "filled" else Normalize(*scale.limits)
     grid = last.get_subplotspec()
     place: dict[str, Any]
@@ -216,7 +214,7 @@ def add_bar(axes: Sequence[Axes], scale: Scale, text: str, kind: str) -> None:
     else:
         box = (1.12, 0.2, 0.035, 0.55) if kind == "3d" else (1.04, 0.0, 0.045, 1.0)
         place = {"cax": last.inset_axes(box)}
-    bar = figure.colorbar(
+    bar = last.figure.colorbar(
         ScalarMappable(norm, COLORS), extend=scale.extend, spacing="proportional", **place
     )
     tick, written = scale.ticks()

@@ -247,13 +247,11 @@ def put_legend(
     split = {n: np.array_split(size, n) for n in range(1, min(3, len(size)) + 1)}
     fits = [n for n, parts in split.items() if sum(int(p.max()) for p in parts) <= letters]
     columns = max(fits, default=1)
-    figure = ax.get_figure(root=True)
-    assert figure is not None, "an Axes without a figure"
     legend = ax.legend(
         handles=list(entries),
         loc="upper left",
         bbox_to_anchor=(0.0, 0.0),
-        bbox_transform=ax.transAxes + ScaledTranslation(0, -below / 72, figure.dpi_scale_trans),
+        bbox_transform=ax.transAxes + ScaledTranslation(0, -below / 72, ax.figure.dpi_scale_trans),
         borderaxespad=0.0,
         fontsize=SMALL,
         frameon=False,

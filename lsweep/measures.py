@@ -12,10 +12,11 @@ from lsweep.surface import Surface
 
 FloatArray = npt.NDArray[np.float64]
 THRESHOLD = 0.1
-NOISE = 3.0  # standard errors
 
 
-def plane_hessian_extremes(z: FloatArray, x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
+def plane_hessian_extremes(
+    z: FloatArray, x: FloatArray, y: FloatArray
+) -> tuple[FloatArray, FloatArray]:
     """Return both eigenvalues of the 2 x 2 Hessian of a plane, by central differences.
 
     Args:
@@ -41,7 +42,9 @@ def plane_hessian_extremes(z: FloatArray, x: FloatArray, y: FloatArray) -> tuple
         return middle - spread, middle + spread
 
 
-def nonconvex_fraction(surface: Surface, name: str = "train_loss", threshold: float = THRESHOLD) -> float:
+def nonconvex_fraction(
+    surface: Surface, name: str = "train_loss", threshold: float = THRESHOLD
+) -> float:
     """Return the share of interior cells whose plane Hessian has -λ_min / max|λ| > threshold.
 
     A lower bound of the true non-convexity: principal curvatures of a random plane are averages of
@@ -56,7 +59,9 @@ def nonconvex_fraction(surface: Surface, name: str = "train_loss", threshold: fl
     1.0
     """
     if len(surface.axes) != 2 or min(surface.shape) < 3:
-        raise LsweepError(f"a non-convex fraction needs a plane of 3 x 3 points, not {surface.shape}")
+        raise LsweepError(
+            f"a non-convex fraction needs a plane of 3 x 3 points, not {surface.shape}"
+        )
     low, high = plane_hessian_extremes(surface[name], surface.x, surface.y)
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = -low / np.maximum(np.abs(low), np.abs(high))

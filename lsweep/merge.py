@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lsweep.caption import caption, describe_recipe, title
 from lsweep.committed import Committed
 from lsweep.errors import LsweepError
 from lsweep.files import read_json
@@ -109,7 +110,7 @@ def merge(folder: RunFolder) -> tuple[Surface, Report]:
         _attributes(plan, opaque),
         _trajectory(best, rounds, plan, opaque),
         _provenance(folder, plan, committed.parts, report, classes),
-        _title(plan),
+        title(plan),
         f"lsweep {versions()['lsweep']}: merge of plan {plan.digest[:12]}",
     )
     return surface, report
@@ -166,7 +167,11 @@ def _best_rows(parts: list[Part], rounds: Rounds, plan: Plan, report: Report) ->
         order = np.flatnonzero(better)[::-1]
         order = order[np.argsort(-new[order].astype(np.int64), kind="stable")]
         p, s = point[order], slice_[order]
-        sums[p, s], status[p, s], device[p, s] = rows["sums"][order], new[order], rows["device"][order]
+        sums[p, s], status[p, s], device[p, s] = (
+            rows["sums"][order],
+            new[order],
+            rows["device"][order],
+        )
         batch[p, s] = sizes
         for i in np.flatnonzero(new == Status.FAILED):
             best.reason.setdefault(int(point[i]), part.reason(rows[i]))
@@ -276,7 +281,9 @@ def _classes(
     folder: RunFolder, parts: list[Part], best: _Best, numbers: IntArray
 ) -> dict[int, str]:
     used = set(np.unique(best.device[numbers[numbers >= 0]]).tolist()) - {0}
-    names = {device_code(p.header["device_class"]): p.header["device_class"] for p in parts if p.header}
+    names = {
+        device_code(p.header["device_class"]): p.header["device_class"] for p in parts if p.header
+    }
     return {code: names.get(code, f"unknown {code:08x}") for code in sorted(used)}
 
 
@@ -313,33 +320,7 @@ def _attributes(plan: Plan, opaque: set[str]) -> dict[str, dict[str, str]]:
     return out
 
 
-def describe_recipe(recipe: dict[str, Any]) -> str:
-    """Return a direction's recipe in a few words.
-
-    >>> describe_recipe({"kind": "random", "normalize": "filter", "seed": 0})
-    'random, filter-normalised, seed 0'
-    """
-    words = [str(recipe["kind"])]
-    if recipe["kind"] == "to":
-        words = [f"to {recipe['checkpoint']}"]
-    if recipe["kind"] == "file":
-        words = [f"from {recipe['file']}"]
-    if recipe["normalize"] != "none":
-        words.append(f"{recipe['normalize']}-normalised")
-    if recipe["kind"] == "random":
-        words.append(f"seed {recipe['seed']}")
-    return ", ".join(words)
-
-
-def _title(plan: Plan) -> str:
-    shape = {1: "line", 2: "plane", 3: "volume"}[len(plan.axes)]
-    kinds = dict.fromkeys(str(plan.directions[a]["kind"]) for a in plan.axes)
-    return f"{plan.facts['network']}: {' and '.join(kinds)} {shape}"
-
-
-def _trajectory(
-    best: _Best, rounds: Rounds, plan: Plan, opaque: set[str]
-) -> Trajectory | None:
+def _trajectory(best: _Best, rounds: Rounds, plan: Plan, opaque: set[str]) -> Trajectory | None:
     if not plan.steps:
         return None
     sums, _, _ = _combine(best, rounds.step_numbers(), plan)
@@ -383,42 +364,8 @@ def _provenance(
         "seconds": f"{seconds:.3f}",
         "audit": report.audit,
         "failures": report.failed,
-        "caption": caption(plan, devices, report),
+        "caption": caption(plan, devices),
     }
-
-
-def caption(plan: Plan, devices: dict[str, Any], report: Report) -> str:
-    """Return what a reader of the picture must know: network, directions, samples, batch norm."""
-    words = [f"{plan.facts['network']}, {plan.origin['parameters']:,} parameters and statistics"]
-    for axis in plan.axes:
-        facts, recipe = plan.facts["axes"][axis], plan.directions[axis]
-        text = f"{axis}: {describe_recipe(recipe)}"
-        if recipe["ignore"] != "none":
-            text += f", {recipe['ignore']} ignored"
-        if "explained" in facts:
-            text += (
-                f", explains {facts['explained']:.0%} of the path "
-                f"(a random walk: {facts['random_walk_null']:.0%})"
-            )
-        if facts["zero_filters"]:
-            text += f", {facts['zero_filters']} filters of norm zero"
-        words.append(text)
-    if len(plan.axes) == 2:
-        words.append(f"cos(x, y) = {plan.facts['cosines'][0][1]:+.3f}")
-    samples = next((d["samples"] for d in devices.values()), {})
-    counts = [f"{samples.get(s) or plan.data[s]['samples'] or '?'} {s}" for s in plan.data]
-    words.append(f"{' and '.join(counts)} samples, the same at every point")
-    check = next((d["batch_norm"] for d in devices.values() if d["batch_norm"]), None)
-    mode = str(plan.evaluate["batch_norm"])
-    if check:
-        words.append(
-            f"batch norm {mode} (recalibrated statistics change the loss by up to "
-            f"{check['largest_relative']:.0%} at |offset| = 1)"
-        )
-    elif mode != "eval":
-        words.append(f"batch norm {mode}")
-    words.append(str(plan.evaluate["precision"]))
-    return "; ".join(words) + "."
 
 
 def failed_points(folder: RunFolder) -> list[int]:

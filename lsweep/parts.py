@@ -233,9 +233,7 @@ def read_part(path: Path, plan: str, variables: int) -> Part:
         with h5py.File(path, "r", locking="best-effort") as f:
             rows_at, texts_at = f["rows"].id.get_offset(), f["texts"].id.get_offset()
             capacity = len(f["rows"])
-            header = {
-                k: v.decode().strip() for k, v in f.attrs.items() if isinstance(v, bytes)
-            }
+            header = {k: v.decode().strip() for k, v in f.attrs.items() if isinstance(v, bytes)}
             sound = f["rows"].dtype.itemsize == dtype.itemsize and header.get("plan") == plan
         data = path.read_bytes()
     except OSError as e:

@@ -1,4 +1,4 @@
-"""The plan: what a value depends on, frozen, with a digest that every other file of the run names."""
+"""The plan: what a value depends on, frozen; its digest is in every other file of the run."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from lsweep.directions import Directions, Origin, dot, make_directions, project
+from lsweep.directions import Directions, make_directions
 from lsweep.errors import LsweepError, PlanChanged, nearest
 from lsweep.factory import factory_file, file_digest, make_problem
 from lsweep.files import publish, read_json, replace, replace_with, sealed
@@ -22,6 +22,8 @@ from lsweep.plan import Plan
 from lsweep.problem import Problem
 from lsweep.rounds import Rounds, publish_round
 from lsweep.settings import Evaluation, Settings, Track, build, plain
+from lsweep.trajectory import project
+from lsweep.vectors import Origin, dot
 from lsweep.weights import describe, fingerprint, load_matching
 
 LIVE = "live:problem"
@@ -72,7 +74,7 @@ def make_plan(
     for step in directions.steps:
         state = load_matching(step.path, origin.everything)
         steps.append({"label": step.label, "sha256": fingerprint(state)})
-        projections.append(dataclasses.asdict(project(state, origin, directions)))
+        projections.append(dataclasses.asdict(project(state, origin, directions.axes)))
     table = plain(dataclasses.asdict(evaluate))
     del table["expected"]  # a check, not something that a value depends on
     source = problem.source
@@ -93,7 +95,10 @@ def make_plan(
         },
         steps=steps,
         data={
-            s: {"samples": problem.splits[s].samples, "fingerprint": problem.splits[s].fingerprint()}
+            s: {
+                "samples": problem.splits[s].samples,
+                "fingerprint": problem.splits[s].fingerprint(),
+            }
             for s in evaluate.splits
         },
         evaluate=table,
@@ -188,6 +193,7 @@ def _keep_source(
 
 def write_directions(folder: RunFolder, plan: Plan, directions: Directions) -> None:
     """Write norms and fingerprints of the directions; no arrays, for the recipe remakes them."""
+
     def write(path: Path) -> None:
         with h5py.File(path, "w", libver=("v108", "v108")) as f:
             f.attrs["plan"] = np.bytes_(plan.digest)
@@ -199,7 +205,9 @@ def write_directions(folder: RunFolder, plan: Plan, directions: Directions) -> N
                 g.attrs["sha256"] = np.bytes_(plan.directions[axis]["sha256"])
                 g.attrs["zero_filters"] = d.zero_filters
                 names = sorted(d.tensors)
-                norms = np.array([math.sqrt(float(d.tensors[n].double().square().sum())) for n in names])
+                norms = np.array(
+                    [math.sqrt(float(d.tensors[n].double().square().sum())) for n in names]
+                )
                 g.create_dataset("tensor_norms", data=norms, fletcher32=True)
                 joined = np.array([n.encode() for n in names])
                 g.create_dataset("tensor_names", data=joined, fletcher32=True)
@@ -236,7 +244,9 @@ def settings_of(folder: RunFolder, plan: Plan) -> Settings:
         "directions": recipes,
     }
     settings = Settings.from_table(table, str(folder.plan))
-    evaluation = build(Evaluation, {k: v for k, v in plan.evaluate.items() if v is not None}, "plan")
+    evaluation = build(
+        Evaluation, {k: v for k, v in plan.evaluate.items() if v is not None}, "plan"
+    )
     track = Track(tuple(plan.facts["track"])) if plan.facts["track"] else None
     return dataclasses.replace(settings, evaluate=evaluation, trajectory=track)
 

@@ -1,4 +1,4 @@
-"""Lattices of offsets: exact coordinates, the order coarse to fine, and who shares a point with whom.
+"""Lattices of offsets: exact coordinates, the order coarse to fine, and common points.
 
 A lattice is a product of axes in the order x, y, z; its points are numbered in C order with x
 fastest, so that point ``i`` of a plane has coordinates ``(x[i % nx], y[i // nx])``.

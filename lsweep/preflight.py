@@ -1,4 +1,4 @@
-"""The pre-flight: what the first worker of a device class checks at the centre, frozen for its class.
+"""The pre-flight: what the first worker of a device class checks at the centre and freezes.
 
 A device class is what computes equal bits: device, vector instructions, torch, threads. Its file
 in ``devices/`` fixes the batch sizes; the first worker of the class writes it, first wins.
@@ -161,8 +161,8 @@ def _check_repeat(evaluator: Evaluator, first: list[Samples], second: list[Sampl
             i = int(off.nonzero()[0])
             raise LsweepError(
                 f"{where}: the same sample gives another value the second time (sample {i}: "
-                f"{float(a.values[i]):.6g}, then {float(b.values[i]):.6g}). The network or the loss "
-                f"is random: {_suspects(evaluator)}"
+                f"{float(a.values[i]):.6g}, then {float(b.values[i]):.6g}). The network or the "
+                f"loss is random: {_suspects(evaluator)}"
             )
 
 

@@ -70,14 +70,14 @@ class Problem:
         if (self.loss is None) == (self.forward is None):
             raise LsweepError("give a Problem either loss=… (and metrics=…) or forward=…")
         if self.forward is not None and self.metrics:
-            raise LsweepError("with forward=… its returned dict holds all metrics: leave out metrics=")
+            raise LsweepError(
+                "with forward=… its returned dict holds all metrics: leave out metrics="
+            )
         if "loss" in self.metrics:
             raise LsweepError("metrics must not contain 'loss': that is loss=…")
         object.__setattr__(self, "splits", {n: Split(n, d) for n, d in self.data.items()})
         if self.loss is not None:
-            object.__setattr__(
-                self, "_functions", {"loss": per_sample(self.loss), **self.metrics}
-            )
+            object.__setattr__(self, "_functions", {"loss": per_sample(self.loss), **self.metrics})
 
     splits: dict[str, Split] = field(init=False, repr=False, compare=False)
     _functions: dict[str, Callable[..., Any]] = field(
@@ -86,7 +86,7 @@ class Problem:
 
     @classmethod
     def from_factory(cls, factory: str, **options: Any) -> Problem:
-        """Make the problem that ``FILE.py:function(**options)`` returns, so that workers can too."""
+        """Make the problem that ``FILE.py:function(**options)`` returns; workers can, too."""
         from lsweep.factory import make_problem
 
         return make_problem(ProblemSource(factory, options))
@@ -103,7 +103,9 @@ class Problem:
         with torch.set_grad_enabled(self.grad):
             return tuple(self.forward(self.model, next(iter(split.batches(2)))))
 
-    def evaluate(self, batch: Batch, names: tuple[str, ...], full: bool = False) -> dict[str, Sampled]:
+    def evaluate(
+        self, batch: Batch, names: tuple[str, ...], full: bool = False
+    ) -> dict[str, Sampled]:
         """Return the metrics ``names`` on one batch at the model's present weights.
 
         Args:
@@ -212,7 +214,8 @@ def _sampled(result: Values, n: int, name: str) -> Sampled:
     weights = weights.detach().to(values.device)
     if weights.shape != values.shape:
         raise LsweepError(
-            f"metric {name!r}: weights have shape {tuple(weights.shape)}, values {tuple(values.shape)}"
+            f"metric {name!r}: weights have shape {tuple(weights.shape)}, "
+            f"values {tuple(values.shape)}"
         )
     return Sampled(values, weights)
 

@@ -66,8 +66,8 @@ def kind(path: str | os.PathLike[str]) -> Kind:
 def read_reference_surface(path: str | os.PathLike[str]) -> Surface:
     """Read a surface file: ``train_acc`` becomes ``train_accuracy``, -1 becomes pending.
 
-    LightZero writes the same names with the values transposed and nothing that tells; its
-    non-square files come out scrambled, its square ones mirrored.
+    Other datasets are passed over. LightZero writes the same names with the values transposed and
+    nothing that tells; its non-square files come out scrambled, its square ones mirrored.
 
     Returns:
         float64 values of shape (ny, nx) or (nx,); NaN with status pending where the file says -1,

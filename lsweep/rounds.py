@@ -213,7 +213,9 @@ def publish_round(
                 return rounds
         total = sum(r.points for r in before)
         steps = 0 if before else len(plan.steps)
-        draft = Round(plan.digest, len(before), total, 0, wanted, steps, again, 1, 1, expected or {})
+        draft = Round(
+            plan.digest, len(before), total, 0, wanted, steps, again, 1, 1, expected or {}
+        )
         if again is not None:
             points = len(again)
         else:

@@ -1,4 +1,4 @@
-"""What the user asks for: `sweep.toml` and the keywords of `sweep()` as frozen, validated values."""
+"""What the user asks for: sweep.toml and the keywords of sweep() as frozen, validated values."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ProblemSource:
 
 @dataclass(frozen=True)
 class Axis:
-    """A range and a count; the bounds are exact rationals, or ``auto`` until a trajectory is read."""
+    """A range and a count; bounds are exact decimals, or ``auto`` until a trajectory is read."""
 
     range: tuple[Decimal, Decimal] | str
     count: int
@@ -60,7 +60,9 @@ class Axis:
                 if bound and abs(bound) < Decimal("1e-12"):
                     raise LsweepError(f"range bound {bound}: must be 0 or at least 1e-12 in size")
             if low >= high:
-                raise LsweepError(f"range = [{low}, {high}]: the low end must be below the high end")
+                raise LsweepError(
+                    f"range = [{low}, {high}]: the low end must be below the high end"
+                )
         if not 2 <= self.count <= LARGEST_GRID:
             raise LsweepError(f"count = {self.count}: must be between 2 and {LARGEST_GRID}")
 
@@ -197,7 +199,9 @@ class Settings:
             raise LsweepError(f"the grid has {points} points: at most {LARGEST_GRID}")
         for name in self.directions:
             if name not in self.grid:
-                raise LsweepError(f"[directions.{name}] has no [grid.{name}]{nearest(name, self.grid)}")
+                raise LsweepError(
+                    f"[directions.{name}] has no [grid.{name}]{nearest(name, self.grid)}"
+                )
         recipes = {n: self.directions.get(n, Recipe()) for n in self.grid}
         object.__setattr__(self, "directions", recipes)
         for name, axis in self.grid.items():
@@ -236,13 +240,16 @@ class Settings:
         shared = {k: v for k, v in directions.items() if k not in AXES}
         grid = top.get("grid", {})
         if not isinstance(grid, Mapping) or not grid:
-            raise LsweepError(f"{where}: [grid.x] is missing; write range = [-1.0, 1.0], count = 51")
+            raise LsweepError(
+                f"{where}: [grid.x] is missing; write range = [-1.0, 1.0], count = 51"
+            )
         special = {k: directions[k] for k in AXES if k in directions}
         for name, value in special.items():
             if not isinstance(value, Mapping):
                 raise LsweepError(f"{where}: directions.{name} must be a table")
         top["directions"] = {
-            n: {**shared, **special.get(n, {})} for n in [*grid, *(k for k in special if k not in grid)]
+            n: {**shared, **special.get(n, {})}
+            for n in [*grid, *(k for k in special if k not in grid)]
         }
         top["grid"] = {n: grid[n] for n in sorted(grid, key=str)}
         return build(cls, top, where)

@@ -1,4 +1,4 @@
-"""Status: what is done, missing and failed, and who works; read from the files alone, from any node."""
+"""Status: what is done, missing and failed, and who works; from the files alone, on any node."""
 
 from __future__ import annotations
 

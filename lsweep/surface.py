@@ -78,8 +78,8 @@ class Surface:
         axes: axis name -> (n,) float64 offsets; order x, then y, then z.
         values: variable name (``train_loss``, ``train_loss_se``, ``weight_sq``, ...) -> float64,
             shape ``(nz, ny, nx)`` without the axes that do not exist; NaN where pending or failed.
-        status: uint8, same shape, see `Status`.
-        attributes: variable or axis name -> its attributes (``long_name``, ``units``, ``split``, ...).
+        status: uint8, same shape, see `Status`; by default, what the values say.
+        attributes: variable or axis name -> its attributes (``long_name``, ``units``, ...).
         trajectory: checkpoints on the plane, or None.
         provenance: how it was made; JSON-able (``plan``, ``plan_sha256``, ``versions``, ...).
         title: one line.
@@ -92,7 +92,7 @@ class Surface:
 
     axes: Mapping[str, FloatArray]
     values: Mapping[str, FloatArray]
-    status: npt.NDArray[np.uint8] = field(default=None)  # type: ignore[assignment]
+    status: npt.NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
     attributes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     trajectory: Trajectory | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class Surface:
     def __post_init__(self) -> None:
         if list(self.axes) != ["x", "y", "z"][: len(self.axes)] or not self.axes:
             raise LsweepError(f"a surface has axes x, or x y, or x y z, not {list(self.axes)}")
-        if self.status is None:
+        if not self.status.size:
             finite = [np.isfinite(v) for n, v in self.values.items() if not n.endswith("_se")]
             good = np.logical_and.reduce(finite) if finite else np.ones(self.shape, bool)
             status = np.where(good, Status.OK, Status.NONFINITE).astype(np.uint8)
@@ -171,7 +171,9 @@ class Surface:
         value = self[name]
         if not np.isfinite(value).any():
             raise LsweepError(f"no value of {name} is finite")
-        index = np.unravel_index(np.nanargmin(np.where(np.isfinite(value), value, np.nan)), value.shape)
+        index = np.unravel_index(
+            np.nanargmin(np.where(np.isfinite(value), value, np.nan)), value.shape
+        )
         where = {d: float(self.axes[d][i]) for d, i in zip(self.dimensions, index, strict=True)}
         return dict(sorted(where.items())), float(value[index])
 
@@ -221,10 +223,10 @@ class Surface:
             with h5py.File(name, "w", libver=("v108", "v108")) as f:
                 self._write(f)
                 f.attrs["lsweep_sha256"] = np.bytes_(_content_digest(f))
-            with open(name, "rb") as g:
+            with Path(name).open("rb") as g:
                 os.fsync(g.fileno())
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, target)
+            Path(name).chmod(0o666 & ~_umask())
+            Path(name).replace(target)
         except OSError as e:
             raise LsweepError(f"cannot write {target}: {e}") from None
         finally:
@@ -263,7 +265,9 @@ class Surface:
                 g.create_dataset(name, data=value, fletcher32=True)
         g = f.create_group("provenance")
         for key, item in self.provenance.items():
-            g.attrs[key] = _text(item if isinstance(item, str) else json.dumps(item, sort_keys=True))
+            g.attrs[key] = _text(
+                item if isinstance(item, str) else json.dumps(item, sort_keys=True)
+            )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Surface:

@@ -66,7 +66,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
         t = state[name].detach().cpu()
         t = t if t.dtype == torch.float64 or not t.is_floating_point() else t.float()
         h.update(f"{name}{tuple(t.shape)}{t.dtype}".encode())
-        h.update(memoryview(t.contiguous().flatten().view(torch.uint8).numpy()))
+        h.update(t.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
 
@@ -170,7 +170,9 @@ def match(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str)
     found = {}
     for name, tensor in wanted.items():
         if name not in renamed:
-            raise LsweepError(f"{where}: no tensor for {name!r}; it has {', '.join(list(state)[:4])}, …")
+            raise LsweepError(
+                f"{where}: no tensor for {name!r}; it has {', '.join(list(state)[:4])}, …"
+            )
         if renamed[name].shape != tensor.shape:
             raise LsweepError(
                 f"{where}: {name} has shape {tuple(renamed[name].shape)}, "

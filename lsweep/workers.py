@@ -119,9 +119,7 @@ class Heartbeat:
 class Observer:
     """Judges whether other workers are alive, remembering when it saw their files change."""
 
-    def __init__(
-        self, folder: RunFolder, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, folder: RunFolder, clock: Callable[[], float] = time.monotonic) -> None:
         self._folder, self._clock = folder, clock
         self._seen: dict[str, tuple[int, float]] = {}
         self._here = host_identity()

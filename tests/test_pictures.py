@@ -64,7 +64,7 @@ def marred():
 
 def pixels(ax: Axes):
     """Render and return a function (x, y) -> the RGB of that place, each in 0..1."""
-    figure = ax.get_figure(root=True)
+    figure = ax.figure
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     image = np.asarray(canvas.buffer_rgba())[..., :3] / 255.0
@@ -84,6 +84,12 @@ def marker(ax, symbol):
     found = [t for t in ax.get_lines() if t.get_marker() == symbol]
     assert len(found) == 1
     return [float(np.squeeze(d)) for d in found[0].get_data(orig=True)]
+
+
+def faces_of(net):
+    """(n, 4, 3) corners; matplotlib has no public name for them, and changed the private one."""
+    old = not hasattr(net, "_faces")
+    return net._vec[:3].T.reshape(-1, 4, 3) if old else np.array(net._faces)
 
 
 def color_bar(ax):
@@ -248,7 +254,7 @@ def test_what_is_below_the_scale_is_hatched_the_other_way():
 def test_the_plateau_of_a_relief_is_a_dark_net_at_the_top():
     ax = draw(bowl(), kind="3d", vmax=1.0)
     (net,) = [c for c in ax.collections if isinstance(c, Poly3DCollection)]
-    height = np.array(net._faces)[..., 2]
+    height = faces_of(net)[..., 2]
     assert height.max() == 1.0
     top = (height == 1.0).all(1)
     dark = np.asarray(net.get_edgecolor())[:, :3].max(1) < 0.2
@@ -260,7 +266,7 @@ def test_every_complete_square_is_a_face_of_the_relief_at_its_values():
     s = slope(4, 3)
     ax = draw(s, kind="3d", vmax=100.0)
     (net,) = [c for c in ax.collections if isinstance(c, Poly3DCollection)]
-    faces = np.array(net._faces)
+    faces = faces_of(net)
     assert faces.shape[0] == 3 * 2
     assert faces[..., 2] == pytest.approx(faces[..., 0] + 10 * faces[..., 1] + 20)
 
@@ -281,7 +287,7 @@ def test_pending_is_white_and_not_finite_is_grey_and_failed_is_darker(kind):
 def test_a_relief_puts_what_has_no_value_on_the_floor():
     ax = draw(marred(), kind="3d")
     flat = [c for c in ax.collections if isinstance(c, Poly3DCollection)]
-    found = {tuple(np.round(c.get_facecolor()[0][:3], 3)) for c in flat if len(c._faces) == 1}
+    found = {tuple(np.round(c.get_facecolor()[0][:3], 3)) for c in flat if len(faces_of(c)) == 1}
     assert found == {tuple(np.round(to_rgb(c), 3)) for c in (NONFINITE, FAILED)}
 
 
@@ -334,7 +340,7 @@ def test_equal_distance_in_weight_space_is_equal_length_on_the_page(norms, range
     ax = draw(s)
     assert ax.get_aspect() == aspect
     if aspect != "auto" and None not in norms:
-        ax.get_figure().draw_without_rendering()
+        ax.figure.draw_without_rendering()
         (x0, y0), (x1, y1) = ax.transData.transform([(0, 0), (1, 1)])
         assert (y1 - y0) / (x1 - x0) == pytest.approx(float(norms[1]) / float(norms[0]), rel=1e-3)
 
@@ -431,7 +437,7 @@ def test_on_a_line_the_trajectory_shows_the_values_of_the_checkpoints_themselves
 
 
 def twin_of(ax):
-    (twin,) = [a for a in ax.get_figure().axes if a is not ax]
+    (twin,) = [a for a in ax.figure.axes if a is not ax]
     return twin
 
 
@@ -458,7 +464,7 @@ def test_a_named_loss_is_drawn_with_its_accuracy_and_another_variable_alone():
     ax = draw(run(), "test_loss")
     assert (ax.get_ylabel(), twin_of(ax).get_ylabel()) == ("test loss", "test accuracy")
     ax = draw(run(), "test_accuracy")
-    assert ax.get_ylabel() == "test accuracy" and ax.get_figure().axes == [ax]
+    assert ax.get_ylabel() == "test accuracy" and ax.figure.axes == [ax]
 
 
 @pytest.mark.parametrize("extra", [{}, {"train_loss_diff_se": 0.5}])
@@ -560,7 +566,7 @@ def test_captions_stand_once_and_say_whose_they_are():
     text = render([one, one]).get_supxlabel()
     assert text.count("seed 0") == 1 and text.count("\n") > 1
     assert render([one, other], labels=["A", "B"]).get_supxlabel().endswith("B: VGG")
-    assert draw(other).get_figure().get_supxlabel() == "VGG"
+    assert draw(other).figure.get_supxlabel() == "VGG"
     assert render(bowl()).get_supxlabel() == ""
 
 
@@ -697,7 +703,7 @@ def test_degenerate_planes_are_drawn(kind, values):
     axes = {"x": np.linspace(-1, 1, nx), "y": np.linspace(-1, 1, ny)}
     for log in (False, True):
         s = Surface(axes, {"train_loss": values})
-        FigureCanvasAgg(draw(s, kind=kind, log=log, ax=small_axes(kind)).get_figure()).draw()
+        FigureCanvasAgg(draw(s, kind=kind, log=log, ax=small_axes(kind)).figure).draw()
 
 
 @pytest.mark.parametrize("values", DEGENERATE.values(), ids=DEGENERATE)
@@ -706,4 +712,4 @@ def test_degenerate_lines_are_drawn(values):
         with np.errstate(over="ignore"):
             data = {"train_loss": row, "train_accuracy": row, "train_loss_se": np.abs(row) * 10}
         s = Surface({"x": np.linspace(-1, 1, len(row))}, data)
-        FigureCanvasAgg(draw(s, log=log, ax=small_axes("line")).get_figure()).draw()
+        FigureCanvasAgg(draw(s, log=log, ax=small_axes("line")).figure).draw()

@@ -1,0 +1,67 @@
+"""The caption: what a reader of a picture must know, from the plan and the pre-flight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lsweep.plan import Plan
+
+
+def describe_recipe(recipe: dict[str, Any]) -> str:
+    """Return a direction's recipe in a few words.
+
+    >>> describe_recipe({"kind": "random", "normalize": "filter", "seed": 0})
+    'random, filter-normalised, seed 0'
+    """
+    words = [str(recipe["kind"])]
+    if recipe["kind"] == "to":
+        words = [f"to {recipe['checkpoint']}"]
+    if recipe["kind"] == "file":
+        words = [f"from {recipe['file']}"]
+    if recipe["normalize"] != "none":
+        words.append(f"{recipe['normalize']}-normalised")
+    if recipe["kind"] == "random":
+        words.append(f"seed {recipe['seed']}")
+    return ", ".join(words)
+
+
+def title(plan: Plan) -> str:
+    """Return what is shown, in one short line."""
+    shape = {1: "line", 2: "plane", 3: "volume"}[len(plan.axes)]
+    kinds = dict.fromkeys(str(plan.directions[a]["kind"]) for a in plan.axes)
+    return f"{plan.facts['network']}: {' and '.join(kinds)} {shape}"
+
+
+def caption(plan: Plan, devices: Mapping[str, Any]) -> str:
+    """Return what a reader of the picture must know: network, directions, samples, batch norm."""
+    words = [f"{plan.facts['network']}, {plan.origin['parameters']:,} parameters and statistics"]
+    for axis in plan.axes:
+        facts, recipe = plan.facts["axes"][axis], plan.directions[axis]
+        text = f"{axis}: {describe_recipe(recipe)}"
+        if recipe["ignore"] != "none":
+            text += f", {recipe['ignore']} ignored"
+        if "explained" in facts:
+            text += (
+                f", explains {facts['explained']:.0%} of the path "
+                f"(a random walk: {facts['random_walk_null']:.0%})"
+            )
+        if facts["zero_filters"]:
+            text += f", {facts['zero_filters']} filters of norm zero"
+        words.append(text)
+    if len(plan.axes) == 2:
+        words.append(f"cos(x, y) = {plan.facts['cosines'][0][1]:+.3f}")
+    samples: dict[str, int] = next((d["samples"] for d in devices.values()), {})
+    counts = [f"{samples.get(s) or plan.data[s]['samples'] or '?'} {s}" for s in plan.data]
+    words.append(f"{' and '.join(counts)} samples, the same at every point")
+    check = next((d["batch_norm"] for d in devices.values() if d["batch_norm"]), None)
+    mode = str(plan.evaluate["batch_norm"])
+    if check:
+        words.append(
+            f"batch norm {mode} (recalibrated statistics change the loss by up to "
+            f"{check['largest_relative']:.0%} at |offset| = 1)"
+        )
+    elif mode != "eval":
+        words.append(f"batch norm {mode}")
+    words.append(str(plan.evaluate["precision"]))
+    return "; ".join(words) + "."

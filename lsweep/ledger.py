@@ -1,0 +1,126 @@
+"""The ledger: a worker's parts and its heartbeat, where finished rows go."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+
+from lsweep.errors import LsweepError, SickDevice
+from lsweep.evaluate import Evaluator
+from lsweep.folder import RunFolder
+from lsweep.parts import CAPACITIES, PartWriter, Rows, device_code, row_type
+from lsweep.plan import Plan
+from lsweep.workers import Heartbeat, State
+
+
+class Ledger:
+    """A worker's parts and its heartbeat: where finished rows go."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        plan: Plan,
+        name: str,
+        known: dict[str, Any],
+        beat: float,
+        ev: Evaluator,
+    ) -> None:
+        self._folder, self._plan, self.name = folder, plan, name
+        self._class, self._evaluator = known["class"], ev
+        self._opaque = " ".join(known["opaque"])
+        self._code = device_code(self._class)
+        self._part: PartWriter | None = None
+        self._count = 0
+        self._lock = threading.Lock()
+        self._type = row_type(len(plan.variables))
+        self.points = 0
+        for path in (folder.parts, folder.workers):
+            path.mkdir(parents=True, exist_ok=True)
+        self.heart = Heartbeat(folder, name, beat, self._sync)
+
+    def __enter__(self) -> Ledger:
+        self.heart.tell(device=self._class)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: Any
+    ) -> None:
+        with self._lock:
+            if self._part is not None:
+                try:
+                    self._part.sync()
+                except OSError as e:
+                    self.heart.disk_error = e
+                self._part.close()
+        if kind is None:
+            state = State.DONE
+        elif isinstance(error, SickDevice):
+            state = State.SICK
+        else:
+            state = State.FAILED if isinstance(error, Exception) else State.STOPPED
+        self.heart.end(state, "" if error is None else str(error) or type(error).__name__)
+
+    def _sync(self) -> None:
+        with self._lock:
+            if self._part is not None and self._part.dirty:
+                self._part.sync()
+
+    def _header(self) -> dict[str, str]:
+        sizes = self._evaluator.batch_sizes
+        return {
+            "worker": self.name,
+            "device_class": self._class,
+            "opaque": self._opaque,
+            "batch_sizes": " ".join(f"{s}={n}" for s, n in sorted(sizes.items())),
+        }
+
+    def new_part(self) -> None:
+        """Let the next rows begin a part, because its header no longer holds."""
+        with self._lock:
+            if self._part is not None:
+                self._part.sync()
+                self._part.close()
+                self._part = None
+
+    def commit(self, rows: Rows, reasons: dict[int, str] | None = None) -> None:
+        """Write rows, all of them or an error.
+
+        Raises:
+            LsweepError: the disk refused; what was committed before stays.
+        """
+        rows["device"] = self._code
+        try:
+            with self._lock:
+                if self.heart.disk_error is not None:
+                    raise self.heart.disk_error
+                if self._part is None or self._part.free < len(rows):
+                    self._open_part(len(rows))
+                assert self._part is not None
+                for i, reason in (reasons or {}).items():
+                    rows[i]["text"] = self._part.note(reason)
+                self._part.append(rows)
+        except OSError as e:
+            raise LsweepError(
+                f"cannot write in {self._folder.parts}: {e.strerror or e}; all that was committed "
+                "is kept. Make room, then run the same command again"
+            ) from None
+
+    def _open_part(self, rows: int) -> None:
+        if self._part is not None:
+            self._part.sync()
+            self._part.close()
+        capacity = CAPACITIES[min(self._count, len(CAPACITIES) - 1)]
+        self._part = PartWriter(
+            self._folder.part(self.name, self._count),
+            plan=self._plan.digest,
+            variables=len(self._plan.variables),
+            capacity=max(capacity, rows),
+            header=self._header(),
+        )
+        self._count += 1
+
+    def empty(self, rows: int) -> Rows:
+        """Return zeroed rows to fill."""
+        return np.zeros(rows, self._type)

@@ -1,0 +1,64 @@
+"""Taking over a live network and giving it back: tensors, modes, generators, numerics."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def model_kept(model: nn.Module) -> Iterator[None]:
+    """Give back every tensor, flag and mode of the model, whatever happens in between."""
+    tensors = [(p, p.data, p.requires_grad) for p in model.parameters()]
+    buffers = [(m, dict(m._buffers)) for m in model.modules()]
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for p, data, requires_grad in tensors:
+            p.data = data
+            p.requires_grad_(requires_grad)
+        for m, kept in buffers:
+            m._buffers.update(kept)
+        for m, training in modes:
+            m.training = training
+
+
+@contextlib.contextmanager
+def generators_kept() -> Iterator[None]:
+    """Give back the state of every global random generator."""
+    python, state, numpy_state = random.getstate(), torch.get_rng_state(), np.random.get_state()
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    gpus = torch.cuda.get_rng_state_all() if started else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        torch.set_rng_state(state)
+        np.random.set_state(numpy_state)
+        if gpus:
+            torch.cuda.set_rng_state_all(gpus)
+
+
+@contextlib.contextmanager
+def numerics(device: torch.device, tf32: bool) -> Iterator[None]:
+    """Fix what decides the last bits on a GPU: no silent tf32, no algorithm chosen by timing."""
+    if device.type != "cuda":
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    before = (torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark)
+    deterministic = cudnn.deterministic
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = tf32, False, True
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        cudnn.allow_tf32, cudnn.benchmark = before[1:]
+        cudnn.deterministic = deterministic
