@@ -14,10 +14,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
 
 from lsweep.errors import LsweepError, nearest
 from lsweep.folder import RunFolder
+
+if TYPE_CHECKING:
+    from lsweep.display import Display
+    from lsweep.problem import Problem
 
 INTERRUPTED, INCOMPLETE = 130, 3
 SIZES = {"sums": 64, "row": 40}
@@ -120,12 +126,15 @@ def _folder(options: argparse.Namespace) -> RunFolder:
     return RunFolder(options.sweep.with_name(f"{options.sweep.stem}.run"))
 
 
-def _plan(options: argparse.Namespace) -> RunFolder:
-    """Freeze the plan of a TOML, or take the run as it is; ask again for what failed."""
+def _plan(options: argparse.Namespace) -> tuple[RunFolder, Problem | None]:
+    """Freeze the plan of a TOML, or take the run as it is; ask again for what failed.
+
+    Returns the problem too where it had to be made, so that this process need not make it twice.
+    """
     from lsweep.plan import Plan
-    from lsweep.rounds import Rounds, publish_round
 
     folder = _folder(options)
+    problem = None
     if options.unit_points is not None and options.unit_points < 1:
         raise LsweepError(f"--unit-points {options.unit_points}: must be at least 1")
     if options.sweep.is_dir() or (folder.exists and not options.sweep.exists()):
@@ -149,34 +158,18 @@ def _plan(options: argparse.Namespace) -> RunFolder:
             text += "".join(f"\n# --set {o}" for o in options.overrides) + "\n"
         plan_run(settings, problem, base, folder, text=text, unit_points=options.unit_points)
     if options.retry_failed:
-        plan = Plan.read(folder)
-        failed = _failed_points(folder)
-        if failed:
-            rounds = Rounds.read(folder, plan)
-            publish_round(
-                folder, plan, _grid_of(rounds), expected=rounds.last.expected, again=failed
-            )
-    return folder
+        from lsweep.merge import failed_points
+        from lsweep.rounds import ask_again
 
-
-def _grid_of(rounds: Any) -> Any:
-    from decimal import Decimal
-
-    from lsweep.settings import Axis
-
-    return {n: Axis((Decimal(a), Decimal(b)), c) for n, (a, b, c) in rounds.last.grid.items()}
-
-
-def _failed_points(folder: RunFolder) -> list[int]:
-    from lsweep.merge import failed_points
-
-    return failed_points(folder)
+        ask_again(folder, failed_points(folder))
+    return folder, problem
 
 
 def _command_plan(options: argparse.Namespace) -> int:
-    folder = _plan(options)
     from lsweep.plan import Plan
     from lsweep.rounds import Rounds
+
+    folder, _ = _plan(options)
 
     plan = Plan.read(folder)
     rounds = Rounds.read(folder, plan)
@@ -208,27 +201,30 @@ def _command_plan(options: argparse.Namespace) -> int:
 
 
 def _command_run(options: argparse.Namespace) -> int:
-    folder = _plan(options)
     from lsweep.display import Display
     from lsweep.status import share_done
 
+    folder, problem = _plan(options)
     done, total = share_done(folder)
-    interrupted = False
-    code = 0
+    code, interrupted = 0, False
     if done < total:
-        print(f"{folder.root}: {total - done} of {total} points to evaluate", file=sys.stderr)
+        print(f"{folder.root}: {total - done} of {total} points to evaluate", flush=True)
         with Display(folder, total, done) as display:
-            code, interrupted = _evaluate(folder, options, display)
-    if interrupted:
+            code, interrupted = _evaluate(folder, options, problem, display)
         done, total = share_done(folder)
+    if interrupted:
         print(f"lsweep: interrupted with {done} of {total} points committed; the same command "
               "goes on", file=sys.stderr)  # fmt: skip
         return INTERRUPTED
+    if code and not done:
+        return code
     merged = _merge_and_draw(folder, draw=not options.no_picture)
-    return merged or code
+    return (code or merged) if done < total else merged
 
 
-def _evaluate(folder: RunFolder, options: argparse.Namespace, display: Any) -> tuple[int, bool]:
+def _evaluate(
+    folder: RunFolder, options: argparse.Namespace, problem: Problem | None, display: Display
+) -> tuple[int, bool]:
     if options.on == "mpi":
         raise LsweepError("--on mpi is not built yet: start 'lsweep work RUN --index I --of N'")
     count = 1 if options.on == "inline" else options.workers
@@ -247,7 +243,7 @@ def _evaluate(folder: RunFolder, options: argparse.Namespace, display: Any) -> t
         task = Task(device=options.device, threads=options.threads, claims=options.claims,
                     beat=1.0, trust=options.trust)  # fmt: skip
         try:
-            work(folder, task)
+            work(folder, task, problem)
         except KeyboardInterrupt:
             return 0, True
         return 0, False
@@ -268,12 +264,17 @@ def _merge_and_draw(folder: RunFolder, draw: bool) -> int:
     if report.missing == report.points:
         return INCOMPLETE
     surface.save(folder.surface)
+    name = surface.metrics[0]
+    if np.isfinite(surface[name]).any():
+        where, least = surface.minimum(name)
+        at = ", ".join(f"{axis} = {offset:.4g}" for axis, offset in where.items())
+        print(f"{name}: {surface.center(name):.6g} at the centre, minimum {least:.6g} at {at}")
     print(f"wrote {folder.surface}")
     if draw:
         from lsweep.pictures import render
 
         folder.figures.mkdir(exist_ok=True)
-        picture = folder.figures / f"{surface.metrics[0]}.png"
+        picture = folder.figures / f"{name}.png"
         render(surface, picture)
         print(f"wrote {picture}")
     return 0 if report.clean else INCOMPLETE

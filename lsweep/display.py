@@ -5,11 +5,14 @@ One line that rewrites itself on a terminal; a line every ten seconds elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
+from lsweep.errors import LsweepError
+from lsweep.files import read_json
 from lsweep.folder import RunFolder
 from lsweep.workers import State, all_workers
 
@@ -35,6 +38,7 @@ class Display:
         self._start, self._since = time.monotonic(), time.time()
         self._over = threading.Event()
         self._lock = threading.Lock()
+        self._classes: set[str] = set()
         self._thread = threading.Thread(target=self._run, daemon=True, name="lsweep-display")
 
     def __enter__(self) -> Display:
@@ -62,8 +66,18 @@ class Display:
 
     def _run(self) -> None:
         while not self._over.wait(ON_TERMINAL if self._live else ELSEWHERE):
+            self._say_preflight()
             line = self.line()
             self._write(f"\r\033[K{line}" if self._live else f"{line}\n")
+
+    def _say_preflight(self) -> None:
+        """Tell once for each device class what its first worker found at the centre."""
+        for path in self._folder.all_devices():
+            if path.name in self._classes:
+                continue
+            self._classes.add(path.name)
+            with contextlib.suppress(LsweepError, KeyError, TypeError):
+                self.say(preflight_line(read_json(path), self._total - self._before))
 
     def progress(self) -> int:
         """Return how many points are done, as the workers tell."""
@@ -87,6 +101,17 @@ class Display:
             f"{done}/{self._total} points ({done / self._total:.0%}), {rate:.3g}/s by "
             f"{len(working)} workers{left}{low}"
         )
+
+
+def preflight_line(found: dict[str, Any], points: int) -> str:
+    """Return what a pre-flight found, in one line."""
+    centre = ", ".join(f"{name} {value:.6g}" for name, value in found["centre"].items() if value)
+    seconds = float(found["seconds_per_point"])
+    return (
+        f"pre-flight on {found['device']}: {centre} at the centre; {1e3 * seconds:.3g} ms a point, "
+        f"{found['memory'] / 2**20:.0f} MiB; {points} points take {duration(points * seconds)} "
+        "of one worker"
+    )
 
 
 def duration(seconds: float) -> str:

@@ -84,8 +84,9 @@ def run_workers(
             )
 
     def tell(text: str) -> None:
-        outcome.events.append(text)
-        on_event(text)
+        if text not in outcome.events:  # workers that refuse for one reason say it once
+            outcome.events.append(text)
+            on_event(f"lsweep: {text}")
 
     stop = _Stop()
     running: dict[int, subprocess.Popen[bytes]] = {}

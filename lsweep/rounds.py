@@ -234,3 +234,13 @@ def publish_round(
         value: dict[str, Any] = dataclasses.asdict(draft)
         if publish(folder.round(draft.number), sealed(value)):
             return Rounds.read(folder, plan)
+
+
+def ask_again(folder: RunFolder, points: list[int]) -> None:
+    """Publish a round that asks for earlier points again, on the grid there is."""
+    if not points:
+        return
+    plan = Plan.read(folder)
+    last = Rounds.read(folder, plan).last
+    grid = {n: Axis((Decimal(low), Decimal(high)), c) for n, (low, high, c) in last.grid.items()}
+    publish_round(folder, plan, grid, expected=last.expected, again=points)
