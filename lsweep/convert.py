@@ -23,10 +23,10 @@ import numpy as np
 
 from lsweep import npz, reference, vtk
 from lsweep.errors import LsweepError
+from lsweep.files import write_whole
 from lsweep.foreign import first_bytes
 from lsweep.reference import Directions
 from lsweep.surface import Status, Surface
-from lsweep.whole import write_whole
 
 SUFFIXES = (".h5", ".hdf5", ".vts", ".vtp", ".csv", ".npz")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from lsweep.errors import LsweepError
+from lsweep.takeover import generators_kept
 
 Batch = Any
 """A tensor, a tuple or list of tensors, or a dict of tensors; dimension 0 counts samples."""
@@ -62,8 +64,8 @@ def samples_in(batch: Batch) -> int:
 class Split:
     """One split of the data; `batches` yields the same batches in the same order at every call.
 
-    Tensors and datasets are cut into batches of the size asked for; a re-iterable of batches
-    (a DataLoader, a list) keeps its own.
+    A tuple or dict of tensors and a dataset are cut into batches of the size asked for; a
+    re-iterable of batches (a DataLoader, a list) keeps its own.
 
     >>> split = Split("train", (torch.arange(5.0), torch.zeros(5)))
     >>> [samples_in(b) for b in split.batches(2)], split.samples
@@ -75,10 +77,13 @@ class Split:
         data = _as_tensors(data)
         self._tensors: Batch | None = None
         self._dataset: Dataset[Any] | None = None
+        self._stream: IterableDataset[Any] | None = None
         self._iterable: Iterable[Batch] | None = None
         if _is_bundle(data):
             self._tensors = data
-        elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        elif isinstance(data, IterableDataset):
+            self._stream = data
+        elif isinstance(data, Dataset):
             self._dataset = data
         elif isinstance(data, Iterator):
             raise LsweepError(
@@ -109,6 +114,7 @@ class Split:
         """True when batches are cut here, so that the batch size is free."""
         return self._iterable is None
 
+    @generators_kept()
     def sample_numbers(self) -> int:
         """Return how many numbers one sample's inputs hold, from which a batch size follows."""
         first = next(iter(self.batches(1)))
@@ -120,14 +126,14 @@ class Split:
         Raises:
             LsweepError: the data is empty, or cannot be sliced, or an item fails to load.
         """
-        if self._iterable is not None:
+        if self.samples is None:
             if slices > 1:
                 raise LsweepError(
                     f"data[{self.name!r}] is an iterable of batches, which cannot be sliced: give "
                     "tensors or a Dataset, or use slices = 1"
                 )
             empty = True
-            for batch in self._iterable:
+            for batch in self._collated(size) if self._iterable is None else self._iterable:
                 empty = False
                 yield _as_tensors(batch)
             if empty:
@@ -143,15 +149,41 @@ class Split:
             else:
                 yield default_collate([self._dataset[i] for i in range(a, b)])  # type: ignore[index]
 
+    def _collated(self, size: int) -> Iterator[Batch]:
+        samples = iter(self._stream)  # type: ignore[arg-type]
+        while some := list(itertools.islice(samples, size)):
+            yield default_collate(some)
+
+    @generators_kept()
     def fingerprint(self) -> str:
         """Return a sha256 that changes with the data, from a few samples: cheap, for resuming.
+
+        Raises:
+            LsweepError: a second look finds other samples.
 
         >>> zeros, ones = Split("a", torch.zeros(4, 2)), Split("a", torch.ones(4, 2))
         >>> zeros.fingerprint() == ones.fingerprint()
         False
         """
+        once, twice = self._fingerprint(), self._fingerprint()
+        self.require_same(once, twice)
+        return once
+
+    def require_same(self, once: str, twice: str) -> None:
+        """Refuse data that differs between two passes.
+
+        Raises:
+            LsweepError: it does.
+        """
+        if once != twice:
+            raise LsweepError(
+                f"the {self.name} data differs between two passes: a loader that shuffles, or an "
+                "augmentation; use shuffle=False and the transforms of evaluation"
+            )
+
+    def _fingerprint(self) -> str:
         h = hashlib.sha256()
-        if self._iterable is not None:
+        if self.samples is None:
             for batch in itertools.islice(self.batches(1), 2):
                 _hash_batch(h, batch)
             return h.hexdigest()
@@ -178,21 +210,23 @@ class Split:
 
 def _as_tensors(data: Any) -> Any:
     if isinstance(data, np.ndarray):
-        return torch.from_numpy(np.ascontiguousarray(data))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a read-only array, such as a memory map, is welcome
+            return torch.from_numpy(np.ascontiguousarray(data))
     if isinstance(data, Mapping):
         return {k: _as_tensors(v) for k, v in data.items()}
-    if isinstance(data, tuple) and not hasattr(data, "_fields"):
-        return tuple(_as_tensors(v) for v in data)
+    if type(data) in (tuple, list):
+        return type(data)(_as_tensors(v) for v in data)
     return data
 
 
 def _is_bundle(data: Any) -> bool:
-    """Tensors of equal length: the whole split at once, not a sequence of batches."""
+    """Tensors of equal length: the whole split at once. A list is a sequence of batches."""
     if isinstance(data, Tensor):
         return True
     if isinstance(data, Mapping):
         values: Sequence[Any] = list(data.values())
-    elif isinstance(data, list | tuple):
+    elif isinstance(data, tuple):
         values = data
     else:
         return False

@@ -240,8 +240,7 @@ class Evaluator:
 
         def collect(k: int, split: int, batch: Batch) -> None:
             with self._context(audit):
-                full = self.settings["precision"] in AUTOCAST and not audit
-                found = self.problem.evaluate(batch, self.metrics, full)
+                found = self.problem.evaluate(batch, self.metrics)
             for m, metric in enumerate(self.metrics):
                 s = found[metric]
                 v, w = s.values.to(self._sum_dtype()), s.weights.to(self._sum_dtype())

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +112,6 @@ def publish(path: Path, data: bytes, *, sync: bool = True) -> bool:
 
 def replace(path: Path, data: bytes, *, sync: bool = False) -> None:
     """Write ``data`` as ``path``, whole or not at all, over whatever was there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = scratch(path)
     try:
         write_new(temporary, data, sync=sync)
@@ -122,22 +120,23 @@ def replace(path: Path, data: bytes, *, sync: bool = False) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def replace_with(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then put it there, synced.
+def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+    """Make or replace what a user asked for, synced; what was there before stays until the end.
 
     Raises:
-        LsweepError: the folder cannot be written.
+        LsweepError: the folder or the disk does not take the file.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> write_whole(folder / "a.txt", b"whole")
+    >>> [(p.name, p.read_text()) for p in folder.iterdir()]
+    [('a.txt', 'whole')]
     """
-    temporary = scratch(path).with_suffix(path.suffix)
     try:
-        write(temporary)
-        with Path(temporary).open("rb") as f:
-            os.fsync(f.fileno())
-        Path(temporary).replace(path)
-    except OSError as e:
-        raise LsweepError(f"cannot write {path}: {e.strerror or e}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        replace(Path(path), data, sync=True)
+    except (OSError, ValueError) as e:  # ValueError: a name that is empty or holds a NUL
+        reason = getattr(e, "strerror", None) or e
+        raise LsweepError(f"cannot write {os.fspath(path)}: {reason}") from None
 
 
 def sealed(value: dict[str, Any]) -> bytes:

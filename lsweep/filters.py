@@ -6,6 +6,7 @@ NeurIPS 2018, section 4: d_{i,j} <- d_{i,j} / ||d_{i,j}|| · ||θ_{i,j}|| for fi
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 EPSILON = 1e-10
@@ -57,7 +58,7 @@ def filter_rows(weight: Tensor, module: nn.Module | None) -> Tensor:
 def scale_rows(direction: Tensor, factors: Tensor, module: nn.Module | None) -> Tensor:
     """Return ``direction`` with filter j multiplied by ``factors[j]``, in the shape it came in."""
     if direction.dim() <= 1:
-        return direction * factors
+        return direction * factors[0]
     shape = [1] * direction.dim()
     if isinstance(module, _TRANSPOSED):
         groups = module.groups
@@ -110,10 +111,13 @@ def normalize(rule: str, direction: Tensor, weight: Tensor, module: nn.Module | 
     """
     if rule == "filter":
         return filter_normalize(direction, weight, module)
+    scaled: Tensor = direction
     if rule == "layer":
         length = direction.double().norm()
-        return direction * (weight.double().norm() / (length + EPSILON)).to(direction.dtype)
-    return direction * weight if rule == "weight" else direction
+        scaled = direction * (weight.double().norm() / (length + EPSILON)).to(direction.dtype)
+    elif rule == "weight":
+        scaled = direction * weight
+    return scaled
 
 
 def count_zero_filters(weight: Tensor, module: nn.Module | None) -> int:

@@ -6,10 +6,12 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lsweep.errors import LsweepError
 
@@ -36,47 +38,69 @@ def per_sample(loss: Callable[..., Any]) -> Callable[[Any, Any], Values]:
     >>> f(torch.zeros(2, 4), torch.tensor([0, 3]))[1]
     tensor([0., 1.])
     """
-    if loss in _MODULES:
-        loss = _MODULES[loss]()
-    if isinstance(loss, nn.Module) and hasattr(loss, "reduction"):
-        if loss.reduction == "sum":
-            raise LsweepError(
-                f'{type(loss).__name__}(reduction="sum") is not a mean over samples: use "mean"'
-            )
+    loss = _as_module(loss)
+    reduction = _reduction(loss)
+    if reduction == "sum":
+        name = getattr(loss, "__name__", type(loss).__name__)
+        raise LsweepError(f'{name}(reduction="sum") is not a mean over samples: use "mean"')
+    if isinstance(loss, nn.Module) and reduction is not None:
         single = copy.deepcopy(loss)
         single.reduction = "none"  # type: ignore[assignment]
         if isinstance(single, nn.CrossEntropyLoss | nn.NLLLoss):
             return functools.partial(_class_loss, single)
-        batchmean = loss.reduction == "batchmean"
-        return functools.partial(_element_loss, single, batchmean)
-    if not isinstance(loss, nn.Module) and _takes_reduction(loss):
+        return functools.partial(_element_loss, single, reduction == "batchmean")
+    if reduction == "mean":
         return functools.partial(_element_loss, functools.partial(loss, reduction="none"), False)
     return loss
 
 
-def _takes_reduction(loss: Callable[..., Any]) -> bool:
+def whole(loss: Callable[..., Any], output: Any, target: Any) -> Any:
+    """Return the loss as it was given; its class weights take the output's device and precision.
+
+    >>> float(whole(nn.MSELoss(), torch.ones(2), torch.zeros(2)))
+    1.0
+    """
+    loss = _as_module(loss)
+    if not isinstance(loss, nn.Module) or not isinstance(output, Tensor):
+        return loss(output, target)
+    state = {n: t.to(output) for n, t in loss.state_dict().items() if t.is_floating_point()}
+    return functional_call(loss, state, (output, target)) if state else loss(output, target)
+
+
+def _as_module(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a class loss in its functional form as the module: that shows its weights."""
+    function, options = loss, {}
+    if isinstance(loss, functools.partial) and not loss.args:
+        function, options = loss.func, loss.keywords
+    known = isinstance(function, FunctionType) and function in _MODULES
+    return _MODULES[function](**options) if known else loss
+
+
+def _reduction(loss: Callable[..., Any]) -> str | None:
+    if isinstance(loss, nn.Module):
+        return getattr(loss, "reduction", None)
     try:
         parameter = inspect.signature(loss).parameters.get("reduction")
     except (TypeError, ValueError):
-        return False
-    return parameter is not None and parameter.default == "mean"
+        return None
+    return parameter.default if parameter and isinstance(parameter.default, str) else None
 
 
 def _class_loss(loss: nn.CrossEntropyLoss | nn.NLLLoss, output: Tensor, target: Tensor) -> Values:
-    values = loss(output, target)  # [B] or [B, positions...], already times the class weight
+    values = whole(loss, output, target)  # [B] or [B, positions...], already times the class weight
     if target.is_floating_point():  # class probabilities: torch divides by the batch size
         weights = torch.ones_like(values)
     else:
         kept = target != loss.ignore_index
         weights = kept.to(values.dtype)
         if loss.weight is not None:
-            weights = weights * loss.weight[torch.where(kept, target, 0)]
+            weights = weights * loss.weight.to(values)[torch.where(kept, target, 0)]
         values = torch.where(weights > 0, values / weights.clamp_min(1e-45), 0.0)
     return flatten(values, weights)
 
 
 def _element_loss(loss: Callable[..., Tensor], batchmean: bool, output: Any, target: Any) -> Values:
-    values = loss(output, target)
+    values: Tensor = whole(loss, output, target)
     if batchmean:
         return values.flatten(1).sum(1)
     return flatten(values, None)

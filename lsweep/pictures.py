@@ -6,9 +6,9 @@ Figures are made without pyplot, so no display and no global state is needed.
 
 from __future__ import annotations
 
+import io
 import math
 import os
-import tempfile
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from lsweep.cells import as_plane, pooled_scale
 from lsweep.errors import LsweepError, nearest
+from lsweep.files import write_whole
 from lsweep.lines import line, line_scale
 from lsweep.maps import add_bar, contour, filled, heat
 from lsweep.marks import LINE_COLORS, SMALL, default_name, describe, lengths, put_title
@@ -162,45 +163,20 @@ def save(figure: Figure, path: str | os.PathLike[str], *, dpi: float = 150) -> N
     >>> [p.name for p in folder.iterdir()]
     ['empty.svg']
     """
-    target = Path(path)
-    suffix = _format(target)
-    try:
-        fd, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    except OSError as e:
-        raise LsweepError(f"cannot write {target}: {e.strerror}") from None
-    try:
-        with (
-            os.fdopen(fd, "wb") as f,
-            matplotlib.rc_context(
-                {
-                    "svg.hashsalt": "lsweep",
-                    "pdf.fonttype": 42,
-                }  # ids and fonts as journals want them
-            ),
-        ):
-            figure.savefig(
-                f,
-                format=suffix[1:],
-                dpi=dpi,
-                metadata=_FORMATS[suffix],
-                bbox_inches="tight",
-                pad_inches=0.08,
-                facecolor="white",
-            )
-            f.flush()
-            os.fsync(f.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(target)
-    except OSError as e:
-        raise LsweepError(f"cannot write {target}: {e.strerror or e}") from None
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    suffix = _format(Path(path))
+    image = io.BytesIO()
+    # Ids and fonts as journals want them, the same in every run.
+    with matplotlib.rc_context({"svg.hashsalt": "lsweep", "pdf.fonttype": 42}):
+        figure.savefig(
+            image,
+            format=suffix[1:],
+            dpi=dpi,
+            metadata=_FORMATS[suffix],
+            bbox_inches="tight",
+            pad_inches=0.08,
+            facecolor="white",
+        )
+    write_whole(path, image.getvalue())
 
 
 def _format(path: Path) -> str:

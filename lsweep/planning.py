@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 from dataclasses import dataclass
 from decimal import Decimal
@@ -15,7 +16,7 @@ import numpy as np
 from lsweep.directions import Directions, make_directions
 from lsweep.errors import LsweepError, PlanChanged, nearest
 from lsweep.factory import factory_file, file_digest, make_problem
-from lsweep.files import publish, read_json, replace, replace_with, sealed
+from lsweep.files import publish, read_json, sealed, write_whole
 from lsweep.folder import RunFolder
 from lsweep.machine import refuse_foreign
 from lsweep.plan import Plan
@@ -193,26 +194,24 @@ def _keep_source(
 
 def write_directions(folder: RunFolder, plan: Plan, directions: Directions) -> None:
     """Write norms and fingerprints of the directions; no arrays, for the recipe remakes them."""
-
-    def write(path: Path) -> None:
-        with h5py.File(path, "w", libver=("v108", "v108")) as f:
-            f.attrs["plan"] = np.bytes_(plan.digest)
-            f.create_dataset("gram", data=directions.gram, fletcher32=True)
-            f.create_dataset("cosines", data=directions.cosines(), fletcher32=True)
-            for axis, d in directions.axes.items():
-                g = f.create_group(axis)
-                g.attrs["norm"] = d.norm
-                g.attrs["sha256"] = np.bytes_(plan.directions[axis]["sha256"])
-                g.attrs["zero_filters"] = d.zero_filters
-                names = sorted(d.tensors)
-                norms = np.array(
-                    [math.sqrt(float(d.tensors[n].double().square().sum())) for n in names]
-                )
-                g.create_dataset("tensor_norms", data=norms, fletcher32=True)
-                joined = np.array([n.encode() for n in names])
-                g.create_dataset("tensor_names", data=joined, fletcher32=True)
-
-    replace_with(folder.directions, write)
+    image = io.BytesIO()
+    with h5py.File(image, "w", libver=("v108", "v108")) as f:
+        f.attrs["plan"] = np.bytes_(plan.digest)
+        f.create_dataset("gram", data=directions.gram, fletcher32=True)
+        f.create_dataset("cosines", data=directions.cosines(), fletcher32=True)
+        for axis, d in directions.axes.items():
+            g = f.create_group(axis)
+            g.attrs["norm"] = d.norm
+            g.attrs["sha256"] = np.bytes_(plan.directions[axis]["sha256"])
+            g.attrs["zero_filters"] = d.zero_filters
+            names = sorted(d.tensors)
+            norms = np.array(
+                [math.sqrt(float(d.tensors[n].double().square().sum())) for n in names]
+            )
+            g.create_dataset("tensor_norms", data=norms, fletcher32=True)
+            joined = np.array([n.encode() for n in names])
+            g.create_dataset("tensor_names", data=joined, fletcher32=True)
+    write_whole(folder.directions, image.getvalue())
 
 
 def base_of(folder: RunFolder) -> Path:
@@ -220,11 +219,6 @@ def base_of(folder: RunFolder) -> Path:
     if folder.source.is_file():
         return Path(read_json(folder.source)["base"])
     return folder.root.absolute().parent
-
-
-def move_base(folder: RunFolder, base: Path) -> None:
-    """Let a run that was moved find its factory's files again."""
-    replace(folder.source, sealed({"base": str(base.absolute())}))
 
 
 def settings_of(folder: RunFolder, plan: Plan) -> Settings:

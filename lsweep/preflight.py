@@ -139,11 +139,7 @@ def preflight(
 def _check_data(evaluator: Evaluator, split: str) -> str:
     source, size = evaluator.problem.splits[split], evaluator.batch_sizes[split]
     once, twice = source.full_digest(size), source.full_digest(size)
-    if once != twice:
-        raise LsweepError(
-            f"the {split} data differs between two passes: a loader that shuffles, or an "
-            "augmentation; use shuffle=False and the transforms of evaluation"
-        )
+    source.require_same(once, twice)
     return once
 
 

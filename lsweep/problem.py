@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lsweep.data import Batch, Split, samples_in
 from lsweep.errors import LsweepError, nearest
-from lsweep.losses import Values, accuracy, flatten, per_sample
+from lsweep.losses import Values, accuracy, flatten, per_sample, whole
 from lsweep.settings import ProblemSource
+from lsweep.takeover import generators_kept, model_kept
 
 Forward = Callable[[nn.Module, Batch], Mapping[str, Values]]
 TARGETS = ("labels", "label", "targets", "target", "y")
@@ -77,7 +78,9 @@ class Problem:
             raise LsweepError("metrics must not contain 'loss': that is loss=…")
         object.__setattr__(self, "splits", {n: Split(n, d) for n, d in self.data.items()})
         if self.loss is not None:
-            object.__setattr__(self, "_functions", {"loss": per_sample(self.loss), **self.metrics})
+            functions = {"loss": self.loss, **self.metrics}
+            found = {n: per_sample(f) for n, f in functions.items()}
+            object.__setattr__(self, "_functions", found)
 
     splits: dict[str, Split] = field(init=False, repr=False, compare=False)
     _functions: dict[str, Callable[..., Any]] = field(
@@ -100,18 +103,16 @@ class Problem:
         if known:
             return tuple(known)
         split = next(iter(self.splits.values()))
-        with torch.set_grad_enabled(self.grad):
+        with generators_kept(), model_kept(self.model), torch.set_grad_enabled(self.grad):
+            self.model.eval()
             return tuple(self.forward(self.model, next(iter(split.batches(2)))))
 
-    def evaluate(
-        self, batch: Batch, names: tuple[str, ...], full: bool = False
-    ) -> dict[str, Sampled]:
+    def evaluate(self, batch: Batch, names: tuple[str, ...]) -> dict[str, Sampled]:
         """Return the metrics ``names`` on one batch at the model's present weights.
 
         Args:
             batch: as the split yields it, on the model's device.
             names: which metrics.
-            full: cast a reduced-precision output to float32 before the loss.
 
         Raises:
             LsweepError: a metric is unknown or not per sample.
@@ -125,9 +126,7 @@ class Problem:
                 )
         else:
             inputs, target = split_batch(batch)
-            output = call(self.model, inputs)
-            if full and isinstance(output, Tensor) and output.is_floating_point():
-                output = output.float()
+            output = full(call(self.model, inputs))
             results = {m: self._functions[m](output, target) for m in names if m in self._functions}
         out = {}
         for name in names:
@@ -149,8 +148,8 @@ class Problem:
             return
         inputs, target = split_batch(batch)
         with torch.set_grad_enabled(self.grad):
-            output = call(self.model, inputs)
-            wanted = float(self.loss(output, target))
+            output = full(call(self.model, inputs))
+            wanted = float(whole(self.loss, output, target))
             s = _sampled(self._functions["loss"](output, target), samples_in(batch), "loss")
         found = float((s.weights.double() * s.values.double()).sum() / s.weights.double().sum())
         if wanted == wanted and abs(found - wanted) > 1e-4 * max(1.0, abs(wanted)):
@@ -188,6 +187,19 @@ def call(model: nn.Module, inputs: Any) -> Any:
     else:
         output = model(inputs)
     return getattr(output, "logits", output)
+
+
+def full(output: Any) -> Any:
+    """Return a network's output in float32 or better, as a loss needs it.
+
+    >>> full(torch.zeros(1, dtype=torch.bfloat16)).dtype, full(torch.zeros(1).double()).dtype
+    (torch.float32, torch.float64)
+    """
+    if type(output) in (tuple, list):
+        return type(output)(full(o) for o in output)
+    if isinstance(output, Tensor) and output.dtype in (torch.float16, torch.bfloat16):
+        return output.float()
+    return output
 
 
 def _sampled(result: Values, n: int, name: str) -> Sampled:
@@ -234,7 +246,7 @@ def classifier(model: nn.Module, batch: Batch) -> dict[str, Values]:
     tensor([1.3863])
     """
     inputs, target = split_batch(batch)
-    output = call(model, inputs).float()
+    output = full(call(model, inputs))
     return {"loss": _cross_entropy(output, target), "accuracy": accuracy(output, target)}
 
 
@@ -264,7 +276,7 @@ def causal_lm(model: nn.Module, batch: Batch) -> dict[str, Values]:
     else:
         inputs = batch[0] if isinstance(batch, list | tuple) else batch
         labels = inputs
-    logits = call(model, inputs)[:, :-1].transpose(1, 2).float()  # [B, V, T-1]
+    logits = full(call(model, inputs))[:, :-1].transpose(1, 2)  # [B, V, T-1]
     target = labels[:, 1:]
     return {"loss": _cross_entropy(logits, target), "accuracy": accuracy(logits, target)}
 

@@ -28,9 +28,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lsweep.errors import DamagedFile, LsweepError
+from lsweep.files import write_whole
 from lsweep.foreign import numbers, opened, printable, words
 from lsweep.surface import FloatArray, Status, Surface
-from lsweep.whole import write_whole
 
 Directions = Mapping[str, Sequence[npt.NDArray[Any]]]
 Kind = Literal["lsweep surface", "reference surface", "reference directions"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import tomllib
 import types
@@ -36,9 +37,16 @@ class ProblemSource:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[^:]+:[A-Za-z_]\w*", self.factory):
             raise LsweepError(
-                f"problem.factory = {self.factory!r}: write FILE.py:function or "
-                "package.module:function"
+                f"factory = {self.factory!r}: write FILE.py:function or package.module:function"
             )
+        for name, value in self.options.items():
+            try:
+                json.dumps(plain(value), allow_nan=False)
+            except (TypeError, ValueError):
+                raise LsweepError(
+                    f"options.{name} = {value!r}: a plan holds finite numbers, strings, true and "
+                    "false, lists and tables"
+                ) from None
 
 
 @dataclass(frozen=True)
@@ -49,22 +57,26 @@ class Axis:
     count: int
 
     def __post_init__(self) -> None:
+        if not 2 <= self.count <= LARGEST_GRID:
+            raise LsweepError(f"count = {self.count}: must be between 2 and {LARGEST_GRID}")
         if isinstance(self.range, str):
             if self.range != "auto":
                 raise LsweepError(f'range = {self.range!r}: write [low, high] or "auto"')
-        else:
-            low, high = self.range
-            for bound in (low, high):
-                if not bound.is_finite() or abs(bound) > LARGEST_OFFSET:
-                    raise LsweepError(f"range bound {bound}: must be within ±{LARGEST_OFFSET:g}")
-                if bound and abs(bound) < Decimal("1e-12"):
-                    raise LsweepError(f"range bound {bound}: must be 0 or at least 1e-12 in size")
-            if low >= high:
-                raise LsweepError(
-                    f"range = [{low}, {high}]: the low end must be below the high end"
-                )
-        if not 2 <= self.count <= LARGEST_GRID:
-            raise LsweepError(f"count = {self.count}: must be between 2 and {LARGEST_GRID}")
+            return
+        for bound in self.range:
+            size = bound.copy_abs()  # abs() would round, and overflow
+            if not bound.is_finite() or size > LARGEST_OFFSET:
+                raise LsweepError(f"range bound {bound}: must be within ±{LARGEST_OFFSET:g}")
+            if bound and size < Decimal("1e-12"):
+                raise LsweepError(f"range bound {bound}: must be 0 or at least 1e-12 in size")
+        shown = f"range = [{self.range[0]}, {self.range[1]}]"
+        low, high = self.bounds
+        if low >= high:
+            raise LsweepError(f"{shown}: the low end must be below the high end")
+        if (high - low) / (self.count - 1) < max(-low, high) / 2**50:
+            raise LsweepError(
+                f"{shown}, count = {self.count}: so close together, offsets are the same float64"
+            )
 
     @property
     def bounds(self) -> tuple[Fraction, Fraction]:
@@ -157,7 +169,7 @@ class Refinement:
     tolerance: float
 
     def __post_init__(self) -> None:
-        raise LsweepError("[refine] is not built yet: leave it out, every grid point is evaluated")
+        raise LsweepError("not built yet: leave [refine] out, every grid point is evaluated")
 
 
 @dataclass(frozen=True)
@@ -165,6 +177,10 @@ class Track:
     """Checkpoints to draw on the plane, with their true values."""
 
     checkpoints: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.checkpoints:
+            raise LsweepError('checkpoints = []: give at least one, such as ["epoch*.pt"]')
 
 
 @dataclass(frozen=True)
@@ -238,6 +254,10 @@ class Settings:
         if not isinstance(directions, Mapping):
             raise LsweepError(f"{where}: directions must be a table")
         shared = {k: v for k, v in directions.items() if k not in AXES}
+        for key in shared:
+            valid = [f.name for f in dataclasses.fields(Recipe)]
+            if key not in valid:
+                raise LsweepError(f"{where}: directions: unknown key {key!r}{nearest(key, valid)}")
         grid = top.get("grid", {})
         if not isinstance(grid, Mapping) or not grid:
             raise LsweepError(
@@ -306,7 +326,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return {k: _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, list | tuple):
-            raise LsweepError(f"{where} = {value!r}: expected a list")
+            raise LsweepError(f"{where} = {plain(value)!r}: expected a list")
         if len(args) == 2 and args[1] is Ellipsis:
             return tuple(_convert(args[0], v, where) for v in value)
         if len(value) != len(args):
@@ -322,7 +342,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint in (str, bool) and isinstance(value, hint):
         return value
     names = {Decimal: "a number", float: "a number", int: "a whole number", str: "a string"}
-    raise LsweepError(f"{where} = {value!r}: expected {names.get(hint, 'true or false')}")
+    raise LsweepError(f"{where} = {plain(value)!r}: expected {names.get(hint, 'true or false')}")
 
 
 def plain(value: Any) -> Any:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import io
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lsweep.errors import DamagedFile, LsweepError, nearest
+from lsweep.files import write_whole
 
 if TYPE_CHECKING:
     import xarray
@@ -107,7 +108,8 @@ class Surface:
             good = np.logical_and.reduce(finite) if finite else np.ones(self.shape, bool)
             status = np.where(good, Status.OK, Status.NONFINITE).astype(np.uint8)
             object.__setattr__(self, "status", status)
-        for name, value in {**self.values, "status": self.status}.items():
+        arrays: dict[str, npt.NDArray[Any]] = {**self.values, "status": self.status}
+        for name, value in arrays.items():
             if value.shape != self.shape:
                 raise LsweepError(f"{name} has shape {value.shape}, the axes say {self.shape}")
 
@@ -213,24 +215,11 @@ class Surface:
 
         Equal surfaces give equal bytes: no timestamps, fixed-length attributes.
         """
-        target = Path(path)
-        try:
-            fd, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-            os.close(fd)
-        except OSError as e:
-            raise LsweepError(f"cannot write {target}: {e.strerror}") from None
-        try:
-            with h5py.File(name, "w", libver=("v108", "v108")) as f:
-                self._write(f)
-                f.attrs["lsweep_sha256"] = np.bytes_(_content_digest(f))
-            with Path(name).open("rb") as g:
-                os.fsync(g.fileno())
-            Path(name).chmod(0o666 & ~_umask())
-            Path(name).replace(target)
-        except OSError as e:
-            raise LsweepError(f"cannot write {target}: {e}") from None
-        finally:
-            Path(name).unlink(missing_ok=True)
+        image = io.BytesIO()  # HDF5 does not survive a full disk; a write of finished bytes does
+        with h5py.File(image, "w", libver=("v108", "v108")) as f:
+            self._write(f)
+            f.attrs["lsweep_sha256"] = np.bytes_(_content_digest(f))
+        write_whole(path, image.getvalue())
 
     def _write(self, f: h5py.File) -> None:
         f.attrs["Conventions"] = np.bytes_("CF-1.10")
@@ -265,9 +254,7 @@ class Surface:
                 g.create_dataset(name, data=value, fletcher32=True)
         g = f.create_group("provenance")
         for key, item in self.provenance.items():
-            g.attrs[key] = _text(
-                item if isinstance(item, str) else json.dumps(item, sort_keys=True)
-            )
+            g.attrs[key] = _text(json.dumps(item, sort_keys=True))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Surface:
@@ -307,13 +294,10 @@ class Surface:
         axes = {n: f[n][()] for n in ("x", "y", "z") if n in names}
         values = {n: f[n][()] for n in names if n not in axes and n != "status"}
         order = sorted(values, key=_variable_order)
+        # Not attrs.items(): the references of dimension scales lie in an unchecked heap, on which
+        # a damaged file may keep HDF5 for ever.
         attributes = {
-            n: {
-                k: _string(v)
-                for k, v in f[n].attrs.items()
-                if k in ("long_name", "units", "split", "metric", "direction", "replicate", "norm")
-            }
-            for n in names
+            n: {k: _string(f[n].attrs[k]) for k in _TEXTS if k in f[n].attrs} for n in names
         }
         trajectory = None
         if "trajectory" in f:
@@ -326,7 +310,7 @@ class Surface:
                 {n: g[n][()] for n in sorted(g, key=_variable_order) if n not in fixed},
                 tuple(json.loads(_string(g.attrs["labels"]))),
             )
-        provenance = {k: _loads(_string(v)) for k, v in f["provenance"].attrs.items()}
+        provenance = {k: json.loads(_string(v)) for k, v in f["provenance"].attrs.items()}
         return cls(
             axes,
             {n: values[n] for n in order},
@@ -343,12 +327,6 @@ def _variable_order(name: str) -> tuple[bool, bool, str]:
     return (name.endswith("_se") or name == "weight_sq", "loss" not in name, name)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _text(value: str) -> np.bytes_:
     # Fixed length: variable-length strings live in HDF5's global heap, which has no checksum.
     return np.bytes_(value.encode() or b" ")
@@ -358,15 +336,12 @@ def _string(value: Any) -> str:
     return (value.decode() if isinstance(value, bytes) else str(value)).strip()
 
 
-def _loads(text: str) -> Any:
-    return json.loads(text) if text[:1] in "{[" else text
-
-
 def _attributes(dataset: h5py.Dataset, attributes: Mapping[str, str]) -> None:
     for key, value in attributes.items():
         dataset.attrs[key] = _text(value)
 
 
+_TEXTS = ("long_name", "units", "split", "metric", "direction", "replicate", "norm")
 _UNHASHED = {"lsweep_sha256", "CLASS", "NAME", "DIMENSION_LIST", "REFERENCE_LIST", "_Netcdf4Dimid"}
 
 

@@ -13,15 +13,19 @@ from torch import nn
 
 @contextlib.contextmanager
 def model_kept(model: nn.Module) -> Iterator[None]:
-    """Give back every tensor, flag and mode of the model, whatever happens in between."""
-    tensors = [(p, p.data, p.requires_grad) for p in model.parameters()]
+    """Give back every tensor, gradient, flag and mode of the model, whatever happens in between."""
+    tensors = [(p, p.data, p.grad, p.requires_grad) for p in model.parameters()]
     buffers = [(m, dict(m._buffers)) for m in model.modules()]
     modes = [(m, m.training) for m in model.modules()]
+    for p, *_ in tensors:
+        p.grad = None  # a loss that calls backward() must not add to it
     try:
         yield
     finally:
-        for p, data, requires_grad in tensors:
+        for p, data, grad, requires_grad in tensors:
+            p.grad = None
             p.data = data
+            p.grad = grad
             p.requires_grad_(requires_grad)
         for m, kept in buffers:
             m._buffers.update(kept)

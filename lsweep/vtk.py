@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lsweep.errors import LsweepError
+from lsweep.scales import log_scale
 from lsweep.surface import FloatArray, Surface
 
 _TYPES = {"f8": "Float64", "i8": "Int64", "u1": "UInt8"}
@@ -122,16 +123,10 @@ def height_name(surface: Surface, name: str | None) -> str:
 def _height(surface: Surface, name: str | None, log: bool) -> FloatArray:
     value = surface[height_name(surface, name)]
     height = np.where(np.isfinite(value), value, np.nan)  # an infinity would be the bounding box
-    finite = height[np.isfinite(height)]
-    if not log or not finite.size:
+    if not log or not np.isfinite(height).any():
         return height
-    if (finite > 0).all():
-        return np.log(height)
     center = surface.center(height_name(surface, name))
-    start = center if np.isfinite(center) else finite.min()
-    with np.errstate(over="ignore", invalid="ignore"):  # values next to the largest float64
-        scale = np.median(np.abs(finite - start)) or 1.0
-        return np.asarray(np.arcsinh((height - start) / scale))
+    return log_scale(height, center=center).forward(height)
 
 
 def _point_data(surface: Surface, height: FloatArray) -> dict[str, npt.NDArray[Any]]:

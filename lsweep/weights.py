@@ -16,24 +16,37 @@ from torch import Tensor, nn
 from lsweep.errors import DamagedFile, LsweepError
 
 State = dict[str, Tensor]
-WRAPPERS = ("module", "_orig_mod")
 NESTS = ("state_dict", "model_state_dict", "model", "net", "params", "model_ema", "ema")
 
 
 def canonical_name(name: str) -> str:
     """Return a parameter's name without the wrappers of DataParallel and torch.compile.
 
-    >>> canonical_name("module._orig_mod.layer1.weight")
+    A part of a network may be compiled by itself, so ``_orig_mod`` goes wherever it stands.
+
+    >>> canonical_name("module._orig_mod.layer1._orig_mod.weight")
     'layer1.weight'
     """
-    while name.split(".")[0] in WRAPPERS and "." in name:
-        name = name.partition(".")[2]
-    return name
+    parts = [p for p in name.split(".") if p != "_orig_mod"]
+    while parts[0] == "module" and len(parts) > 1:
+        parts = parts[1:]
+    return ".".join(parts)
 
 
 def parameters_of(model: nn.Module) -> State:
-    """Return parameters by canonical name, tied ones once, in the model's order."""
-    return {canonical_name(n): p for n, p in model.named_parameters()}
+    """Return parameters by canonical name, tied ones once, in the model's order.
+
+    Raises:
+        LsweepError: one is complex or a whole number, and so cannot move by a real offset.
+    """
+    out = {canonical_name(n): p for n, p in model.named_parameters()}
+    for name, p in out.items():
+        if not p.is_floating_point():
+            raise LsweepError(
+                f"parameter {name} is {str(p.dtype).removeprefix('torch.')}: only floating-point "
+                "weights can move; keep a complex one as torch.view_as_real, do not quantise"
+            )
+    return dict(out)
 
 
 def buffers_of(model: nn.Module) -> State:

@@ -609,11 +609,10 @@ def test_a_failing_write_leaves_what_was_there(tmp_path, monkeypatch):
     target = tmp_path / "a.png"
     target.write_bytes(b"before")
 
-    def full(self, f, **_):
-        f.write(b"half")
+    def full(fd, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Figure, "savefig", full)
+    monkeypatch.setattr("lsweep.files.os.write", full)
     with pytest.raises(LsweepError, match=r"cannot write .*a.png: No space left on device"):
         save(Figure(), target)
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]

@@ -60,5 +60,6 @@ def train(model: nn.Module, x: Tensor, y: Tensor) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(500):
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
+        loss: Tensor = nn.functional.cross_entropy(model(x), y)
+        torch.autograd.backward(loss)
         optimizer.step()

@@ -1,0 +1,363 @@
+"""What the storage tests share: one small problem with known values, and children that may die.
+
+The problem: two weights a and b at 1, each one filter, so that an offset (x, y) moves them by ±x
+and ±y, and 64 samples with loss s·(x² + 3y²) + t. Whatever goes wrong in it is asked for by name,
+or by the file ``broken`` beside the factory, so that it can be mended without changing the plan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lsweep import cli
+from lsweep.committed import Committed
+from lsweep.errors import LsweepError
+from lsweep.folder import RunFolder
+from lsweep.merge import Report, merge
+from lsweep.parts import Kind
+from lsweep.plan import Plan
+from lsweep.rounds import Rounds
+from lsweep.surface import Surface
+from lsweep.worker import Task, work
+
+FACTORY = '''\
+import os, pathlib, signal, time
+import torch
+from torch import nn
+import lsweep
+
+HERE = pathlib.Path(__file__).parent
+
+
+class Bowl(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+        nn.init.ones_(self.a.weight), nn.init.ones_(self.b.weight)
+
+    def place(self):
+        """|x| and |y| of the point that is evaluated."""
+        return abs(float(self.a.weight) - 1), abs(float(self.b.weight) - 1)
+
+
+def bowl(pause=0.0, trouble="", scale=1.0, shift=0.0, weight=1.0):
+    g = torch.Generator().manual_seed(5)
+    s, t = scale * torch.rand(64, generator=g) + 0.5, torch.rand(64, generator=g) + shift
+    net = Bowl()
+    nn.init.constant_(net.a.weight, weight)
+    spoiled = []
+
+    def forward(model, batch):
+        s, t = batch
+        x, y = model.place()
+        here = round(x, 4)
+        moved = x > 0 or y > 0
+        if moved:
+            time.sleep(pause)
+        if trouble == "raise" and here in (0.25, 0.75) and (HERE / "broken").exists():
+            raise ValueError(f"no value at {here}")
+        if trouble == "words" and here and (HERE / "broken").exists():
+            raise ValueError(f"no value at {here}")
+        if trouble == "sick":
+            if here == 0.5:
+                spoiled.append(here)
+            if spoiled:
+                raise RuntimeError("the device fell off the bus")
+        if trouble == "drifts" and here == 0.5:
+            spoiled.append(1.0)
+            raise RuntimeError("uncorrectable memory error")
+        if trouble == "poison" and here == 0.5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if trouble == "memory" and len(s) > 16 and moved:
+            raise torch.OutOfMemoryError("out of memory: asked for too much")
+        if trouble == "memory everywhere" and len(s) > 16:
+            raise torch.OutOfMemoryError("out of memory: asked for too much")
+        if trouble == "bug":
+            raise KeyError("labels")
+        a, b = model.a.weight - 1, model.b.weight - 1
+        loss = s * (a * a + 3 * b * b).flatten() + t + sum(spoiled)
+        if trouble == "nan" and here == 0.5:
+            loss = loss * float("nan")
+        if trouble == "nan" and here == 0.75:
+            loss = loss * float("inf")
+        return {"loss": loss}
+
+    forward.metrics = ("loss",)
+    return lsweep.Problem(net, {"train": (s, t)}, forward=forward)
+'''
+
+
+def sweep_file(
+    base: Path,
+    *,
+    x: int = 5,
+    y: int = 0,
+    low: str = "0",
+    high: str = "1",
+    seed: int = 0,
+    evaluate: str = "",
+    **options: Any,
+) -> Path:
+    """Write problem.py and sweep.toml: ``x`` points from 0 to 1, times ``y`` of the other weight.
+
+    By default the points are 0, 0.25, 0.5, 0.75 and 1, so each has an |x| of its own.
+    """
+    base.mkdir(parents=True, exist_ok=True)
+    (base / "problem.py").write_text(FACTORY)
+    table = ", ".join(f"{k} = {_toml(v)}" for k, v in options.items())
+    lines = ["[problem]", 'factory = "problem.py:bowl"', f"options = {{ {table} }}"]
+    for axis, count in (("x", x), ("y", y)):
+        if count:
+            weight = {"x": "a", "y": "b"}[axis]
+            lines += [f"[grid.{axis}]", f"range = [{low}, {high}]", f"count = {count}"]
+            lines += [f"[directions.{axis}]", f'parameters = ["{weight}.*"]', f"seed = {seed}"]
+    lines += ["[evaluate]", evaluate]
+    toml = base / "sweep.toml"
+    toml.write_text("\n".join(lines) + "\n")
+    return toml
+
+
+def _toml(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def samples(scale: float = 1.0, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Return s and t of the problem."""
+    g = torch.Generator().manual_seed(5)
+    s, t = scale * torch.rand(64, generator=g) + 0.5, torch.rand(64, generator=g) + shift
+    return s.double().numpy(), t.double().numpy()
+
+
+def truth(surface: Surface) -> np.ndarray:
+    """Return the loss that the problem's formula gives at each point of a surface."""
+    s, t = samples()
+    square = surface.x**2
+    if "y" in surface.axes:
+        square = square[None, :] + 3 * surface.y[:, None] ** 2
+    return s.mean() * square + t.mean()
+
+
+# -- children --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Raised:
+    """A child's exception: its type's name and its text."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Died:
+    """A child that a signal ended; SIGALRM is a hang."""
+
+    signal: int
+
+    def __str__(self) -> str:
+        return "HANG" if self.signal == signal.SIGALRM else signal.Signals(self.signal).name
+
+
+def fork() -> int:
+    """Fork; the child has the default signal handlers and one torch thread."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # threads of BLAS; the child uses none
+        pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        torch.set_num_threads(1)
+    return pid
+
+
+def each_in_child(check: Callable[[Any], Any], items: Iterable[Any], seconds: int = 20) -> list[Any]:
+    """Return ``check(item)`` for each item, from forked children: `Raised` and `Died` are answers.
+
+    One child serves until an item kills it or takes ``seconds``; the next goes on after it.
+    """
+    items, results = list(items), []
+    while len(results) < len(items):
+        reading, writing = os.pipe()
+        pid = fork()
+        if pid == 0:
+            os.close(reading)
+            with os.fdopen(writing, "wb") as pipe:
+                for item in items[len(results) :]:
+                    signal.alarm(seconds)
+                    try:
+                        answer = check(item)
+                    except BaseException as e:
+                        answer = Raised(type(e).__name__, str(e))
+                        if not isinstance(e, LsweepError):
+                            traceback.print_exc()
+                    pickle.dump(answer, pipe)
+                    pipe.flush()
+            os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading, "rb") as pipe, contextlib.suppress(EOFError):
+            while True:
+                results.append(pickle.load(pipe))
+        _, status = os.waitpid(pid, 0)
+        if os.WIFSIGNALED(status):
+            results.append(Died(os.WTERMSIG(status)))
+    return results
+
+
+def in_child(function: Callable[..., Any], *arguments: Any, seconds: int = 100) -> Any:
+    """Return ``function(*arguments)`` from a forked child, `Raised` or `Died`."""
+    return each_in_child(lambda _: function(*arguments), [None], seconds)[0]
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that ended: exit code (minus the signal that killed it) and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Command:
+    """``lsweep ARGUMENTS`` in a forked child, which spares it the import of torch."""
+
+    def __init__(self, *arguments: object, cwd: Path | None = None) -> None:
+        self._files = [_unnamed() for _ in range(2)]
+        self.pid = fork()
+        if self.pid == 0:
+            os.setsid()
+            for fd, file in zip((1, 2), self._files, strict=True):
+                os.dup2(file, fd)
+            sys.stdout = open(1, "w", buffering=1, closefd=False)
+            sys.stderr = open(2, "w", buffering=1, closefd=False)
+            code = 99
+            try:
+                if cwd:
+                    os.chdir(cwd)
+                code = cli.main([str(a) for a in arguments])
+            except SystemExit as e:
+                code = e.code if isinstance(e.code, int) else 1
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def wait(self) -> Done:
+        """Wait until it ends."""
+        _, status = os.waitpid(self.pid, 0)
+        texts = []
+        for file in self._files:
+            with os.fdopen(file, "rb") as f:
+                f.seek(0)
+                texts.append(f.read().decode(errors="replace"))
+        return Done(os.waitstatus_to_exitcode(status), *texts)
+
+
+def _unnamed() -> int:
+    return os.memfd_create("output")
+
+
+def command(*arguments: object, cwd: Path | None = None) -> Done:
+    """Run ``lsweep ARGUMENTS`` to its end."""
+    return Command(*arguments, cwd=cwd).wait()
+
+
+def process(*arguments: object) -> subprocess.Popen[str]:
+    """Start ``python -m lsweep ARGUMENTS``, as a user does."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "lsweep", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+
+def planned(toml: Path, *, run: Path | None = None, unit_points: int | None = None) -> RunFolder:
+    """Plan a sweep and return its run."""
+    folder = run or toml.with_name(f"{toml.stem}.run")
+    more = ["--unit-points", unit_points] if unit_points else []
+    done = command("plan", toml, "--run", folder, *more)
+    assert done.code == 0, done.err
+    return RunFolder(folder)
+
+
+def worked(folder: RunFolder, **task: Any) -> Any:
+    """Be one worker of a run, in a child; return how many points it evaluated."""
+    return in_child(work, folder, Task(**{"device": "cpu", "beat": 1.0, **task}))
+
+
+def finished(toml: Path, **options: Any) -> RunFolder:
+    """Plan a sweep and evaluate all of it, undisturbed."""
+    folder = planned(toml, **options)
+    points = worked(folder)
+    assert isinstance(points, int), points
+    return folder
+
+
+def committed(folder: RunFolder) -> Committed:
+    """Return what is committed."""
+    plan = Plan.read(folder)
+    return Committed.read(folder, plan, Rounds.read(folder, plan))
+
+
+def evaluated(folder: RunFolder) -> list[tuple[int, int]]:
+    """Return (point, slice) of each value row, once for each time that it was committed."""
+    rows = [r for p in committed(folder).parts for r in p.rows if r["kind"] == Kind.VALUE]
+    return sorted((int(r["point"]), int(r["slice"])) for r in rows)
+
+
+def merged(folder: RunFolder) -> tuple[Surface, Report]:
+    """Merge a run."""
+    return merge(folder)
+
+
+def differences(a: Surface, b: Surface) -> list[str]:
+    """Return the names of what is not equal bit for bit in two surfaces."""
+    names = [n for n in {*a.values, *b.values} if n not in a.values or n not in b.values]
+    pairs = [(n, a.values[n], b.values[n]) for n in a.values if n in b.values]
+    pairs += [("status", a.status, b.status), *((n, a.axes[n], b.axes[n]) for n in a.axes)]
+    return names + [n for n, x, y in pairs if x.shape != y.shape or x.tobytes() != y.tobytes()]
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
+    """Return what ``condition`` says as soon as it is true."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        answer = condition()
+        if answer:
+            return answer
+        time.sleep(0.01)
+    raise AssertionError("waited too long")
+
+
+@contextlib.contextmanager
+def nothing_printed() -> Iterator[None]:
+    """Send the children's tracebacks nowhere, where they are what is tested."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
