@@ -29,9 +29,7 @@ class Display:
         stream: where to write; None is silent.
     """
 
-    def __init__(
-        self, folder: RunFolder, total: int, done: int, stream: TextIO | None = sys.stderr
-    ) -> None:
+    def __init__(self, folder: RunFolder, total: int, done: int, stream: TextIO | None) -> None:
         self._folder, self._total, self._before = folder, total, done
         self._stream = stream
         self._live = bool(stream and stream.isatty())

@@ -36,7 +36,7 @@ class SickDevice(LsweepError):
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Return `` (did you mean 'x'?)`` or the list of valid names, to end an error message.
+    """Return ``; did you mean 'x'?`` or the list of valid names, to end an error message.
 
     >>> nearest("cuont", ["count", "range"])
     "; did you mean 'count'?"
@@ -45,4 +45,6 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     """
     names = list(valid)
     close = difflib.get_close_matches(str(name), names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; one of: {', '.join(names)}"
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; one of: {', '.join(names)}" if names else ""

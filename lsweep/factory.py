@@ -58,6 +58,7 @@ def make_problem(
         raise LsweepError(f"the folder {base}, where this run was planned, is gone")
     with _inside(base):
         if file is None:
+            _refuse_foreign_module(where, base, trust)
             module = _import(where)
         else:
             if not file.is_file():
@@ -66,18 +67,21 @@ def make_problem(
             module = _import_file(file, shown_as=base / Path(where))
         function = getattr(module, name, None)
         if not callable(function):
-            functions = [n for n, v in vars(module).items() if callable(v) and n[0] != "_"]
+            own = {n: v for n, v in vars(module).items() if n[0] != "_" and callable(v)}
+            functions = [
+                n for n, v in own.items() if getattr(v, "__module__", "") == module.__name__
+            ]
             raise LsweepError(f"{where} has no function {name!r}{nearest(name, functions)}")
         try:
             problem = function(**source.options)
         except LsweepError:
             raise
-        except Exception as e:
+        except (Exception, SystemExit) as e:  # a training script may call sys.exit
             raise LsweepError(f"the factory {source.factory} raised {describe(e)}") from e
     if not isinstance(problem, Problem):
         raise LsweepError(
-            f"the factory {source.factory} returned a {type(problem).__name__}, "
-            "not an lsweep.Problem"
+            f"the factory {source.factory} returned an object of type "
+            f"{type(problem).__name__}, not an lsweep.Problem"
         )
     object.__setattr__(problem, "source", source)
     return problem
@@ -90,9 +94,11 @@ def describe(error: BaseException) -> str:
     'ValueError: no'
     """
     text = " ".join(str(error).split())[:300]
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "lsweep" not in f.filename]
-    at = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {text}{at}"
+    stack = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in stack if not f.filename.startswith(("<", str(Path(__file__).parent)))]
+    users = [f for f in frames if "site-packages" not in f.filename] or frames
+    at = f" ({Path(users[-1].filename).name}:{users[-1].lineno})" if users else ""
+    return f"{type(error).__name__}{': ' if text else ''}{text}{at}"
 
 
 @contextlib.contextmanager
@@ -109,10 +115,19 @@ def _inside(folder: Path) -> Iterator[None]:
         sys.path[:] = [*path, str(folder)] if str(folder) not in path else path
 
 
+def _refuse_foreign_module(name: str, base: Path, trust: bool) -> None:
+    # What lies beside the TOML; installed packages belong to whoever installed torch, too.
+    parts = name.split(".")
+    for n in range(1, len(parts) + 1):
+        path = base.joinpath(*parts[:n])
+        for file in (path / "__init__.py", Path(f"{path}.py")):
+            refuse_foreign(file, trust)
+
+
 def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise LsweepError(f"cannot import the factory's module {name}: {describe(e)}") from e
 
 
@@ -125,6 +140,6 @@ def _import_file(file: Path, shown_as: Path) -> ModuleType:
     try:
         code: Any = compile(file.read_bytes(), str(shown_as), "exec")
         exec(code, module.__dict__)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise LsweepError(f"cannot import the factory {shown_as.name}: {describe(e)}") from e
     return module

@@ -5,13 +5,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
+import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lsweep.errors import DamagedFile, LsweepError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+RENAME_PATIENCE = 5.0  # seconds between an exclusive name and the rename that it announces
 
 
 def canonical(value: Any) -> bytes:
@@ -32,6 +39,22 @@ def digest(value: Any) -> str:
     '44136fa3'
     """
     return hashlib.sha256(canonical(value)).hexdigest()
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an error of the disk into one line that names what could not be written.
+
+    Raises:
+        LsweepError: instead of an `OSError`.
+    """
+    try:
+        yield
+    except OSError as e:
+        reason = os.strerror(e.errno) if e.errno else str(e)
+        if e.errno in FULL:
+            reason += "; make room, then run the same command again: nothing committed is lost"
+        raise LsweepError(f"cannot write {path}: {reason}") from None
 
 
 def sync_folder(folder: Path) -> None:
@@ -65,31 +88,40 @@ def write_new(path: Path, data: bytes, *, sync: bool = True) -> None:
 def link_once(temporary: Path, path: Path) -> bool:
     """Give ``temporary`` the name ``path`` unless that exists; True for exactly one caller.
 
-    link(2) makes name and content appear together, also on NFS; where its reply was lost, the
-    link count tells whether it happened.
+    link(2) makes name and content appear together, also on NFS; where its reply was lost, or came
+    from a second try, the link count tells whether it happened.
     """
     try:
         os.link(temporary, path)
-    except FileExistsError:
-        return False
     except OSError as e:
-        if e.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+        if e.errno in NO_LINKS:
             return _claim_without_links(temporary, path)
         with contextlib.suppress(OSError):
             if temporary.stat().st_nlink == 2:
                 return True
+        if isinstance(e, FileExistsError):
+            return False
         raise
     return True
 
 
 def _claim_without_links(temporary: Path, path: Path) -> bool:
-    # No hard links here (exFAT, some FUSE): an exclusive name decides, a rename publishes.
-    try:
-        os.close(os.open(path.with_name(f".{path.name}.claim"), os.O_CREAT | os.O_EXCL, 0o666))
-    except FileExistsError:
-        return False
-    Path(temporary).rename(path)
-    return True
+    # No hard links here (exFAT, some FUSE): an exclusive name decides, a rename publishes. Whoever
+    # loses waits for that; should the winner have died in between, the next name decides anew.
+    for n in itertools.count():
+        name = path.with_name(f".{path.name}.claim{n}")
+        try:
+            os.close(os.open(name, os.O_CREAT | os.O_EXCL, 0o666))
+        except FileExistsError:
+            deadline = time.monotonic() + RENAME_PATIENCE
+            while not path.exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            if path.exists():
+                return False
+        else:
+            temporary.rename(path)
+            return True
+    raise AssertionError  # never: counting does not end
 
 
 def publish(path: Path, data: bytes, *, sync: bool = True) -> bool:
@@ -97,16 +129,20 @@ def publish(path: Path, data: bytes, *, sync: bool = True) -> bool:
 
     Returns:
         True when this call published it.
+
+    Raises:
+        LsweepError: the disk does not take it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = scratch(path)
-    try:
-        write_new(temporary, data, sync=sync)
-        won = link_once(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if won and sync:
-        sync_folder(path.parent)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = scratch(path)
+        try:
+            write_new(temporary, data, sync=sync)
+            won = link_once(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        if won and sync:
+            sync_folder(path.parent)
     return won
 
 
@@ -133,10 +169,10 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
     [('a.txt', 'whole')]
     """
     try:
-        replace(Path(path), data, sync=True)
-    except (OSError, ValueError) as e:  # ValueError: a name that is empty or holds a NUL
-        reason = getattr(e, "strerror", None) or e
-        raise LsweepError(f"cannot write {os.fspath(path)}: {reason}") from None
+        with writing(Path(path)):
+            replace(Path(path), data, sync=True)
+    except ValueError as e:  # a name that is empty or holds a NUL
+        raise LsweepError(f"cannot write {os.fspath(path)}: {e}") from None
 
 
 def sealed(value: dict[str, Any]) -> bytes:

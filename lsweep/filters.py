@@ -6,7 +6,6 @@ NeurIPS 2018, section 4: d_{i,j} <- d_{i,j} / ||d_{i,j}|| · ||θ_{i,j}|| for fi
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 EPSILON = 1e-10

@@ -9,6 +9,7 @@ import numpy as np
 
 from lsweep.errors import LsweepError, SickDevice
 from lsweep.evaluate import Evaluator
+from lsweep.files import writing
 from lsweep.folder import RunFolder
 from lsweep.parts import CAPACITIES, PartWriter, Rows, device_code, row_type
 from lsweep.plan import Plan
@@ -37,7 +38,8 @@ class Ledger:
         self._type = row_type(len(plan.variables))
         self.points = 0
         for path in (folder.parts, folder.workers):
-            path.mkdir(parents=True, exist_ok=True)
+            with writing(path):
+                path.mkdir(parents=True, exist_ok=True)
         self.heart = Heartbeat(folder, name, beat, self._sync)
 
     def __enter__(self) -> Ledger:
@@ -47,20 +49,21 @@ class Ledger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: Any
     ) -> None:
-        with self._lock:
-            if self._part is not None:
-                try:
-                    self._part.sync()
-                except OSError as e:
-                    self.heart.disk_error = e
-                self._part.close()
-        if kind is None:
+        late = None
+        try:
+            self.new_part()  # rows are committed when they are synced
+        except LsweepError as e:
+            late = e
+        end = error or late
+        if end is None:
             state = State.DONE
-        elif isinstance(error, SickDevice):
+        elif isinstance(end, SickDevice):
             state = State.SICK
         else:
-            state = State.FAILED if isinstance(error, Exception) else State.STOPPED
-        self.heart.end(state, "" if error is None else str(error) or type(error).__name__)
+            state = State.FAILED if isinstance(end, Exception) else State.STOPPED
+        self.heart.end(state, "" if end is None else str(end) or type(end).__name__)
+        if error is None and late is not None:
+            raise late
 
     def _sync(self) -> None:
         with self._lock:
@@ -77,8 +80,14 @@ class Ledger:
         }
 
     def new_part(self) -> None:
-        """Let the next rows begin a part, because its header no longer holds."""
-        with self._lock:
+        """End the present part: the next rows begin another.
+
+        Raises:
+            LsweepError: the disk refused, now or when the heartbeat synced.
+        """
+        with writing(self._folder.parts), self._lock:
+            if self.heart.disk_error is not None:
+                raise self.heart.disk_error
             if self._part is not None:
                 self._part.sync()
                 self._part.close()
@@ -91,21 +100,15 @@ class Ledger:
             LsweepError: the disk refused; what was committed before stays.
         """
         rows["device"] = self._code
-        try:
-            with self._lock:
-                if self.heart.disk_error is not None:
-                    raise self.heart.disk_error
-                if self._part is None or self._part.free < len(rows):
-                    self._open_part(len(rows))
-                assert self._part is not None
-                for i, reason in (reasons or {}).items():
-                    rows[i]["text"] = self._part.note(reason)
-                self._part.append(rows)
-        except OSError as e:
-            raise LsweepError(
-                f"cannot write in {self._folder.parts}: {e.strerror or e}; all that was committed "
-                "is kept. Make room, then run the same command again"
-            ) from None
+        with writing(self._folder.parts), self._lock:
+            if self.heart.disk_error is not None:
+                raise self.heart.disk_error
+            if self._part is None or self._part.free < len(rows):
+                self._open_part(len(rows))
+            assert self._part is not None
+            for i, reason in (reasons or {}).items():
+                rows[i]["text"] = self._part.note(reason)
+            self._part.append(rows)
 
     def _open_part(self, rows: int) -> None:
         if self._part is not None:

@@ -66,10 +66,10 @@ def describe(surface: Surface, name: str) -> str:
 
 
 def label_axes(surface: Surface, ax: Axes) -> None:
-    """Write the directions along the axes: ``x (random, filter)``."""
+    """Write the directions along the axes, ``x (random, filter)``; in 3-D there is room for x."""
     for axis in ("x", "y")[: len(surface.axes)]:
         direction = surface.attributes.get(axis, {}).get("direction")
-        text = f"{axis} ({direction})" if direction else axis
+        text = f"{axis} ({direction})" if direction and ax.name != "3d" else axis
         getattr(ax, f"set_{axis}label")(text, parse_math=False)
 
 

@@ -81,7 +81,8 @@ class PartWriter:
         self, path: Path, *, plan: str, variables: int, capacity: int, header: dict[str, str]
     ) -> None:
         self.path, self.plan, self.capacity = path, plan, capacity
-        self.rows, self.texts = 0, 0
+        self.rows = 0
+        self._texts: dict[str, int] = {}
         self.closed = False
         self.dirty = False
         self._size = row_type(variables).itemsize
@@ -122,14 +123,15 @@ class PartWriter:
         return 0 if self.closed else self.capacity - self.rows
 
     def note(self, text: str) -> int:
-        """Store a reason and return its number; 0 when there is no room left for another."""
-        if self.texts >= TEXTS - 1:
-            return 0
+        """Store a reason, once, and return its number; 0 when there is no room for another."""
+        if text in self._texts or len(self._texts) >= TEXTS - 1:
+            return self._texts.get(text, 0)
         record = np.zeros((), TEXT)
         record["text"] = text.encode()[:248]
-        self.texts += 1
-        self._write(_sealed(record, self.plan), self._text_at + self.texts * TEXT.itemsize)
-        return self.texts
+        number = len(self._texts) + 1
+        self._write(_sealed(record, self.plan), self._text_at + number * TEXT.itemsize)
+        self._texts[text] = number
+        return number
 
     def append(self, rows: Rows) -> None:
         """Commit rows in one write; after it returns, no kill of this process loses them.

@@ -84,9 +84,10 @@ class Plan:
         if not folder.exists:
             raise LsweepError(f"{folder.root} is not a run: it has no plan.json")
         value = read_json(folder.plan)
-        if value.get("version", 0) > VERSION:
+        version = value.get("version")
+        if isinstance(version, int) and version > VERSION:
             raise LsweepError(
-                f"{folder.plan} has version {value['version']}, this lsweep reads up to {VERSION}: "
+                f"{folder.plan} has version {version}, this lsweep reads up to {VERSION}: "
                 "update lsweep"
             )
         try:
@@ -128,5 +129,5 @@ def _difference(old: Any, new: Any, where: str) -> tuple[str, Any, Any] | None:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = "not set" if value is None else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import os
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -14,9 +15,9 @@ import h5py
 import numpy as np
 
 from lsweep.directions import Directions, make_directions
-from lsweep.errors import LsweepError, PlanChanged, nearest
+from lsweep.errors import DamagedFile, LsweepError, PlanChanged, nearest
 from lsweep.factory import factory_file, file_digest, make_problem
-from lsweep.files import publish, read_json, sealed, write_whole
+from lsweep.files import publish, read_json, replace, sealed, write_whole
 from lsweep.folder import RunFolder
 from lsweep.machine import refuse_foreign
 from lsweep.plan import Plan
@@ -61,6 +62,10 @@ def make_plan(
     for split in evaluate.splits:
         if split not in problem.splits:
             raise LsweepError(f"no data split {split!r}{nearest(split, problem.splits)}")
+        samples = problem.splits[split].samples
+        if evaluate.slices > 1 and (samples is None or evaluate.slices > samples):
+            have = "batches of its own" if samples is None else f"{samples} samples"
+            raise LsweepError(f"slices = {evaluate.slices}: the data split {split!r} has {have}")
     if problem.forward is None:
         for metric in evaluate.metrics:
             if metric not in problem.metric_names:
@@ -105,6 +110,7 @@ def make_plan(
         evaluate=table,
         facts={
             "network": type(problem.model).__name__,
+            "parameters": sum(p.numel() for p in origin.parameters.values()),
             "track": list(settings.trajectory.checkpoints) if settings.trajectory else [],
             "axes": {
                 axis: {
@@ -166,6 +172,7 @@ def plan_run(
         existing.require_same(plan, folder)
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
+        _keep_base(folder, base.absolute())
         if existing is None:
             _keep_source(settings, problem, base, folder, text)
         plan = plan.freeze(folder)
@@ -184,12 +191,23 @@ def _keep_source(
     settings: Settings, problem: Problem, base: Path, folder: RunFolder, text: str | None
 ) -> None:
     """Copy what the run was made from, before the plan that names it appears."""
-    publish(folder.source, sealed({"base": str(base.absolute())}))
     if text is not None:
-        publish(folder.settings, text.encode())
+        _keep(folder.settings, text.encode())
     code = factory_file(problem.source, base) if problem.source else None
     if code is not None:
-        publish(folder.factory(code.name), code.read_bytes())
+        _keep(folder.factory(code.name), code.read_bytes())
+
+
+def _keep_base(folder: RunFolder, base: Path) -> None:
+    """Note where relative paths start; a run that moved with its sweep.toml starts there anew."""
+    beside = os.path.relpath(base, folder.root.absolute())
+    _keep(folder.source, sealed({"base": str(base), "beside": beside}))
+
+
+def _keep(path: Path, data: bytes) -> None:
+    # What an earlier attempt left, killed before it froze its plan, is not what is planned now.
+    if not publish(path, data) and path.read_bytes() != data:
+        replace(path, data, sync=True)
 
 
 def write_directions(folder: RunFolder, plan: Plan, directions: Directions) -> None:
@@ -215,10 +233,22 @@ def write_directions(folder: RunFolder, plan: Plan, directions: Directions) -> N
 
 
 def base_of(folder: RunFolder) -> Path:
-    """Return the folder that relative paths of a run refer to."""
-    if folder.source.is_file():
-        return Path(read_json(folder.source)["base"])
-    return folder.root.absolute().parent
+    """Return the folder that relative paths of a run refer to, also when it moved with the run.
+
+    Raises:
+        LsweepError: it is gone, or the run's note of it is damaged.
+    """
+    if not folder.source.is_file():
+        return folder.root.absolute().parent
+    source = read_json(folder.source)
+    try:
+        base = Path(source["base"])
+        beside = folder.root.absolute().joinpath(source["beside"])
+    except (KeyError, TypeError):
+        raise DamagedFile(f"{folder.source} does not say where the run was planned") from None
+    if base.is_dir() or not beside.is_dir():
+        return base
+    return beside.resolve()
 
 
 def settings_of(folder: RunFolder, plan: Plan) -> Settings:
@@ -260,10 +290,11 @@ def load_problem(
                 f"{folder.root} was made from a live model, which no other process can load: "
                 "call lsweep.sweep(problem, run=…) again, or use Problem.from_factory"
             )
-        refuse_foreign(folder.plan, trust)
+        for file in (folder.plan, folder.source):
+            refuse_foreign(file, trust)
         settings = settings_of(folder, plan)
-        where = Path(plan.problem["factory"].rpartition(":")[0])
-        code = folder.factory(where.name) if where.suffix == ".py" else None
+        source = factory_file(settings.problem, folder.root)
+        code = folder.factory(source.name) if source else None
         if code is not None and file_digest(code) != plan.problem["code"]:
             raise PlanChanged(
                 f"{code} is not the factory file that was planned: put back the original, or plan "

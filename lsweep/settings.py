@@ -35,7 +35,7 @@ class ProblemSource:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[^:]+:[A-Za-z_]\w*", self.factory):
+        if not re.fullmatch(r"[^:\x00-\x1f]+:[A-Za-z_]\w*", self.factory):
             raise LsweepError(
                 f"factory = {self.factory!r}: write FILE.py:function or package.module:function"
             )

@@ -94,12 +94,28 @@ def work(folder: RunFolder, task: Task, problem: Problem | None = None) -> int:
     known = frozen_class(folder, plan, device_class(device))
     sizes = known["batch_sizes"] if known else None
     with Evaluator(problem, plan.evaluate, directions, device, sizes) as evaluator:
-        known = known or preflight(folder, plan, evaluator, rounds.last.expected, name)
+        known = known or _preflight(folder, plan, evaluator, rounds.last.expected, name)
         evaluator.batch_sizes.update(known["batch_sizes"])
         _require_same_centre(evaluator, plan, known)
         with Ledger(folder, plan, name, known, task.beat, evaluator) as ledger:
             _Shift(folder, plan, task, evaluator, ledger).run()
             return ledger.points
+
+
+def _preflight(
+    folder: RunFolder, plan: Plan, evaluator: Evaluator, expected: dict[str, float], name: str
+) -> dict[str, Any]:
+    """Run the pre-flight: the first place where memory is too small, or the user's code fails."""
+    while True:
+        try:
+            return preflight(folder, plan, evaluator, expected, name)
+        except LsweepError:
+            raise
+        except Exception as e:
+            if not is_out_of_memory(e) or not evaluator.halve_batch():
+                raise LsweepError(
+                    f"the problem fails at its own weights, before any is moved: {describe(e)}"
+                ) from e
 
 
 def _require_same_centre(evaluator: Evaluator, plan: Plan, known: dict[str, Any]) -> None:

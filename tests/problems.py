@@ -98,11 +98,9 @@ def normalized(samples: int = 30) -> lsweep.Problem:
 def another(model: nn.Module, seed: int = 77, scale: float = 0.3) -> dict[str, Tensor]:
     """The state of a network not far from ``model``; its buffers are the same."""
     state = {n: t.clone() for n, t in model.state_dict().items()}
-    for i, (name, p) in enumerate(model.named_parameters(remove_duplicate=False)):
-        first = next(n for n, q in model.named_parameters() if q is p)  # tied weights stay tied
-        salt = sum(first.encode()) + len(first) * seed
-        state[name] = p.detach() + (scale * numbers(*p.shape, seed=salt)).to(p.dtype)
-        del i
+    order = {id(p): seed + i for i, p in enumerate(model.parameters())}  # tied weights stay tied
+    for name, p in model.named_parameters(remove_duplicate=False):
+        state[name] = p.detach() + (scale * numbers(*p.shape, seed=order[id(p)])).to(p.dtype)
     return state
 
 

@@ -22,7 +22,6 @@ from lsweep.surface import Status
 from lsweep.vectors import Origin
 
 ORACLE = Path(__file__).parent / "oracle"
-CENTRE = (0.0016, 0.01)  # the loss of net_a lies here: it is trained, so the oracle is no noise
 
 
 def digits() -> lsweep.Problem:

@@ -1,0 +1,313 @@
+"""What each command does, from its options to its exit code.
+
+Torch is imported by the commands that compute, not before; arguments are those of `lsweep.cli`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from argparse import Namespace
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+
+from lsweep.errors import LsweepError
+from lsweep.folder import RunFolder
+from lsweep.machine import refuse_foreign
+
+if TYPE_CHECKING:
+    from lsweep.display import Display
+    from lsweep.problem import Problem
+
+INTERRUPTED, INCOMPLETE = 130, 3
+SIZES = {"sums": 64, "row": 40}
+
+
+# -- planning and working --------------------------------------------------------------------------
+
+
+def _folder(options: Namespace) -> RunFolder:
+    if options.run is not None:
+        return RunFolder(options.run)
+    if options.sweep.is_dir():
+        return RunFolder(options.sweep)
+    return RunFolder(options.sweep.with_name(f"{options.sweep.stem}.run"))
+
+
+def _plan(options: Namespace) -> tuple[RunFolder, Problem | None]:
+    """Freeze the plan of a TOML, or take the run as it is; ask again for what failed.
+
+    Returns the problem too where it had to be made, so that this process need not make it twice.
+    """
+    from lsweep.plan import Plan
+
+    folder = _folder(options)
+    problem = None
+    if folder.exists:
+        refuse_foreign(folder.plan, options.trust)
+    if options.sweep.is_dir() or (folder.exists and not options.sweep.exists()):
+        if options.overrides:
+            raise LsweepError(f"--set changes a sweep.toml; {options.sweep} is a run, frozen")
+        Plan.read(folder)
+    else:
+        from lsweep.factory import make_problem
+        from lsweep.planning import plan_run
+        from lsweep.settings import Settings
+
+        settings = Settings.from_file(options.sweep, tuple(options.overrides))
+        refuse_foreign(options.sweep, options.trust)  # it names the code that is imported
+        base = options.sweep.absolute().parent
+        problem = make_problem(settings.problem, base, trust=options.trust)
+        text = options.sweep.read_text(encoding="utf-8")
+        if options.overrides:
+            text += "".join(f"\n# --set {o}" for o in options.overrides) + "\n"
+        plan_run(settings, problem, base, folder, text=text, unit_points=options.unit_points)
+    if options.retry_failed:
+        from lsweep.merge import failed_points
+        from lsweep.rounds import ask_again
+
+        ask_again(folder, failed_points(folder))
+    return folder, problem
+
+
+def do_plan(options: Namespace) -> int:
+    """Freeze the plan, publish the first round, print cost and promises."""
+    from lsweep.plan import Plan
+    from lsweep.rounds import Rounds
+
+    folder, _ = _plan(options)
+
+    plan = Plan.read(folder)
+    rounds = Rounds.read(folder, plan)
+    row = SIZES["row"] + SIZES["sums"] * len(plan.variables)
+    last = rounds.last
+    units = sum(r.units(plan.slices) for r in rounds)
+    leases = sum(r.leases(plan.slices) for r in rounds)
+    samples = sum(d["samples"] or 0 for d in plan.data.values())
+    grid = " x ".join(str(c) for _, (_, _, c) in sorted(last.grid.items()))
+    print(f"{folder.root}: plan {plan.digest[:12]}, grid {grid}, {rounds.total} points in "
+          f"{len(rounds.all)} rounds")  # fmt: skip
+    print(f"  each point: {samples or 'all'} samples in {', '.join(plan.evaluate['splits'])}; "
+          f"metrics {', '.join(plan.evaluate['metrics'])}")  # fmt: skip
+    print(f"  {units} units of {last.unit_points} points, {leases} leases; {plan.slices} slices")
+    print(f"  on disk: about {rounds.total * row * plan.slices / 2**20:.1f} MiB of rows, at most "
+          f"{leases + 20} files and 2 more a worker")  # fmt: skip
+    for axis in plan.axes:
+        facts = plan.facts["axes"][axis]
+        print(f"  {axis}: norm {facts['norm']:.4g}, {facts['zero_filters']} filters of norm zero, "
+              f"{len(facts['ignored'])} tensors held still"
+              + (f": {', '.join(facts['ignored'])}" if facts["ignored"] else ""))  # fmt: skip
+    for i, a in enumerate(plan.axes):
+        for j, b in enumerate(plan.axes[:i]):
+            print(f"  cos({b}, {a}) = {plan.facts['cosines'][j][i]:+.4f}")
+    print("  a kill -9 at any moment loses at most the unit in flight; a node's crash at most the "
+          "last second")  # fmt: skip
+    print(f"  next: lsweep run {folder.root}")
+    return 0
+
+
+def do_run(options: Namespace) -> int:
+    """Plan if needed, evaluate what is missing, merge, draw."""
+    from lsweep.display import Display
+    from lsweep.status import share_done
+
+    if options.on == "mpi":
+        raise LsweepError("--on mpi is not built yet: start 'lsweep work RUN --index I --of N'")
+    folder, problem = _plan(options)
+    done, total = share_done(folder)
+    code, interrupted = 0, False
+    if done < total:
+        print(f"{folder.root}: {total - done} of {total} points to evaluate", flush=True)
+        with Display(folder, total, done, sys.stderr) as display:
+            code, interrupted = _evaluate(folder, options, problem, display)
+        done, total = share_done(folder)
+    if interrupted:
+        print(f"lsweep: interrupted with {done} of {total} points committed; the same command "
+              "goes on", file=sys.stderr)  # fmt: skip
+        return INTERRUPTED
+    if code and not done:
+        return code
+    merged = _merge_and_draw(folder, draw=not options.no_picture)
+    return (code or merged) if done < total else merged
+
+
+def _evaluate(
+    folder: RunFolder, options: Namespace, problem: Problem | None, display: Display
+) -> tuple[int, bool]:
+    count = 1 if options.on == "inline" else options.workers
+    if count is None:
+        import torch
+
+        from lsweep.launch import default_workers
+
+        count = default_workers(0 if options.device == "cpu" else torch.cuda.device_count())
+    if count == 1:
+        from lsweep.worker import Task, work
+
+        signal.signal(signal.SIGTERM, _interrupt)
+        task = Task(device=options.device, threads=options.threads, claims=options.claims,
+                    beat=1.0, trust=options.trust)  # fmt: skip
+        try:
+            work(folder, task, problem)
+        except KeyboardInterrupt:
+            return 0, True
+        return 0, False
+    from lsweep.launch import run_workers
+
+    outcome = run_workers(folder, count, device=options.device, threads=options.threads,
+                          claims=options.claims, trust=options.trust, on_event=display.say,
+                          progress=display.progress)  # fmt: skip
+    return outcome.code, outcome.interrupted
+
+
+def _merge_and_draw(folder: RunFolder, draw: bool) -> int:
+    from lsweep.merge import merge
+
+    surface, report = merge(folder)
+    for line in report.lines():
+        print(f"lsweep: {line}", file=sys.stderr)
+    if report.missing == report.points:
+        return INCOMPLETE
+    surface.save(folder.surface)
+    name = surface.metrics[0]
+    if np.isfinite(surface[name]).any():
+        where, least = surface.minimum(name)
+        at = ", ".join(f"{axis} = {offset:.4g}" for axis, offset in where.items())
+        print(f"{name}: {surface.center(name):.6g} at the centre, minimum {least:.6g} at {at}")
+    print(f"wrote {folder.surface}")
+    if draw:
+        from lsweep.pictures import render
+
+        folder.figures.mkdir(exist_ok=True)
+        picture = folder.figures / f"{name}.png"
+        render(surface, picture)
+        print(f"wrote {picture}")
+    return 0 if report.clean else INCOMPLETE
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def do_work(options: Namespace) -> int:
+    """Be one worker."""
+    # One thread must be asked for before torch is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, options.threads)))
+    from lsweep.worker import Task, work
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    local = options.index if options.local is None else options.local
+    task = Task(options.index, options.of, local, options.device, options.threads, options.claims,
+                options.beat, options.trust)  # fmt: skip
+    work(RunFolder(options.run), task)
+    return 0
+
+
+def do_status(options: Namespace) -> int:
+    """Print what is done, once or until it is complete."""
+    from lsweep.status import lines, status
+
+    while True:
+        state = status(RunFolder(options.run))
+        text = json.dumps(state) if options.json else "\n".join(lines(state))
+        if options.watch and sys.stdout.isatty() and not options.json:
+            text = f"\033[2J\033[H{text}"
+        print(text, flush=True)
+        if not options.watch or not state["missing"]:
+            return 0
+        time.sleep(options.interval)
+
+
+def do_merge(options: Namespace) -> int:
+    """Write surface.h5, unless points are missing."""
+    from lsweep.merge import merge
+
+    folder = RunFolder(options.run)
+    surface, report = merge(folder)
+    for line in report.lines():
+        print(f"lsweep: {line}", file=sys.stderr)
+    if report.missing and not options.partial:
+        print(f"lsweep: nothing written; 'lsweep run {folder.root}' computes what is missing, "
+              "--partial merges what is there", file=sys.stderr)  # fmt: skip
+        return INCOMPLETE
+    surface.save(folder.surface)
+    print(f"wrote {folder.surface}")
+    return 0 if report.clean else INCOMPLETE
+
+
+def do_verify(options: Namespace) -> int:
+    """Check every file."""
+    from lsweep.verify import verify
+
+    found = verify(RunFolder(options.run), options.data, options.trust)
+    for line in found.notes:
+        print(line)
+    for line in found.problems:
+        print(f"lsweep: {line}", file=sys.stderr)
+    print(f"{found.checked} files checked, {len(found.problems)} problems")
+    return 1 if found.problems else 0
+
+
+# -- looking ---------------------------------------------------------------------------------------
+
+
+def do_render(options: Namespace) -> int:
+    """Draw runs or surfaces into one file."""
+    from lsweep.opening import open_surface
+    from lsweep.pictures import render
+
+    surfaces = [open_surface(p) for p in options.source]
+    labels = [p.stem for p in options.source] if len(surfaces) > 1 else None
+    render(surfaces, options.output, name=options.metric, kind=options.kind, log=options.log,
+           vmin=options.vmin, vmax=options.vmax, labels=labels, dpi=options.dpi)  # fmt: skip
+    print(f"wrote {options.output}")
+    return 0
+
+
+def do_convert(options: Namespace) -> int:
+    """Write another format."""
+    from lsweep.convert import convert
+    from lsweep.opening import open_surface
+
+    source = open_surface(options.source) if options.source.is_dir() else options.source
+    print(convert(source, options.target, name=options.metric, log=options.log))
+    return 0
+
+
+def do_measure(options: Namespace) -> int:
+    """Print numbers, a block or a JSON object for each run."""
+    from lsweep.measures import measure
+    from lsweep.opening import open_surface
+
+    rows = []
+    for path in options.runs:
+        surface = open_surface(path)
+        rows.append({"run": str(path), **measure(surface, options.metric or surface.metrics[0])})
+    if options.json:
+        print(json.dumps(rows))
+        return 0
+    for row in rows:
+        for key, value in row.items():
+            print(f"{key:20} {value:.6g}" if isinstance(value, float) else f"{key:20} {value}")
+    return 0
+
+
+def do_init(options: Namespace) -> int:
+    """Write the starter's files."""
+    from lsweep.starter import write_starter
+
+    for path in write_starter(options.folder):
+        print(f"wrote {path}")
+    print(f"next: edit them, then 'lsweep run {options.folder / 'sweep.toml'}'")
+    return 0
+
+
+def do_demo(options: Namespace) -> int:
+    """Train, sweep and draw the two networks of the demo."""
+    from lsweep.demo import demo
+
+    return demo(options.folder, options.workers)
