@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (LsweepError, OSError) as e:
         if options.verbose:
             traceback.print_exc()
-        print(f"lsweep: {e}", file=sys.stderr)
+        print("lsweep:", " ".join(str(e).splitlines()), file=sys.stderr)
         return e.exit_code if isinstance(e, LsweepError) else LsweepError.exit_code
 
 
@@ -90,7 +90,7 @@ def _at_least(least: int) -> Callable[[str], int]:
     return number
 
 
-def seconds(text: str) -> float:
+def _duration(text: str) -> float:
     value = float(text)
     if not 0.01 <= value <= 86400:
         raise argparse.ArgumentTypeError(f"{text} is not between 0.01 and 86400 seconds")
@@ -148,7 +148,7 @@ def _add_work(p: argparse.ArgumentParser) -> None:
                    help="how many workers there are")  # fmt: skip
     p.add_argument("--local", type=_at_least(0), metavar="I",
                    help="its number on this node, which picks its GPU")  # fmt: skip
-    p.add_argument("--beat", type=seconds, default=10.0, metavar="S",
+    p.add_argument("--beat", type=_duration, default=10.0, metavar="S",
                    help="seconds between heartbeats")  # fmt: skip
     _takes_device(p)
     _takes_trust(p)
@@ -157,7 +157,7 @@ def _add_work(p: argparse.ArgumentParser) -> None:
 def _add_status(p: argparse.ArgumentParser) -> None:
     _takes_run(p)
     p.add_argument("--watch", action="store_true", help="again and again, until it is complete")
-    p.add_argument("--interval", type=seconds, default=2.0, metavar="S",
+    p.add_argument("--interval", type=_duration, default=2.0, metavar="S",
                    help="seconds between looks")  # fmt: skip
     p.add_argument("--json", action="store_true", help="for programs")
 
@@ -189,6 +189,9 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
     p.add_argument("target", metavar="OUT", type=Path, help=".vts .vtp .csv .npz, or .h5")
     p.add_argument("--metric", help="what is the height in .vts and .vtp")
     p.add_argument("--log", action="store_true", help="logarithmic height")
+    p.add_argument("--directions", action="store_true",
+                   help="a run's directions instead of its surface (imports the factory)")  # fmt: skip
+    _takes_trust(p)
 
 
 def _add_measure(p: argparse.ArgumentParser) -> None:

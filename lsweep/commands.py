@@ -54,12 +54,13 @@ def _plan(options: Namespace) -> tuple[RunFolder, Problem | None]:
             raise LsweepError(f"--set changes a sweep.toml; {options.sweep} is a run, frozen")
         Plan.read(folder)
     else:
-        from lsweep.factory import make_problem
-        from lsweep.planning import plan_run
         from lsweep.settings import Settings
 
         settings = Settings.from_file(options.sweep, tuple(options.overrides))
         refuse_foreign(options.sweep, options.trust)  # it names the code that is imported
+        from lsweep.factory import make_problem
+        from lsweep.planning import plan_run
+
         base = options.sweep.absolute().parent
         problem = make_problem(settings.problem, base, trust=options.trust)
         text = options.sweep.read_text(encoding="utf-8")
@@ -268,8 +269,26 @@ def do_render(options: Namespace) -> int:
     return 0
 
 
+def _export_directions(options: Namespace) -> int:
+    """Write a run's directions as a direction file of the reference implementation."""
+    from lsweep.directions import as_reference
+    from lsweep.plan import Plan
+    from lsweep.planning import load_problem
+    from lsweep.reference import write_reference_directions
+    from lsweep.vectors import Origin
+
+    folder = RunFolder(options.source)
+    problem, directions = load_problem(folder, Plan.read(folder), trust=options.trust)
+    arrays = as_reference(directions, Origin.of(problem.model))
+    write_reference_directions(options.target, arrays)
+    print(f"wrote {options.target}: {', '.join(arrays)} in the reference implementation's format")
+    return 0
+
+
 def do_convert(options: Namespace) -> int:
     """Write another format."""
+    if options.directions:
+        return _export_directions(options)
     from lsweep.convert import convert
     from lsweep.opening import open_surface
 

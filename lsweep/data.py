@@ -50,6 +50,15 @@ def map_tensors(batch: Batch, f: Any) -> Batch:
     return batch
 
 
+def moved(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return ``t`` on ``device``, and in ``dtype`` where it holds real numbers.
+
+    >>> moved(torch.tensor([1]), torch.device("cpu"), torch.float64)
+    tensor([1])
+    """
+    return t.to(device, dtype) if t.is_floating_point() else t.to(device)
+
+
 def samples_in(batch: Batch) -> int:
     """Return the number of samples in a batch: the length of its first tensor's dimension 0.
 

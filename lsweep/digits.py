@@ -34,7 +34,8 @@ class Residual(Plain):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x + f(x)."""
-        return x + nn.Sequential.forward(self, x)  # type: ignore[no-untyped-call]
+        change: Tensor = nn.Sequential.forward(self, x)  # type: ignore[no-untyped-call]
+        return x + change
 
 
 class Network(nn.Sequential):

@@ -260,3 +260,22 @@ def _resolve_ranges(directions: Directions, settings: Settings, origin: Origin) 
 
 def _three_digits(value: float) -> Decimal:
     return Decimal(f"{value:.3g}")
+
+
+def as_reference(directions: Directions, origin: Origin) -> dict[str, list[npt.NDArray[Any]]]:
+    """Return the directions as the reference implementation stores them: arrays in order, no names.
+
+    In the order of the parameters; in that of the state dict where a direction moves buffers. What
+    a direction does not move is zero.
+    """
+    moved = {n for d in directions.axes.values() for n in d.tensors}
+    names = tuple(origin.parameters) if moved <= set(origin.parameters) else origin.states
+    everything = origin.everything
+
+    def array(direction: Direction, name: str) -> npt.NDArray[Any]:
+        if name in direction.tensors:
+            return direction.tensors[name].numpy()
+        shape = tuple(everything[name].shape) if name in everything else ()
+        return np.zeros(shape, dtype=np.float32)
+
+    return {axis: [array(d, n) for n in names] for axis, d in directions.axes.items()}

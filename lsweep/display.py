@@ -6,15 +6,14 @@ One line that rewrites itself on a terminal; a line every ten seconds elsewhere.
 from __future__ import annotations
 
 import contextlib
-import sys
+import os
 import threading
-import time
 from typing import Any, TextIO
 
 from lsweep.errors import LsweepError
 from lsweep.files import read_json
 from lsweep.folder import RunFolder
-from lsweep.workers import State, all_workers
+from lsweep.workers import Observer, State, Verdict, all_workers
 
 ON_TERMINAL, ELSEWHERE = 0.5, 10.0  # seconds between updates
 
@@ -33,7 +32,8 @@ class Display:
         self._folder, self._total, self._before = folder, total, done
         self._stream = stream
         self._live = bool(stream and stream.isatty())
-        self._start, self._since = time.monotonic(), time.time()
+        self._earlier = {w["worker"]: int(w["points"]) for w in all_workers(folder)}
+        self._observer = Observer(folder)
         self._over = threading.Event()
         self._lock = threading.Lock()
         self._classes: set[str] = set()
@@ -66,7 +66,15 @@ class Display:
         while not self._over.wait(ON_TERMINAL if self._live else ELSEWHERE):
             self._say_preflight()
             line = self.line()
-            self._write(f"\r\033[K{line}" if self._live else f"{line}\n")
+            self._write(f"\r\033[K{line[: self._columns() - 1]}" if self._live else f"{line}\n")
+
+    def _columns(self) -> int:
+        # A line that wraps could not be rewritten.
+        assert self._stream is not None
+        try:
+            return os.get_terminal_size(self._stream.fileno()).columns or 80
+        except (OSError, ValueError):
+            return 80
 
     def _say_preflight(self) -> None:
         """Tell once for each device class what its first worker found at the centre."""
@@ -79,37 +87,56 @@ class Display:
 
     def progress(self) -> int:
         """Return how many points are done, as the workers tell."""
-        mine = (w for w in all_workers(self._folder) if w["since"] >= self._since - 1)
-        return min(self._total, self._before + sum(int(w["points"]) for w in mine))
+        return min(self._total, self._before + self._new(all_workers(self._folder)))
+
+    def _new(self, workers: list[dict[str, Any]]) -> int:
+        return sum(int(w["points"]) - self._earlier.get(w["worker"], 0) for w in workers)
 
     def line(self) -> str:
         """Return the present state in one line."""
-        workers = [w for w in all_workers(self._folder) if w["since"] >= self._since - 1]
-        new = sum(int(w["points"]) for w in workers)
+        workers = all_workers(self._folder)
+        new = self._new(workers)
         done = min(self._total, self._before + new)
-        working = [w for w in workers if w["state"] == State.WORKING]
+        working = [
+            w
+            for w in workers
+            if w["state"] == State.WORKING
+            and self._observer.verdict(w["worker"]) is Verdict.ALIVE  # not killed
+        ]
+        hands = f"{len(working)} worker{'' if len(working) == 1 else 's'}"
         if not new:
-            return f"{done}/{self._total} points, {len(working)} workers getting ready"
+            return f"{done}/{self._total} points, {hands} getting ready"
         # Each worker's own busy time gives the rate; starting up is no part of it.
-        rate = sum(w["points"] / w["busy"] for w in workers if w["busy"] > 0 and w in working)
+        rate = sum(w["points"] / w["busy"] for w in working if w["busy"] > 0)
         left = f", {duration((self._total - done) / rate)} left" if rate else ""
         lows = [w["minimum"] for w in workers if w["minimum"] is not None]
         low = f", minimum {min(lows):.4g}" if lows else ""
         return (
-            f"{done}/{self._total} points ({done / self._total:.0%}), {rate:.3g}/s by "
-            f"{len(working)} workers{left}{low}"
+            f"{done}/{self._total} points ({done / self._total:.0%}), {speed(rate)}, "
+            f"{hands}{left}{low}"
         )
 
 
 def preflight_line(found: dict[str, Any], points: int) -> str:
     """Return what a pre-flight found, in one line."""
-    centre = ", ".join(f"{name} {value:.6g}" for name, value in found["centre"].items() if value)
+    centre = ", ".join(
+        f"{name} {value:.6g}" for name, value in found["centre"].items() if value is not None
+    )
     seconds = float(found["seconds_per_point"])
     return (
         f"pre-flight on {found['device']}: {centre} at the centre; {1e3 * seconds:.3g} ms a point, "
         f"{found['memory'] / 2**20:.0f} MiB; {points} points take {duration(points * seconds)} "
         "of one worker"
     )
+
+
+def speed(rate: float) -> str:
+    """Return points per second, never in exponents that nobody reads.
+
+    >>> speed(1234.5), speed(0.01234)
+    ('1234/s', '0.0123/s')
+    """
+    return f"{rate:.0f}/s" if rate >= 100 else f"{rate:.3g}/s"
 
 
 def duration(seconds: float) -> str:

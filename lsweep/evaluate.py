@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lsweep import batchnorm, weights
-from lsweep.data import Batch, Split, map_tensors, tensors_of
+from lsweep.data import Batch, Split, map_tensors, moved, tensors_of
 from lsweep.directions import Directions
 from lsweep.errors import LsweepError, nearest
 from lsweep.machine import available_memory
@@ -131,12 +131,12 @@ class Evaluator:
         """Lay all that may move in one flat vector, so that a point costs one axpy per axis."""
         model = self.problem.model
         for p in model.parameters():
-            p.data = _moved(p.data, self.device, self.dtype)
+            p.data = moved(p.data, self.device, self.dtype)
             p.requires_grad_(p.requires_grad and self.problem.grad)
         for module in model.modules():
             for name, b in module._buffers.items():
                 if b is not None:
-                    module._buffers[name] = _moved(b.clone(), self.device, self.dtype)
+                    module._buffers[name] = moved(b.clone(), self.device, self.dtype)
         slots, size = {}, 0
         everything = {**weights.parameters_of(model), **weights.buffers_of(model)}
         for name, t in everything.items():
@@ -200,7 +200,7 @@ class Evaluator:
         )
         source = self.problem.splits[split].batches(self.batch_sizes[split], slice_, self.slices)
         for batch in source:
-            there = map_tensors(batch, lambda t: _moved(t, self.device, self.dtype))
+            there = map_tensors(batch, lambda t: moved(t, self.device, self.dtype))
             if keeping is not None:
                 used += sum(t.numel() * t.element_size() for t in tensors_of(there))
                 if used <= free:
@@ -375,10 +375,6 @@ def is_out_of_memory(error: BaseException) -> bool:
         isinstance(error, RuntimeError)
         and ("out of memory" in text or "can't allocate memory" in text)
     )
-
-
-def _moved(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return t.to(device, dtype) if t.is_floating_point() else t.to(device)
 
 
 def _buffer_homes(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:

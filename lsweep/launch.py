@@ -11,12 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lsweep.files import writing
 from lsweep.folder import RunFolder
 from lsweep.machine import cpus
+from lsweep.status import share_done
 
 RESTARTS_WITHOUT_PROGRESS = 6  # more than a poison point needs to be found out
 GRACE = 20.0  # seconds that an interrupted worker has to end
 POLL = 0.2
+PROMPT = "$ "
 
 
 @dataclass
@@ -66,13 +69,17 @@ def run_workers(
         progress: how much has been done; restarts are counted anew when it grows.
     """
     outcome = Outcome()
-    folder.logs.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "lsweep", "work", str(folder.root), "--of", str(count)]
     command += ["--device", device, "--threads", str(threads), "--claims", claims, "--beat", "1"]
     command += ["--trust"] if trust else []
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
     def start(index: int) -> subprocess.Popen[bytes]:
+        with writing(folder.logs):
+            folder.logs.mkdir(parents=True, exist_ok=True)
+            with folder.log(index).open("a") as log:
+                # One line takes the block in which a worker can still say that the disk is full.
+                log.write(f"{PROMPT}{' '.join(command[1:])}\n")
         with folder.log(index).open("ab") as log:
             return subprocess.Popen(
                 [*command, "--index", str(index), "--local", str(index)],
@@ -83,6 +90,10 @@ def run_workers(
                 start_new_session=True,  # Ctrl-C reaches the launcher alone, which tells them
             )
 
+    def done() -> int:
+        # Workers that die at once leave rows, but no heartbeat that tells of them.
+        return max(progress(), share_done(folder)[0])
+
     def tell(text: str) -> None:
         if text not in outcome.events:  # workers that refuse for one reason say it once
             outcome.events.append(text)
@@ -90,7 +101,7 @@ def run_workers(
 
     stop = _Stop()
     running: dict[int, subprocess.Popen[bytes]] = {}
-    restarts, seen = 0, progress()
+    restarts, seen = 0, done()
     with stop:
         for index in range(count):
             running[index] = start(index)
@@ -104,9 +115,8 @@ def run_workers(
                     message = _last_line(folder.log(index))
                     if process.returncode < 0:
                         name = signal.Signals(-process.returncode).name
-                        done = progress()
-                        restarts, seen = (0, done) if done > seen else (restarts, seen)
-                        restarts += 1
+                        now = done()
+                        restarts, seen = (1, now) if now > seen else (restarts + 1, seen)
                         if restarts > RESTARTS_WITHOUT_PROGRESS * count:
                             tell(f"worker {index} was killed ({name}); too often, it stays down")
                             outcome.code = max(outcome.code, 1)
@@ -127,7 +137,9 @@ def _last_line(log: Path) -> str:
         lines = log.read_text(errors="replace").strip().splitlines()
     except OSError:
         return ""
-    return lines[-1].removeprefix("lsweep: ") if lines else ""
+    if not lines or lines[-1].startswith(PROMPT):
+        return ""
+    return lines[-1].removeprefix("lsweep: ")
 
 
 def _end(running: dict[int, subprocess.Popen[bytes]]) -> None:

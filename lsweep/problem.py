@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsweep.data import Batch, Split, samples_in
+from lsweep.data import Batch, Split, map_tensors, moved, samples_in
 from lsweep.errors import LsweepError, nearest
 from lsweep.losses import Values, accuracy, flatten, per_sample, whole
 from lsweep.settings import ProblemSource
@@ -105,7 +105,10 @@ class Problem:
         split = next(iter(self.splits.values()))
         with generators_kept(), model_kept(self.model), torch.set_grad_enabled(self.grad):
             self.model.eval()
-            return tuple(self.forward(self.model, next(iter(split.batches(2)))))
+            like = next(self.model.parameters(), torch.empty(0))
+            batch = next(iter(split.batches(2)))
+            batch = map_tensors(batch, lambda t: moved(t, like.device, like.dtype))
+            return tuple(self.forward(self.model, batch))
 
     def evaluate(self, batch: Batch, names: tuple[str, ...]) -> dict[str, Sampled]:
         """Return the metrics ``names`` on one batch at the model's present weights.

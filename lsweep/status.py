@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lsweep.committed import Committed
-from lsweep.display import duration
+from lsweep.display import duration, speed
 from lsweep.folder import RunFolder
 from lsweep.merge import damage
 from lsweep.parts import Kind
@@ -95,7 +95,7 @@ def lines(state: dict[str, Any]) -> list[str]:
         if w["message"] and w["state"] in (State.SICK, State.FAILED):
             out.append(f"  {w['worker']}: {w['message']}")
     if state["eta"] is not None and state["missing"]:
-        out.append(f"  {state['rate']:.3g} points/s, {duration(state['eta'])} left")
+        out.append(f"  {speed(state['rate'])}, {duration(state['eta'])} left")
     if state["missing"] and not counts.get("working"):
         out.append(f"  nobody works on it: 'lsweep run {state['run']}' computes what is missing")
     if not state["missing"]:

@@ -108,6 +108,8 @@ class Surface:
             good = np.logical_and.reduce(finite) if finite else np.ones(self.shape, bool)
             status = np.where(good, Status.OK, Status.NONFINITE).astype(np.uint8)
             object.__setattr__(self, "status", status)
+        ordered = {n: self.values[n] for n in sorted(self.values, key=_variable_order)}
+        object.__setattr__(self, "values", ordered)
         arrays: dict[str, npt.NDArray[Any]] = {**self.values, "status": self.status}
         for name, value in arrays.items():
             if value.shape != self.shape:
@@ -293,7 +295,6 @@ class Surface:
         names = [n for n in f if isinstance(f[n], h5py.Dataset)]
         axes = {n: f[n][()] for n in ("x", "y", "z") if n in names}
         values = {n: f[n][()] for n in names if n not in axes and n != "status"}
-        order = sorted(values, key=_variable_order)
         # Not attrs.items(): the references of dimension scales lie in an unchecked heap, on which
         # a damaged file may keep HDF5 for ever.
         attributes = {
@@ -313,7 +314,7 @@ class Surface:
         provenance = {k: json.loads(_string(v)) for k, v in f["provenance"].attrs.items()}
         return cls(
             axes,
-            {n: values[n] for n in order},
+            values,
             f["status"][()],
             attributes,
             trajectory,
@@ -323,8 +324,9 @@ class Surface:
         )
 
 
-def _variable_order(name: str) -> tuple[bool, bool, str]:
-    return (name.endswith("_se") or name == "weight_sq", "loss" not in name, name)
+def _variable_order(name: str) -> tuple[bool, bool, bool, str]:
+    by_the_way = name.endswith("_se") or name in ("weight_sq", "device_class")
+    return by_the_way, "loss" not in name, not name.startswith("train"), name
 
 
 def _text(value: str) -> np.bytes_:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import h5py
+import numpy as np
+
 from lsweep.committed import Committed
 from lsweep.errors import LsweepError
 from lsweep.files import read_json
@@ -45,7 +48,7 @@ def verify(folder: RunFolder, data: bool = False, trust: bool = False) -> Findin
             raise
         found.problems.append(f"{e}; nothing else can be checked without it")
         return found
-    others = [*folder.all_devices(), *folder.all_workers(), *sorted(folder.leases.glob("*/*/*.g*"))]
+    others = [*folder.all_devices(), *folder.all_workers(), *sorted(folder.leases.glob("*/*/[0-9]*"))]
     others += [folder.source] if folder.source.exists() else []
     for path in others:
         found.checked += 1
@@ -56,6 +59,7 @@ def verify(folder: RunFolder, data: bool = False, trust: bool = False) -> Findin
         except LsweepError as e:
             found.problems.append(f"{e}; it can be deleted, it is made again")
     _check_code(folder, plan, found)
+    _check_directions(folder, plan, found)
     committed = Committed.read(folder, plan, rounds)
     found.checked += len(committed.parts)
     for name, what in damage(committed.parts).items():
@@ -89,6 +93,31 @@ def _check_code(folder: RunFolder, plan: Plan, found: Findings) -> None:
         found.problems.append(f"{copy} is missing: put the planned factory file there")
     elif sha256(copy.read_bytes()).hexdigest() != plan.problem["code"]:
         found.problems.append(f"{copy} is not the factory file that was planned")
+
+
+def _check_directions(folder: RunFolder, plan: Plan, found: Findings) -> None:
+    """Compare directions.h5 with the plan, which holds the same norms and fingerprints."""
+    if not folder.directions.exists():
+        return
+    found.checked += 1
+    try:
+        with h5py.File(folder.directions, "r", locking="best-effort") as f:
+            same = f.attrs["plan"] == plan.digest.encode()
+            for name in ("gram", "cosines"):
+                same &= np.array_equal(f[name][()], plan.facts[name])
+            for axis in plan.axes:
+                g, facts = f[axis], plan.facts["axes"][axis]
+                same &= g.attrs["sha256"] == plan.directions[axis]["sha256"].encode()
+                same &= all(g.attrs[k] == facts[k] for k in ("norm", "zero_filters"))
+                same &= len(set(g["tensor_names"][()])) == len(g["tensor_norms"])
+                same &= bool(np.isclose(np.linalg.norm(g["tensor_norms"][()]), facts["norm"]))
+    except Exception:  # HDF5 reports damage as almost any exception
+        same = False
+    if not same:
+        found.problems.append(
+            f"{folder.directions} is damaged or belongs to another plan; it can be deleted, no "
+            "value is computed from it"
+        )
 
 
 def _check_surface(folder: RunFolder, plan: Plan, merged: Surface, found: Findings) -> None:

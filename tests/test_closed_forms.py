@@ -1,8 +1,9 @@
 """evaluate, losses, merge: every value, error and sum against a formula or a second route.
 
 Promises: a value is Σwv/Σw over all samples, whatever the batches, and equals the mean of the loss
-as the user gave it over the data in one piece; its standard errors are the textbook's; ``weight_sq``
-is ‖θ‖²; rows are y and columns are x; slices of the data add up; float64 is float64 throughout.
+as the user gave it over the data in one piece; its standard errors are the textbook's;
+``weight_sq`` is ‖θ‖²; rows are y and columns are x; slices of the data add up; float64 is float64
+throughout.
 """
 
 from __future__ import annotations
@@ -221,7 +222,7 @@ def test_a_loss_that_is_not_the_mean_of_its_parts_is_refused():
             return mean if self.reduction == "none" else 2 * mean
 
     x = numbers(6, 2)
-    with pytest.raises(LsweepError, match="per-sample values is .* but the loss itself gives"):
+    with pytest.raises(LsweepError, match=r"per-sample values is .* but the loss itself gives"):
         lsweep.sweep(
             lsweep.Problem(nn.Linear(2, 2).double(), {"train": (x, x)}, loss=Odd()), x=(-1, 1, 3)
         )

@@ -85,7 +85,7 @@ def test_states_interpolation_has_numbers_and_nan():
 
 
 def test_stored_filter_direction_has_the_norms_of_the_filters():
-    """The same rule on both sides: a stored filter is as long as the network's, the rest is zero."""
+    """The same rule on both sides: stored filters are as long as the network's, the rest is 0."""
     origin = Origin.of(digits().model)
     stored = read_reference_directions(ORACLE / "filter_2d.directions.h5")["x"]
     for (name, w), d in zip(origin.parameters.items(), stored, strict=True):
