@@ -52,7 +52,9 @@ def caption(plan: Plan, devices: Mapping[str, Any]) -> str:
     if len(plan.axes) == 2:
         words.append(f"cos(x, y) = {plan.facts['cosines'][0][1]:+.3f}")
     samples: dict[str, int] = next((d["samples"] for d in devices.values()), {})
-    counts = [f"{samples.get(s) or plan.data[s]['samples'] or '?'} {s}" for s in plan.evaluate["splits"]]
+    counts = [
+        f"{samples.get(s) or plan.data[s]['samples'] or '?'} {s}" for s in plan.evaluate["splits"]
+    ]
     words.append(f"{' and '.join(counts)} samples, the same at every point")
     check = next((d["batch_norm"] for d in devices.values() if d["batch_norm"]), None)
     mode = str(plan.evaluate["batch_norm"])

@@ -190,7 +190,7 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
     p.add_argument("--metric", help="what is the height in .vts and .vtp")
     p.add_argument("--log", action="store_true", help="logarithmic height")
     p.add_argument("--directions", action="store_true",
-                   help="a run's directions instead of its surface (imports the factory)")  # fmt: skip
+                   help="a run's directions, not its surface (imports the factory)")  # fmt: skip
     _takes_trust(p)
 
 

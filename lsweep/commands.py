@@ -58,8 +58,8 @@ def _plan(options: Namespace) -> tuple[RunFolder, Problem | None]:
 
         settings = Settings.from_file(options.sweep, tuple(options.overrides))
         refuse_foreign(options.sweep, options.trust)  # it names the code that is imported
-        from lsweep.factory import make_problem
         from lsweep.planning import plan_run
+        from lsweep.problem import make_problem
 
         base = options.sweep.absolute().parent
         problem = make_problem(settings.problem, base, trust=options.trust)

@@ -1,4 +1,4 @@
-"""A problem from its factory: the one place where the user's code is imported."""
+"""Factories: the one place where the user's code is imported and called."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from typing import Any
 
 from lsweep.errors import LsweepError, nearest
 from lsweep.machine import refuse_foreign
-from lsweep.problem import Problem
 from lsweep.settings import ProblemSource
 
 
@@ -37,10 +36,10 @@ def file_digest(path: Path) -> str:
         raise LsweepError(f"cannot read {path}: {e.strerror}") from None
 
 
-def make_problem(
+def call_factory(
     source: ProblemSource, base: Path | None = None, code: Path | None = None, trust: bool = False
-) -> Problem:
-    """Call the factory, in the folder that its relative paths refer to.
+) -> Any:
+    """Call a factory, in the folder that its relative paths refer to, and return what it returns.
 
     Args:
         source: factory and options.
@@ -49,7 +48,7 @@ def make_problem(
         trust: import also what belongs to another user.
 
     Raises:
-        LsweepError: the factory is missing, raises, or returns something else than a Problem.
+        LsweepError: the factory is missing or raises.
     """
     base = (base or Path()).absolute()
     where, _, name = source.factory.rpartition(":")
@@ -73,18 +72,11 @@ def make_problem(
             ]
             raise LsweepError(f"{where} has no function {name!r}{nearest(name, functions)}")
         try:
-            problem = function(**source.options)
+            return function(**source.options)
         except LsweepError:
             raise
         except (Exception, SystemExit) as e:  # a training script may call sys.exit
             raise LsweepError(f"the factory {source.factory} raised {describe(e)}") from e
-    if not isinstance(problem, Problem):
-        raise LsweepError(
-            f"the factory {source.factory} returned an object of type "
-            f"{type(problem).__name__}, not an lsweep.Problem"
-        )
-    object.__setattr__(problem, "source", source)
-    return problem
 
 
 def describe(error: BaseException) -> str:

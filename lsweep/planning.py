@@ -16,12 +16,12 @@ import numpy as np
 
 from lsweep.directions import Directions, make_directions
 from lsweep.errors import DamagedFile, LsweepError, PlanChanged, nearest
-from lsweep.factory import factory_file, file_digest, make_problem
+from lsweep.factory import factory_file, file_digest
 from lsweep.files import publish, read_json, replace, sealed, write_whole
 from lsweep.folder import RunFolder
 from lsweep.machine import refuse_foreign
 from lsweep.plan import Plan
-from lsweep.problem import Problem
+from lsweep.problem import Problem, make_problem
 from lsweep.rounds import Rounds, publish_round
 from lsweep.settings import Evaluation, Settings, Track, build, plain
 from lsweep.trajectory import project

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from lsweep.data import Batch, Split, map_tensors, moved, samples_in
 from lsweep.errors import LsweepError, nearest
+from lsweep.factory import call_factory
 from lsweep.losses import Values, accuracy, flatten, per_sample, whole
 from lsweep.settings import ProblemSource
 from lsweep.takeover import generators_kept, model_kept
@@ -90,8 +92,6 @@ class Problem:
     @classmethod
     def from_factory(cls, factory: str, **options: Any) -> Problem:
         """Make the problem that ``FILE.py:function(**options)`` returns; workers can, too."""
-        from lsweep.factory import make_problem
-
         return make_problem(ProblemSource(factory, options))
 
     @functools.cached_property
@@ -160,6 +160,23 @@ class Problem:
                 f"loss: the weighted mean of its per-sample values is {found:.6g}, but the loss "
                 f"itself gives {wanted:.6g}; return (values, weights) from a function of your own"
             )
+
+
+def make_problem(
+    source: ProblemSource, base: Path | None = None, code: Path | None = None, trust: bool = False
+) -> Problem:
+    """Return the problem that a factory makes; the arguments are those of `call_factory`.
+
+    Raises:
+        LsweepError: the factory is missing, raises, or returns something else than a Problem.
+    """
+    problem = call_factory(source, base, code, trust)
+    if not isinstance(problem, Problem):
+        raise LsweepError(
+            f"the factory {source.factory} returned an object of type "
+            f"{type(problem).__name__}, not an lsweep.Problem"
+        )
+    return replace(problem, source=source)
 
 
 def split_batch(batch: Batch) -> tuple[Any, Any]:

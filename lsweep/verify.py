@@ -48,7 +48,11 @@ def verify(folder: RunFolder, data: bool = False, trust: bool = False) -> Findin
             raise
         found.problems.append(f"{e}; nothing else can be checked without it")
         return found
-    others = [*folder.all_devices(), *folder.all_workers(), *sorted(folder.leases.glob("*/*/[0-9]*"))]
+    others = [
+        *folder.all_devices(),
+        *folder.all_workers(),
+        *sorted(folder.leases.glob("*/*/[0-9]*")),
+    ]
     others += [folder.source] if folder.source.exists() else []
     for path in others:
         found.checked += 1

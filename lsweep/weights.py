@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import json
@@ -122,8 +123,11 @@ def load_state(path: str | Path) -> State:
         return _load_shards(p)
     if p.suffix == ".safetensors":
         return {canonical_name(n): t for n, t in _load_safetensors(p).items()}
+    # timm keeps its command line beside the weights: plain values in a class that runs nothing.
+    harmless = getattr(torch.serialization, "safe_globals", contextlib.nullcontext)
     try:
-        value = torch.load(p, map_location="cpu", weights_only=True)
+        with harmless([argparse.Namespace]):
+            value = torch.load(p, map_location="cpu", weights_only=True)
     except Exception as e:
         reason = str(e).splitlines()[0][:160] if str(e) else type(e).__name__
         raise LsweepError(

@@ -432,6 +432,7 @@ def tell(folder: RunFolder, name: str, **facts: object) -> None:
         "state": "working",
         "beat": 1,
         "since": time.time(),
+        "now": time.time(),
         "points": 0,
         "busy": 0.0,
         "longest": 0.0,
