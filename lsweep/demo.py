@@ -7,12 +7,14 @@ trained on real digits to the same training loss and swept over the same plane.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 from lsweep.errors import LsweepError
@@ -68,7 +70,7 @@ def demo(folder: Path, workers: int | None = None) -> int:
     print(f"Training {2 * len(SEEDS)} networks on 1000 real digits and sweeping each over "
           f"{COUNT} x {COUNT} points, with {count} processes.", flush=True)  # fmt: skip
     trained: list[Trained] = []
-    with _one_thread(), ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+    with _processes(count) as pool:
         jobs = [
             pool.submit(train_and_sweep, folder.absolute(), skip, seed)
             for seed in SEEDS
@@ -77,8 +79,9 @@ def demo(folder: Path, workers: int | None = None) -> int:
         for job in as_completed(jobs):
             t = job.result()
             trained.append(t)
-            print(f"  {t.name}: training loss {t.train_loss:.4f} after {t.epochs} epochs, "
-                  f"swept; {t.seconds:.0f} s", flush=True)  # fmt: skip
+            how = f"after {t.epochs} epochs" if t.epochs else "from its checkpoint"
+            print(f"  {t.name}: training loss {t.train_loss:.4f} {how}, swept; {t.seconds:.0f} s",
+                  flush=True)  # fmt: skip
     trained.sort(key=lambda t: (t.seed, t.skip))
     text = table(trained)
     pictures = draw(folder)
@@ -92,13 +95,27 @@ def demo(folder: Path, workers: int | None = None) -> int:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let child processes start with one thread each, which is fastest for several of them."""
+def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Give processes of one thread each, which is fastest; Ctrl-C ends them at once."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
+    pool = ProcessPoolExecutor(
+        count,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is the parent's to handle
+    )
     try:
-        yield
+        yield pool
+        pool.shutdown()
+    except BrokenProcessPool:
+        raise LsweepError(
+            "a process of the demo was killed; the same command goes on where it was"
+        ) from None
     finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in multiprocessing.active_children():
+            child.terminate()
         if before is None:
             del os.environ["OMP_NUM_THREADS"]
         else:

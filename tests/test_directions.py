@@ -177,7 +177,7 @@ def test_what_is_not_ignored_is_random_a_vector_as_one_filter():
         assert v.shape == w.shape
         if w.dim() <= 1:
             assert float(v.norm()) == pytest.approx(float(w.norm()), rel=1e-8), name
-        if w.numel() > 1:
+        if w.numel() > 5:  # three numbers may point anywhere
             assert abs(float(F.cosine_similarity(v.flatten(), w.flatten(), dim=0))) < 0.99, name
 
 
@@ -192,7 +192,7 @@ def test_a_scalar_parameter_keeps_its_shape():
     model = fixed(Gain()).double()
     d = made(model, axes="xy", ignore="none", orthogonalize=True)
     assert d.axes["x"].tensors["gain"].shape == d.axes["y"].tensors["gain"].shape == ()
-    found = project(Origin.of(model).everything, Origin.of(model), d)
+    found = project(Origin.of(model).everything, Origin.of(model), d.axes)
     assert found.offsets == (0.0, 0.0) and found.residual == 0.0
 
 
@@ -360,7 +360,7 @@ def test_to_reaches_a_float32_checkpoint_to_its_last_bits(tmp_path):
     assert set(d.tensors) == {n for n in state if not n.endswith("tracked")}
     origin = Origin.of(model).everything
     for n, t in d.tensors.items():
-        torch.testing.assert_close(origin[n] + t, state[n], rtol=3e-7, atol=1e-7)
+        torch.testing.assert_close(origin[n] + t, state[n].float(), rtol=3e-7, atol=1e-7)
     assert d.ignored == ()  # biases and norms are part of the way
 
 
@@ -406,21 +406,21 @@ def test_statistics_are_no_weights_where_no_direction_moves_them(tmp_path):
     state = problem.model.state_dict()
     state["1.running_mean"] = state["1.running_mean"] + 10
     origin, d = Origin.of(problem.model), made(problem.model)
-    found = project({n: state[n] for n in origin.everything}, origin, d)
+    found = project({n: state[n] for n in origin.everything}, origin, d.axes)
     assert found.residual == 0
 
 
 def test_a_point_in_the_plane_of_skew_directions_is_found_again(tmp_path):
     model = problems.classifier().model
     torch.save(another(model, 1), tmp_path / "b.pt")
-    nearly = {n: 0.9 * another(model, 1)[n] + 0.1 * another(model, 2)[n] for n in another(model)}
+    nearly = {n: 0.7 * another(model, 1)[n] + 0.3 * another(model, 2)[n] for n in another(model)}
     torch.save(nearly, tmp_path / "c.pt")
     d = made(model, tmp_path, axes="xy", kind="plane", checkpoints=["b.pt", "c.pt"])
     assert 0.8 < d.cosines()[0, 1] < 0.99
     origin = Origin.of(model)
     x, y = (v.tensors for v in d.axes.values())
     state = {n: t + 0.7 * x[n] - 1.3 * y[n] for n, t in origin.parameters.items()}
-    found = project(state, origin, d)
+    found = project(state, origin, d.axes)
     assert found.offsets == pytest.approx((0.7, -1.3), rel=1e-9)
     assert found.residual == pytest.approx(0, abs=1e-12)
 
@@ -503,10 +503,10 @@ def test_pca_of_a_random_walk_explains_what_its_null_says(tmp_path):
 
 
 def test_null_of_a_long_walk_is_that_of_antognini_and_sohl_dickstein():
-    assert random_walk_null(300, 2) == pytest.approx(0.76, abs=0.02)
-    for k in (1, 2, 3):  # 6/π²k²: 60.8 %, 15.2 %, 6.8 %
-        share = random_walk_null(300, k) - (random_walk_null(300, k - 1) if k > 1 else 0)
-        assert share == pytest.approx(6 / (math.pi * k) ** 2, abs=0.003)
+    shares = np.diff([0.0, *(random_walk_null(100, k) for k in (1, 2, 3))])
+    wanted = [6 / (math.pi * k) ** 2 for k in (1, 2, 3)]  # 60.8 %, 15.2 %, 6.8 %
+    assert shares == pytest.approx(wanted, abs=0.003)
+    assert sum(shares[:2]) == pytest.approx(0.76, abs=0.02)
 
 
 def test_automatic_range_spans_the_trajectory_with_a_margin(tmp_path):

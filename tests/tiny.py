@@ -8,7 +8,11 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import torch
+
 from lsweep.cli import main
+
+torch.set_num_threads(1)  # threads wait for each other where other tests run beside these
 
 PROBLEM = """\
 import torch
