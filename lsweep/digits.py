@@ -13,7 +13,7 @@ from lsweep.losses import accuracy
 from lsweep.problem import Problem
 from lsweep.weights import load_state
 
-DEPTH, WIDTH = 20, 64
+DEPTH, WIDTH = 22, 64
 TRAIN = 1000  # of 1797 images
 TARGET = 0.02  # training ends at this loss, so that networks are compared at matched training loss
 MOST_EPOCHS = 200

@@ -210,8 +210,8 @@ class Evaluator:
             yield there
         self._resident[key] = keeping
 
-    def _is_resident(self) -> bool:
-        return all(self._resident.get((s, 0)) for s in self.splits)
+    def _is_resident(self, slice_: int) -> bool:
+        return all(self._resident.get((s, slice_)) for s in self.splits)
 
     # -- evaluation -----------------------------------------------------------------------------
 
@@ -248,7 +248,7 @@ class Evaluator:
                     (torch.where(w == 0, 0.0, v), w, s.opaque)
                 )
 
-        if self._is_resident() or recalibrate:
+        if self._is_resident(slice_) or recalibrate:
             for k, spot in enumerate(spots):
                 self._move(spot)
                 if recalibrate:
@@ -296,11 +296,24 @@ class Evaluator:
         )
 
         def run_batches() -> None:
-            for batch in self._batches(split):
-                with self._context(audit):
-                    self.problem.evaluate(batch, self.metrics)
+            for slice_ in range(self.slices):
+                for batch in self._batches(split, slice_):
+                    with self._context(audit):
+                        self.problem.evaluate(batch, self.metrics)
 
         batchnorm.recalibrate(self.problem.model, run_batches)
+
+    def whole(self, spot: Spot, recalibrate: str | None = None) -> list[Samples]:
+        """Return the samples of each variable at one spot over all slices."""
+        slices = [self.samples([spot], s, recalibrate=recalibrate)[0] for s in range(self.slices)]
+        return [
+            Samples(
+                torch.cat([s.values for s in parts]),
+                torch.cat([s.weights for s in parts]),
+                any(s.opaque for s in parts),
+            )
+            for parts in zip(*slices, strict=True)
+        ]
 
     def centre(self, slice_: int = 0) -> list[Samples]:
         """Return the samples at offset 0, evaluated once: what differences refer to."""

@@ -104,9 +104,9 @@ def preflight(
         with evaluator._context(audit=False):
             evaluator.problem.check_mean(batch)
     origin = Spot((0.0,) * len(evaluator.directions.axes))
-    first = evaluator.samples([origin])[0]
+    first = evaluator.whole(origin)
     second: list[Samples] = []
-    seconds = evaluator.timed(lambda: second.extend(evaluator.samples([origin])[0]))
+    seconds = evaluator.timed(lambda: second.extend(evaluator.whole(origin)))
     _check_repeat(evaluator, first, second)
     centre = {v: _mean(s) for v, s in zip(plan.variable_names, first, strict=True)}
     check_expected(centre, expected, plan)
@@ -202,8 +202,8 @@ def _batch_norm_check(evaluator: Evaluator) -> dict[str, Any] | None:
     offsets += [(0.0, s, *(0.0,) * (axes - 2)) for s in (1.0, -1.0)] if axes > 1 else []
     spots = [Spot(o) for o in offsets]
     split = "train" if "train" in evaluator.problem.splits else evaluator.splits[0]
-    kept = [_mean(v[0]) for v in evaluator.samples(spots)]
-    anew = [_mean(v[0]) for v in evaluator.samples(spots, recalibrate=split)]
+    kept = [_mean(evaluator.whole(s)[0]) for s in spots]
+    anew = [_mean(evaluator.whole(s, recalibrate=split)[0]) for s in spots]
     finite = [(a, b) for a, b in zip(kept, anew, strict=True) if abs(a) < 1e300 and abs(b) < 1e300]
     if not finite:
         return None

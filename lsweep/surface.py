@@ -256,7 +256,7 @@ class Surface:
             }.items():
                 g.create_dataset(name, data=value, fletcher32=True)
         g = f.create_group("provenance")
-        for key, item in self.provenance.items():
+        for key, item in sorted(self.provenance.items()):
             g.attrs[key] = _text(json.dumps(item, sort_keys=True))
 
     @classmethod
@@ -340,7 +340,7 @@ def _string(value: Any) -> str:
 
 
 def _attributes(dataset: h5py.Dataset, attributes: Mapping[str, str]) -> None:
-    for key, value in attributes.items():
+    for key, value in sorted(attributes.items()):
         dataset.attrs[key] = _text(value)
 
 

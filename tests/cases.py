@@ -8,6 +8,7 @@ or by the file ``broken`` beside the factory, so that it can be mended without c
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import pickle
 import signal
@@ -181,6 +182,7 @@ def fork() -> int:
         warnings.simplefilter("ignore", DeprecationWarning)  # threads of BLAS; the child uses none
         pid = os.fork()
     if pid == 0:
+        gc.disable()  # it would touch, and so copy, every page that the parent shares
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         torch.set_num_threads(1)
@@ -194,22 +196,15 @@ def each_in_child(check: Callable[[Any], Any], items: Iterable[Any], seconds: in
     """
     items, results = list(items), []
     while len(results) < len(items):
+        before = len(results)
         reading, writing = os.pipe()
         pid = fork()
         if pid == 0:
-            os.close(reading)
-            with os.fdopen(writing, "wb") as pipe:
-                for item in items[len(results) :]:
-                    signal.alarm(seconds)
-                    try:
-                        answer = check(item)
-                    except BaseException as e:
-                        answer = Raised(type(e).__name__, str(e))
-                        if not isinstance(e, LsweepError):
-                            traceback.print_exc()
-                    pickle.dump(answer, pipe)
-                    pipe.flush()
-            os._exit(0)
+            try:
+                os.close(reading)
+                _answer(check, items[len(results) :], writing, seconds)
+            finally:
+                os._exit(0)
         os.close(writing)
         with os.fdopen(reading, "rb") as pipe, contextlib.suppress(EOFError):
             while True:
@@ -217,7 +212,22 @@ def each_in_child(check: Callable[[Any], Any], items: Iterable[Any], seconds: in
         _, status = os.waitpid(pid, 0)
         if os.WIFSIGNALED(status):
             results.append(Died(os.WTERMSIG(status)))
+        assert len(results) > before, "a child ended without an answer"
     return results
+
+
+def _answer(check: Callable[[Any], Any], items: list[Any], writing: int, seconds: int) -> None:
+    with os.fdopen(writing, "wb") as pipe:
+        for item in items:
+            signal.alarm(seconds)
+            try:
+                answer = check(item)
+            except BaseException as e:
+                answer = Raised(type(e).__name__, str(e))
+                if not isinstance(e, LsweepError):
+                    traceback.print_exc()
+            pipe.write(pickle.dumps(answer))
+            pipe.flush()
 
 
 def in_child(function: Callable[..., Any], *arguments: Any, seconds: int = 100) -> Any:

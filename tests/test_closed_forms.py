@@ -20,6 +20,7 @@ from problems import another, at, labels, mean, numbers, toward
 from torch import nn
 
 import lsweep
+from lsweep import evaluate
 from lsweep.errors import LsweepError
 from lsweep.merge import standard_error
 from lsweep.reference import write_reference_directions
@@ -314,17 +315,6 @@ def test_precision_is_what_it_says():
     assert 1e-5 < off["bfloat16"] < 3e-2
 
 
-@pytest.mark.parametrize("loss", [nn.MSELoss(), nn.L1Loss(), nn.SmoothL1Loss()])
-def test_the_mean_is_checked_in_the_precision_of_the_loss(loss):
-    """In bfloat16 a mean and the mean of its parts differ by more than any tolerance."""
-    x, y = numbers(50, 4, dtype=torch.float32), numbers(50, 3, seed=1, dtype=torch.float32)
-    model = problems.fixed(nn.Linear(4, 3))
-    s = lsweep.sweep(
-        lsweep.Problem(model, {"train": (x, y)}, loss=loss), x=(0, 1, 2), precision="bfloat16"
-    )
-    assert s["train_loss"][0] == pytest.approx(mean(loss, model(x).detach(), y), rel=2e-2)
-
-
 def test_shipped_forwards_keep_float64():
     problem = problems.classifier()
     shipped = lsweep.Problem(problem.model, problem.data, forward=lsweep.classifier)
@@ -360,3 +350,16 @@ def test_offsets_are_exact_and_shared_between_grids():
     assert coarse["train_loss"].tobytes() == fine["train_loss"][::2].copy().tobytes()
     pairs = itertools.pairwise(fine.x)
     assert fine.x[3] == 0 and all(b > a for a, b in pairs)
+
+
+@pytest.mark.parametrize("batch_norm", ["eval", "batch", "recalibrate"])
+def test_data_kept_in_memory_and_data_read_anew_give_the_same_bits(batch_norm, monkeypatch):
+    """One pass over the data per point, or one pass for many points: two routes to the samples."""
+    surfaces = []
+    for share in (0.25, 0.0):  # of the free memory
+        monkeypatch.setattr(evaluate, "RESIDENT_SHARE", share)
+        surfaces.append(
+            lsweep.sweep(problems.normalized(), x=(-1, 1, 9), batch_norm=batch_norm, batch_size=8)
+        )
+    for name in surfaces[0]:
+        assert surfaces[0][name].tobytes() == surfaces[1][name].tobytes(), name

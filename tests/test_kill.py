@@ -214,6 +214,6 @@ def test_an_interrupted_run_exits_130_and_its_successor_computes_what_is_missing
 
     resumed: Done = command(*arguments)
     assert resumed.code == 0, resumed.err
-    assert f"{total - done} of {total} points to evaluate" in resumed.err
+    assert f"{total - done} of {total} points to evaluate" in resumed.out + resumed.err
     assert evaluated(folder) == [(p, 0) for p in range(total)]  # each exactly once
     assert differences(Surface.load(folder.surface), reference) == []

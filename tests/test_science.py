@@ -166,7 +166,7 @@ def rescaled(net, factors):
 
 
 BY_LAYER, BY_NEURON = 3.0, [0.2, 0.5, 0.9, 1.0, 1.5, 3.0, 6.0, 9.0]
-# rule, factors, whether the slice stays as it is: the table of section 4 of Li et al., checked
+# rule, factors, whether the slice stays as it is: and why the row is here
 SLICES = [
     ("none", BY_LAYER, False),  # why normalising is needed at all
     ("layer", BY_LAYER, True),
