@@ -183,7 +183,7 @@ def table(trained: list[Trained]) -> str:
     rough = [t.nonconvex for t in trained if not t.skip]
     smooth = [t.nonconvex for t in trained if t.skip]
     rows.append(
-        "non-convex: share of the plane where the Hessian has -λ_min > 0.1 max|λ|; "
+        "non-convex: share of the plane where the Hessian has -λ_min > 0.1 max|λ|;\n"
         f"plain {min(rough):.3f} to {max(rough):.3f}, skip {min(smooth):.3f} to {max(smooth):.3f}"
     )
     if min(rough) >= ROUGH and max(smooth) <= SMOOTH:

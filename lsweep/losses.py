@@ -43,6 +43,12 @@ def per_sample(loss: Callable[..., Any]) -> Callable[[Any, Any], Values]:
     if reduction == "sum":
         name = getattr(loss, "__name__", type(loss).__name__)
         raise LsweepError(f'{name}(reduction="sum") is not a mean over samples: use "mean"')
+    if isinstance(loss, nn.CrossEntropyLoss) and loss.label_smoothing and loss.weight is not None:
+        if not loss.weight.all():
+            raise LsweepError(
+                "label smoothing with a class of weight 0 is no mean over samples: samples of that "
+                "class have a loss but no weight"
+            )
     if isinstance(loss, nn.Module) and reduction is not None:
         single = copy.deepcopy(loss)
         single.reduction = "none"  # type: ignore[assignment]
@@ -131,10 +137,20 @@ def accuracy(output: Tensor, target: Tensor) -> Values:
     Returns:
         values [B] and weights [B].
 
+    Raises:
+        LsweepError: the shapes are others, or there is a single score per sample.
+
     >>> accuracy(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1]))[0]
     tensor([100.,   0.])
     """
-    if target.is_floating_point() and target.shape == output.shape:
+    scores, classes = list(output.shape), list(target.shape)
+    if len(scores) < 2 or scores[1] < 2 or classes not in (scores, [scores[0], *scores[2:]]):
+        raise LsweepError(
+            f"accuracy compares scores [B, C, …] of at least two classes with classes [B, …]; here "
+            f"they are {scores} and {classes}: give a metric of your own, such as "
+            "lambda output, target: 100.0 * ((output > 0) == target)"
+        )
+    if classes == scores:
         target = target.argmax(1)
     hit = (output.argmax(1) == target).to(torch.float32) * 100
     return flatten(hit, (target >= 0).to(torch.float32))

@@ -228,7 +228,7 @@ def _sampled(result: Values, n: int, name: str) -> Sampled:
         values = torch.as_tensor(values)
     if values.is_complex():
         raise LsweepError(f"metric {name!r} is complex: a value is a real number")
-    if values.dim() == 0:
+    if values.dim() == 0 or (values.numel() == 1 and n > 1 and weights is None):
         if name != "loss":
             raise LsweepError(
                 f"metric {name!r} returned one number for a batch of {n} samples. A metric is a "

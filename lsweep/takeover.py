@@ -13,10 +13,12 @@ from torch import nn
 
 @contextlib.contextmanager
 def model_kept(model: nn.Module) -> Iterator[None]:
-    """Give back every tensor, gradient, flag and mode of the model, whatever happens in between."""
+    """Give back every tensor, gradient, flag and attribute of the model, whatever happens.
+
+    Attributes too: many networks cache a mask or a table, in the precision of their last call.
+    """
     tensors = [(p, p.data, p.grad, p.requires_grad) for p in model.parameters()]
-    buffers = [(m, dict(m._buffers)) for m in model.modules()]
-    modes = [(m, m.training) for m in model.modules()]
+    modules = [(m, dict(m._buffers), dict(m.__dict__)) for m in model.modules()]
     for p, *_ in tensors:
         p.grad = None  # a loss that calls backward() must not add to it
     try:
@@ -27,10 +29,10 @@ def model_kept(model: nn.Module) -> Iterator[None]:
             p.data = data
             p.grad = grad
             p.requires_grad_(requires_grad)
-        for m, kept in buffers:
-            m._buffers.update(kept)
-        for m, training in modes:
-            m.training = training
+        for m, buffers, attributes in modules:
+            m._buffers.update(buffers)
+            m.__dict__.clear()
+            m.__dict__.update(attributes)
 
 
 @contextlib.contextmanager

@@ -286,6 +286,25 @@ def test_gradients_do_not_accumulate_in_the_network():
     assert_same(before, everything(model))
 
 
+def test_what_a_network_caches_during_a_sweep_does_not_stay():
+    """A mask cached in float64 would break the next step of training in float32."""
+
+    class Caching(nn.Linear):
+        cache = None
+
+        def forward(self, x):
+            if self.cache is None:
+                self.cache = torch.ones(4, 4, dtype=x.dtype)
+            return super().forward(x @ self.cache)
+
+    model = fixed(Caching(4, 3))
+    x, y = numbers(6, 4, dtype=SINGLE), labels(6, 3)
+    problem = lsweep.Problem(model, {"train": (x, y)}, loss=nn.CrossEntropyLoss())
+    lsweep.sweep(problem, x=(-1, 1, 3), precision="float64")
+    assert model.cache is None
+    assert model(x).dtype == SINGLE
+
+
 def test_hugging_face_output_and_batches(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
@@ -742,6 +761,27 @@ REFUSED = OrderedDict(
         "sum, functional": (  # a partial hides it
             lambda: ask(loss=__import__("functools").partial(F.cross_entropy, reduction="sum")),
             r"\(reduction=\"sum\"\) is not a mean over samples",
+        ),
+        "smoothing over a class that does not count": (
+            lambda: ask(loss=nn.CrossEntropyLoss(torch.tensor([1.0, 0, 1]), label_smoothing=0.1)),
+            r"label smoothing with a class of weight 0 is no mean",
+        ),
+        "accuracy of one logit": (  # its argmax is always 0: 100 % of class 0, silently
+            lambda: ask(
+                lambda: (X, (Y > 0).double()[:, None]),
+                fixed(nn.Linear(4, 1)),
+                nn.BCEWithLogitsLoss(),
+                given={"accuracy": lsweep.accuracy},
+            ),
+            r"accuracy compares scores .* here they are \[64, 1\] and \[64, 1\]",
+        ),
+        "accuracy of a column": (  # [B] == [B, 1] is [B, B]
+            lambda: ask(
+                lambda: (X, Y[:, None]),
+                loss=lambda o, t: F.cross_entropy(o, t[:, 0], reduction="none"),
+                given={"accuracy": lsweep.accuracy},
+            ),
+            r"accuracy compares scores .* here they are \[64, 3\] and \[64, 1\]",
         ),
         "unknown metric": (
             lambda: ask(given={"accuracy": lsweep.accuracy}, metrics=["acuracy"]),

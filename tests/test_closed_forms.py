@@ -119,6 +119,11 @@ def gaussian(output, target):
     return ((output - target) ** 2).mean()
 
 
+def gaussian_column(output, target):
+    """The same in a shape that looks like one sample."""
+    return gaussian(output, target)[None]
+
+
 CLASSES, PROBABILITIES = labels(13, 3), numbers(13, 3, seed=2).softmax(1)
 SOME = CLASSES.clone()
 SOME[[0, 5, 11]] = 1
@@ -167,6 +172,7 @@ LOSSES = [
     ("kl mean", (3,), nn.KLDivLoss, PROBABILITIES.log().exp()),
     ("margin", (3,), nn.MultiMarginLoss, CLASSES),  # class labels, but not of a class loss
     ("own scalar", (2,), lambda: gaussian, numbers(13, 2, seed=7)),  # weighted by batch size
+    ("own scalar [1]", (2,), lambda: gaussian_column, numbers(13, 2, seed=7)),
 ]
 
 
@@ -183,7 +189,7 @@ def test_weighted_mean_is_the_mean_of_the_loss_over_all_the_data_at_once(
     recipe = toward(model, tmp_path / "b.pt")
     values = []
     for size in (1, 4, 13):
-        if name == "own scalar" and size < 13:  # its batches keep their sizes: 13 = 3·4 + 1
+        if name.startswith("own") and size < 13:  # its batches keep their sizes: 13 = 3·4 + 1
             data = [(x[a : a + size], target[a : a + size]) for a in range(0, 13, size)]
         else:
             data = (x, target)
@@ -195,7 +201,8 @@ def test_weighted_mean_is_the_mean_of_the_loss_over_all_the_data_at_once(
             batch_size=size,
         )
         values.append(s["train_loss"])
-        assert ("train_loss_se" in s.values) == (name != "own scalar")
+        single = name == "own scalar" or (name == "own scalar [1]" and size > 1)
+        assert ("train_loss_se" in s.values) != single
     for v in values[1:]:
         np.testing.assert_allclose(v, values[0], **EXACT)
     for i, offset in enumerate((-1, 0, 1)):
