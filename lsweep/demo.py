@@ -17,11 +17,16 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+
 from lsweep.errors import LsweepError
 from lsweep.files import write_whole
 from lsweep.machine import cpus
-from lsweep.measures import nonconvex_fraction
-from lsweep.pictures import render
+from lsweep.marks import VERMILLION
+from lsweep.measures import THRESHOLD, convexity_ratio, nonconvex_fraction
+from lsweep.pictures import render, save
 from lsweep.surface import Surface
 
 SEEDS = (0, 1, 2)
@@ -155,19 +160,32 @@ def train_and_sweep(folder: Path, skip: bool, seed: int) -> Trained:
 
 
 def draw(folder: Path) -> list[Path]:
-    """Draw seed 0 of both: a line first, then the plane as contours and in three dimensions."""
+    """Draw seed 0 of both: a line first, then the plane as contours and in three dimensions.
+
+    The contours end at a loss of 10, as in the paper's figures.
+    """
     names = [f"{NAMES[skip]}-{SEEDS[0]}" for skip in (False, True)]
     labels = ["no skip connections", "skip connections"]
     lines = [Surface.load(folder / f"{n}-line.run" / "surface.h5") for n in names]
     planes = [Surface.load(folder / f"{n}.run" / "surface.h5") for n in names]
-    jobs = [
-        ("line.png", lines, "line"),
-        ("contour.png", planes, "filled"),
-        ("relief.png", planes, "3d"),
-    ]
-    for file, surfaces, kind in jobs:
-        render(surfaces, folder / file, name="train_loss", kind=kind, log=True, labels=labels)
-    return [folder / file for file, _, _ in jobs]
+    paths = [folder / name for name in ("line.png", "contour.png", "relief.png")]
+    render(lines, paths[0], name="train_loss", log=True, labels=labels)
+    figure = render(planes, name="train_loss", kind="contour", vmax=10, labels=labels)
+    for ax, plane in zip(figure.axes, planes, strict=False):  # the colour bar's comes after them
+        shade_nonconvex(plane, ax)
+    save(figure, paths[1])
+    render(planes, paths[2], name="train_loss", kind="3d", log=True, labels=labels)
+    return paths
+
+
+def shade_nonconvex(surface: Surface, ax: Axes, name: str = "train_loss") -> Axes:
+    """Shade the interior points that count for the non-convex fraction, and say so in the plot."""
+    bent = np.where(convexity_ratio(surface, name) > THRESHOLD, 1.0, np.nan)
+    x, y = surface.x[1:-1], surface.y[1:-1]
+    ax.pcolormesh(x, y, bent, cmap=ListedColormap([VERMILLION]), alpha=0.3, zorder=0)
+    share = f"shaded: not convex, {nonconvex_fraction(surface, name):.1%}"
+    ax.set_title(f"{ax.get_title()}\n({share})", fontsize=ax.title.get_fontsize() - 1)
+    return ax
 
 
 def table(trained: list[Trained]) -> str:

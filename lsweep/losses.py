@@ -43,12 +43,12 @@ def per_sample(loss: Callable[..., Any]) -> Callable[[Any, Any], Values]:
     if reduction == "sum":
         name = getattr(loss, "__name__", type(loss).__name__)
         raise LsweepError(f'{name}(reduction="sum") is not a mean over samples: use "mean"')
-    if isinstance(loss, nn.CrossEntropyLoss) and loss.label_smoothing and loss.weight is not None:
-        if not loss.weight.all():
-            raise LsweepError(
-                "label smoothing with a class of weight 0 is no mean over samples: samples of that "
-                "class have a loss but no weight"
-            )
+    smooth = isinstance(loss, nn.CrossEntropyLoss) and loss.label_smoothing > 0
+    if smooth and loss.weight is not None and not loss.weight.all():  # type: ignore[attr-defined]
+        raise LsweepError(
+            "label smoothing with a class of weight 0 is no mean over samples: samples of that "
+            "class have a loss but no weight"
+        )
     if isinstance(loss, nn.Module) and reduction is not None:
         single = copy.deepcopy(loss)
         single.reduction = "none"  # type: ignore[assignment]

@@ -42,21 +42,18 @@ def plane_hessian_extremes(
         return middle - spread, middle + spread
 
 
-def nonconvex_fraction(
-    surface: Surface, name: str = "train_loss", threshold: float = THRESHOLD
-) -> float:
-    """Return the share of interior cells whose plane Hessian has -λ_min / max|λ| > threshold.
+def convexity_ratio(surface: Surface, name: str = "train_loss") -> FloatArray:
+    """Return -λ_min / max|λ| of the plane Hessian at interior points, (ny-2, nx-2).
 
-    A lower bound of the true non-convexity: principal curvatures of a random plane are averages of
-    the full ones (Li et al., section 6). Cells with a value that is not finite do not count.
+    Positive where the plane curves downwards in some direction; NaN next to a value that is not
+    finite.
 
     Raises:
         LsweepError: the surface is no plane of at least 3 x 3 points.
 
-    >>> x = np.linspace(-1, 1, 9)
-    >>> saddle = Surface({"x": x, "y": x}, {"train_loss": np.subtract.outer(x**2, x**2)})
-    >>> nonconvex_fraction(saddle)
-    1.0
+    >>> x = np.linspace(-1, 1, 3)
+    >>> convexity_ratio(Surface({"x": x, "y": x}, {"train_loss": np.subtract.outer(x**2, x**2)}))
+    array([[1.]])
     """
     if len(surface.axes) != 2 or min(surface.shape) < 3:
         raise LsweepError(
@@ -64,7 +61,23 @@ def nonconvex_fraction(
         )
     low, high = plane_hessian_extremes(surface[name], surface.x, surface.y)
     with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = -low / np.maximum(np.abs(low), np.abs(high))
+        return np.asarray(-low / np.maximum(np.abs(low), np.abs(high)))
+
+
+def nonconvex_fraction(
+    surface: Surface, name: str = "train_loss", threshold: float = THRESHOLD
+) -> float:
+    """Return the share of interior points whose plane Hessian has -λ_min / max|λ| > threshold.
+
+    A lower bound of the true non-convexity: principal curvatures of a random plane are averages of
+    the full ones (Li et al., section 6). Points next to a value that is not finite do not count.
+
+    >>> x = np.linspace(-1, 1, 9)
+    >>> saddle = Surface({"x": x, "y": x}, {"train_loss": np.subtract.outer(x**2, x**2)})
+    >>> nonconvex_fraction(saddle)
+    1.0
+    """
+    ratio = convexity_ratio(surface, name)
     known = np.isfinite(ratio)
     if not known.any():
         return float("nan")
