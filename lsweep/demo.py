@@ -184,7 +184,7 @@ def shade_nonconvex(surface: Surface, ax: Axes, name: str = "train_loss") -> Axe
     x, y = surface.x[1:-1], surface.y[1:-1]
     ax.pcolormesh(x, y, bent, cmap=ListedColormap([VERMILLION]), alpha=0.3, zorder=0)
     share = f"shaded: not convex, {nonconvex_fraction(surface, name):.1%}"
-    ax.set_title(f"{ax.get_title()}\n({share})", fontsize=ax.title.get_fontsize() - 1)
+    ax.set_title(f"{ax.get_title()}\n({share})", fontsize=float(ax.title.get_fontsize()) - 1)
     return ax
 
 
