@@ -23,6 +23,7 @@ from matplotlib.colors import ListedColormap
 
 from lsweep.errors import LsweepError
 from lsweep.files import write_whole
+from lsweep.folder import RunFolder
 from lsweep.machine import cpus
 from lsweep.marks import VERMILLION
 from lsweep.measures import THRESHOLD, convexity_ratio, nonconvex_fraction
@@ -166,8 +167,8 @@ def draw(folder: Path) -> list[Path]:
     """
     names = [f"{NAMES[skip]}-{SEEDS[0]}" for skip in (False, True)]
     labels = ["no skip connections", "skip connections"]
-    lines = [Surface.load(folder / f"{n}-line.run" / "surface.h5") for n in names]
-    planes = [Surface.load(folder / f"{n}.run" / "surface.h5") for n in names]
+    lines = [Surface.load(RunFolder(folder / f"{n}-line.run").surface) for n in names]
+    planes = [Surface.load(RunFolder(folder / f"{n}.run").surface) for n in names]
     paths = [folder / name for name in ("line.png", "contour.png", "relief.png")]
     render(lines, paths[0], name="train_loss", log=True, labels=labels)
     figure = render(planes, name="train_loss", kind="contour", vmax=10, labels=labels)

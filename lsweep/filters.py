@@ -38,6 +38,7 @@ def filter_rows(weight: Tensor, module: nn.Module | None) -> Tensor:
     embedding's units are its rows; fused projections and recurrent gates are rows of dimension 0
     as well. A tensor of at most one dimension is one filter. May be a copy: use `scale_rows`.
 
+    >>> import torch
     >>> filter_rows(torch.zeros(3, 4, 5, 5), nn.Conv2d(4, 3, 5)).shape
     torch.Size([3, 100])
     >>> filter_rows(torch.zeros(4, 3, 5, 5), nn.ConvTranspose2d(4, 6, 5, groups=2)).shape
@@ -75,6 +76,7 @@ def filter_normalize(direction: Tensor, weight: Tensor, module: nn.Module | None
     Six numbers by hand, for a layer ``Linear(2, 3)``. Its three filters are the three rows: all
     that enters output 1 is (3, 4), of norm 5; output 2 is (0, 1), of norm 1; output 3 is (0, 0).
 
+    >>> import torch
     >>> layer = nn.Linear(2, 3)
     >>> weight = torch.tensor([[3.0, 4.0], [0.0, 1.0], [0.0, 0.0]])
     >>> d = torch.tensor([[1.0, 0.0], [3.0, 4.0], [6.0, 8.0]])
@@ -105,6 +107,7 @@ def filter_normalize(direction: Tensor, weight: Tensor, module: nn.Module | None
 def normalize(rule: str, direction: Tensor, weight: Tensor, module: nn.Module | None) -> Tensor:
     """Apply one of the paper's rules to one tensor: filter, layer, weight (elementwise), none.
 
+    >>> import torch
     >>> normalize("layer", torch.tensor([2.0]), torch.tensor([3.0]), None)
     tensor([3.])
     """
@@ -122,6 +125,7 @@ def normalize(rule: str, direction: Tensor, weight: Tensor, module: nn.Module | 
 def count_zero_filters(weight: Tensor, module: nn.Module | None) -> int:
     """Return how many filters have norm zero and so cannot move.
 
+    >>> import torch
     >>> count_zero_filters(torch.tensor([[0.0, 0.0], [1.0, 0.0]]), nn.Linear(2, 2))
     1
     """

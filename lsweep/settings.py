@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import tomllib
 import types
@@ -147,6 +148,9 @@ class Evaluation:
             for name in names:
                 if not re.fullmatch(r"[A-Za-z]\w*", name):
                     raise LsweepError(f"{what}: {name!r} must be letters, digits and _")
+        for name, value in self.expected.items():
+            if not math.isfinite(value):
+                raise LsweepError(f"expected.{name} = {value}: must be finite")
         if self.samples is not None:
             raise LsweepError("samples is not built yet; give the subset as a split of its own")
         if not 1 <= self.slices <= 10**6:
@@ -337,7 +341,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return value if isinstance(value, Decimal) else Decimal(repr(value))
     if hint is float and number:
         return float(value)
-    if hint is int and number and value == value and abs(value) < 2**63 and value == int(value):
+    within = number and value == value and -(2**63) < value < 2**63  # abs() could overflow
+    if hint is int and within and value == int(value):
         return int(value)
     if hint in (str, bool) and isinstance(value, hint):
         return value

@@ -70,6 +70,7 @@ WRONG_TOML = [
     ("[evaluate]", "[directions.y]\nseed = 1\n[evaluate]", "[directions.y] has no [grid.y]"),
     ("[grid.x]", "[grid.w]", "grid has axes ['w']: write [grid.x], then y, then z"),
     ("[grid.x]", "[grid.y]", "grid has axes ['y']: write [grid.x], then y, then z"),
+    ("[grid.x]", '[grid."a\\nb"]\n[grid.x]', "grid.a b: range is missing"),
     # something that must be there
     ('factory = "problem.py:make"', "", "problem: factory is missing"),
     ("count = 3", "", "grid.x: count is missing"),
@@ -80,6 +81,7 @@ WRONG_TOML = [
     ('"problem.py:make"', "3", "factory = 3: expected a string"),
     ("{ width = 3 }", "3", "options: expected a table, got a number"),
     ("count = 3", 'count = "3"', "count = '3': expected a whole number"),
+    ("count = 3", "count = 1e999999999", "expected a whole number"),
     ("count = 3", "count = 3.5", "count = 3.5: expected a whole number"),
     ("count = 3", "count = true", "count = True: expected a whole number"),
     ("range = [-1.0, 1.0]", "range = 3", "range = 3: expected a list"),
@@ -124,6 +126,7 @@ WRONG_TOML = [
         "expected = { train_los = 1 }",
         "expected.train_los; did you mean 'train_loss'?",
     ),
+    ("slices = 1", "expected = { train_loss = nan }", "expected.train_loss = nan: must be finite"),
     ("slices = 1", "slices = 5", "slices = 5: the data split 'test' has 4 samples"),
     ("slices = 1", "slices = 0", "slices = 0: must be between 1 and"),
     ("slices = 1", "batch_size = 0", "batch_size = 0: must be at least 1"),

@@ -103,11 +103,10 @@ def altered_text(draw: st.DrawFn) -> str:
 
 
 def outcome(make, *arguments) -> Settings | None:
-    """Return settings, or None for an `LsweepError` of one line; any other error is one."""
+    """Return settings, or None for an `LsweepError`; any other error is one."""
     try:
         made = make(*arguments)
-    except LsweepError as e:
-        assert len(str(e).splitlines()) == 1
+    except LsweepError:
         return None
     assert isinstance(made, Settings)
     for name, axis in made.grid.items():
@@ -140,7 +139,7 @@ ANYTHING = st.recursive(
     | st.booleans()
     | st.integers()
     | st.floats()
-    | st.decimals()
+    | st.decimals(allow_nan=False)
     | st.text(max_size=8)
     | st.just(datetime.date(2001, 1, 1))
     | st.sampled_from(["random", "filter", "auto", "eval", "loss", "p.py:f", "a.b:c", "*"]),
@@ -223,6 +222,7 @@ def sweep_file(here):
 @examples(200)
 @given(override=OVERRIDES)
 @example("grid.x.count=11")
+@example("grid.x.count=1e999999")
 def test_any_override_is_settings_or_refused(sweep_file, override):
     outcome(Settings.from_file, sweep_file, (override,))
 

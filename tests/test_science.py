@@ -108,7 +108,8 @@ def surface(f, nx=21, ny=11):
 # f(x, y), share of interior cells with -λ_min/max|λ| > 0.1: and why the row is here
 CLOSED = [
     (lambda x, y: x**2 + 3 * y**2, 0.0),  # a bowl
-    (lambda x, y: -(x**2) - y**2, 1.0),  # a hill: max |λ| is the negative one
+    (lambda x, y: -(x**2) - y**2, 1.0),  # a hill: both are negative
+    (lambda x, y: -(x**2) + 0 * y, 1.0),  # a ridge: max |λ| is the negative one, the other is 0
     (lambda x, y: x**2 - y**2, 1.0),  # a saddle
     (lambda x, y: x**2 - 0.05 * y**2, 0.0),  # one below the threshold
     (lambda x, y: x**2 - 0.15 * y**2, 1.0),  # and one above
