@@ -47,7 +47,7 @@ def caption(plan: Plan, devices: Mapping[str, Any]) -> str:
                 f"(a random walk: {facts['random_walk_null']:.0%})"
             )
         if facts["zero_filters"]:
-            text += f", {facts['zero_filters']} filters of norm zero"
+            text += f", filters of norm zero: {facts['zero_filters']}"
         words.append(text)
     if len(plan.axes) == 2:
         words.append(f"cos(x, y) = {plan.facts['cosines'][0][1]:+.3f}")
