@@ -399,7 +399,7 @@ def content(s: Surface) -> list:
     ]
 
 
-@examples(100)
+@examples(60)
 @given(surface=surfaces())
 def test_a_saved_surface_comes_back_bit_for_bit(here, surface):
     path = here / "surface.h5"
@@ -446,7 +446,7 @@ def test_a_damaged_surface_is_the_same_or_refused(here, rich, batch):
 def test_each_byte_of_a_surface_counts_or_changes_nothing(here, rich):
     good, said = rich
     path = here / "damaged.h5"
-    places = range(0, len(good), max(1, len(good) // (300 * MANY)))
+    places = range(0, len(good), max(1, len(good) // (200 * MANY)))
 
     def read(at):
         path.write_bytes(good[:at] + bytes([good[at] ^ 0x41]) + good[at + 1 :])
