@@ -203,7 +203,7 @@ def do_work(options: Namespace) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     local = options.index if options.local is None else options.local
     task = Task(options.index, options.of, local, options.device, options.threads, options.claims,
-                options.beat, options.trust)  # fmt: skip
+                options.beat, options.trust, options.parent)  # fmt: skip
     work(RunFolder(options.run), task)
     return 0
 

@@ -71,7 +71,7 @@ def run_workers(
     outcome = Outcome()
     command = [sys.executable, "-m", "lsweep", "work", str(folder.root), "--of", str(count)]
     command += ["--device", device, "--threads", str(threads), "--claims", claims, "--beat", "1"]
-    command += ["--trust"] if trust else []
+    command += ["--parent", str(os.getpid()), *(["--trust"] if trust else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
     def start(index: int) -> subprocess.Popen[bytes]:

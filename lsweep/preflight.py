@@ -43,6 +43,8 @@ def choose_device(name: str, local: int = 0) -> torch.device:
             device = torch.device("cuda", local % max(1, gpus))
         if device.index >= gpus:
             raise LsweepError(f"no device {name!r}: torch sees {gpus} CUDA devices here")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise LsweepError(f"device {name!r} is not supported: use cpu, cuda, cuda:N, mps or auto")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise LsweepError("no device 'mps' here")
     return device

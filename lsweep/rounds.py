@@ -97,9 +97,15 @@ def as_grid(grid: dict[str, Axis]) -> dict[str, tuple[str, str, int]]:
     out = {}
     for name, axis in grid.items():
         assert not isinstance(axis.range, str)
-        low, high = (format(b.normalize(), "f") if b else "0" for b in axis.range)
+        low, high = (_decimal(b) for b in axis.range)
         out[name] = (low, high, axis.count)
     return out
+
+
+def _decimal(bound: Decimal) -> str:
+    text = format(bound, "f")  # exact, unlike normalize(), which rounds to 28 digits
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return text if bound else "0"
 
 
 class Rounds:

@@ -5,6 +5,7 @@ Every launcher starts this one function. It needs nobody, and may join or leave 
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 import time
@@ -50,6 +51,7 @@ class Task:
         claims: ``lease``; or ``static``, each worker its shard only, where metadata lies.
         beat: seconds between heartbeats.
         trust: import a factory that belongs to another user.
+        parent: the process that started it; when that is gone it ends. 0: it needs nobody.
     """
 
     index: int = 0
@@ -60,6 +62,7 @@ class Task:
     claims: str = "lease"
     beat: float = 10.0
     trust: bool = False
+    parent: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.of:
@@ -182,6 +185,7 @@ class _Shift:
             if any(taken):
                 nap = 0.05
             else:
+                self._end_with_parent()
                 time.sleep(nap * self._jitter.uniform(0.5, 1.0))
                 nap = min(LONGEST_NAP, nap * 1.5)
 
@@ -239,6 +243,11 @@ class _Shift:
             elif missing:
                 self._unit(missing, slice_)
 
+    def _end_with_parent(self) -> None:
+        """A killed launcher must not leave workers behind that nobody watches."""
+        if self._task.parent and os.getppid() != self._task.parent:
+            raise KeyboardInterrupt("the launcher is gone")
+
     # -- one unit -------------------------------------------------------------------------------
 
     def _spots(self, points: Iterable[int]) -> list[Spot]:
@@ -247,6 +256,7 @@ class _Shift:
 
     def _unit(self, points: list[int], slice_: int) -> None:
         """Evaluate points and commit them; what goes wrong is told apart point by point."""
+        self._end_with_parent()
         start = time.perf_counter()
         try:
             sums = self._evaluate(points, slice_)

@@ -189,7 +189,9 @@ def fork() -> int:
     return pid
 
 
-def each_in_child(check: Callable[[Any], Any], items: Iterable[Any], seconds: int = 20) -> list[Any]:
+def each_in_child(
+    check: Callable[[Any], Any], items: Iterable[Any], seconds: int = 20
+) -> list[Any]:
     """Return ``check(item)`` for each item, from forked children: `Raised` and `Died` are answers.
 
     One child serves until an item kills it or takes ``seconds``; the next goes on after it.
@@ -254,8 +256,7 @@ class Command:
             os.setsid()
             for fd, file in zip((1, 2), self._files, strict=True):
                 os.dup2(file, fd)
-            sys.stdout = open(1, "w", buffering=1, closefd=False)
-            sys.stderr = open(2, "w", buffering=1, closefd=False)
+            sys.stdout, sys.stderr = (os.fdopen(os.dup(fd), "w", buffering=1) for fd in (1, 2))
             code = 99
             try:
                 if cwd:
@@ -365,7 +366,7 @@ def nothing_printed() -> Iterator[None]:
     """Send the children's tracebacks nowhere, where they are what is tested."""
     kept = os.dup(2)
     try:
-        with open(os.devnull, "w") as nowhere:
+        with Path(os.devnull).open("w") as nowhere:
             os.dup2(nowhere.fileno(), 2)
             yield
     finally:

@@ -7,6 +7,7 @@ it: after every operation, with every write torn, and after a power loss that ke
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import re
@@ -136,7 +137,7 @@ def recorded_by_strace(folder: RunFolder, scratch: Path) -> list[Op]:
         pytest.skip("strace is not installed; the shim records what lsweep itself does")
     path, trace = folder.part("w", 0), scratch / "trace"
     strace = ["strace", "-f", "-xx", "-s", "10000000", "-e", f"trace={TRACED}", "-o", str(trace)]
-    with open(os.devnull, "wb") as nowhere:
+    with Path(os.devnull).open("wb") as nowhere:
         fd = nowhere.fileno()
         script = SCRIPT.format(tests=str(Path(__file__).parent), path=str(path), fd=fd)
         python = [sys.executable, "-c", script]
@@ -192,9 +193,7 @@ def _parsed(trace: str, path: Path) -> Iterator[Op]:
 
 
 @pytest.fixture(scope="module", params=["shim", "strace"])
-def ops(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> list[Op]:
+def ops(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Op]:
     folder = RunFolder(tmp_path_factory.mktemp("run"))
     folder.parts.mkdir()
     if request.param == "strace":
@@ -261,10 +260,10 @@ def unplugged(ops: list[Op], count: int) -> list[State]:
             if op[0] == "write" and i > last:
                 _, at, data = op
                 edges = [0, *range(SECTOR - at % SECTOR, len(data), SECTOR), len(data)]
-                for a, b in zip(edges, edges[1:], strict=False):
+                for a, b in itertools.pairwise(edges):
                     if rng.random() < kept:
                         state = state.after(("write", at + a, data[a:b]))
-            elif op[0] not in ("extend", "size", "name") or i < (told if op[0] == "name" else last):
+            elif i < {"name": told, "extend": last, "size": last}.get(op[0], stop):
                 state = state.after(op)
             elif rng.random() < 0.5:
                 state = state.after(op)

@@ -109,7 +109,7 @@ def test_a_full_disk_is_one_clear_line_and_room_is_all_that_the_same_command_nee
 
 
 def test_wherever_the_disk_ends_a_run_says_so_in_one_line(tmp_path: Path, disk: Path) -> None:
-    """Every step of a run in turn finds no room: plan, round, device, worker, lease, part, merge."""
+    """Every step of a run in turn finds no room: plan, round, device, lease, part, merge."""
     toml = sweep_file(tmp_path, x=5)
     complaints = set()
     for pages in [*range(16), *range(16, 60, 2)]:
@@ -158,7 +158,7 @@ def test_a_part_that_finds_no_room_is_refused_at_once_and_leaves_nothing(disk: P
         said.append(done.stdout.strip())
         if said[-1] == "made":
             break
-        assert os.listdir(disk) == [ballast.name]
+        assert list(disk.iterdir()) == [ballast]
     assert len(said) > 5
     assert said == [str(errno.ENOSPC)] * (len(said) - 1) + ["made"]
 

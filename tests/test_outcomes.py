@@ -1,4 +1,4 @@
-"""What becomes of points that fail, kill, are not finite or too large; what a changed plan is told."""
+"""Points that fail, kill, are not finite or too large; changed plans; what each is told."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_many_different_reasons_are_told_as_far_as_there_is_room_and_never_mixed
 ) -> None:
     toml = sweep_file(tmp_path, x=151, trouble="words")
     (tmp_path / "broken").touch()
-    code, said, folder = run(toml)
+    code, _, folder = run(toml)
     surface, report = merged(folder)
     assert code == 3
     assert Counter(surface.status.tolist()) == {OK: 1, FAILED: 150}
@@ -192,7 +192,7 @@ def test_a_point_that_kills_every_worker_is_found_out_and_the_run_ends(tmp_path:
 
 
 def test_out_of_memory_halves_the_batch_and_a_new_part_says_so(tmp_path: Path) -> None:
-    code, said, folder = run(sweep_file(tmp_path, trouble="memory"), "--unit-points", 1)
+    code, _, folder = run(sweep_file(tmp_path, trouble="memory"), "--unit-points", 1)
     surface = Surface.load(folder.surface)
     assert code == 0
     assert surface.status.tolist() == [OK] * 5
@@ -205,7 +205,7 @@ def test_out_of_memory_halves_the_batch_and_a_new_part_says_so(tmp_path: Path) -
 
 
 def test_out_of_memory_at_the_centre_halves_the_batch_of_the_whole_class(tmp_path: Path) -> None:
-    code, said, folder = run(sweep_file(tmp_path, trouble="memory everywhere"))
+    code, _, folder = run(sweep_file(tmp_path, trouble="memory everywhere"))
     assert code == 0
     assert json.loads(folder.all_devices()[0].read_bytes())["batch_sizes"] == {"train": 16}
     assert [p.header["batch_sizes"] for p in committed(folder).parts] == ["train=16"]

@@ -94,7 +94,7 @@ def test_many_who_ask_for_failed_points_again_ask_in_rounds_of_their_own(tmp_pat
         return []
 
     race(tmp_path / "race", ask)
-    plan, rounds = plan_of(folder)
+    _, rounds = plan_of(folder)
     assert [r.number for r in rounds] == list(range(RACERS + 1))
     assert sorted(r.again[0] for r in rounds.all[1:]) == list(range(RACERS))
     assert rounds.total == 9 + RACERS
@@ -116,7 +116,7 @@ def test_every_lease_is_claimed_by_exactly_one_of_eight(tmp_path: Path) -> None:
     for i, mine in enumerate(won):
         assert {leases.newest(folder, 0, int(n)).worker for n in mine} <= {f"w{i}"}
     assert leases.unclaimed(folder, 0, count + 3) == {count, count + 1, count + 2}
-    assert not [p for p in folder.leases.rglob(".*")]
+    assert not list(folder.leases.rglob(".*"))
 
 
 def test_every_generation_of_a_stolen_lease_has_exactly_one_winner(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_a_link_whose_reply_was_lost_has_won(
     monkeypatch.setattr(os, "link", linked_but_says_no)
     assert publish(tmp_path / "a", b"mine")
     assert (tmp_path / "a").read_bytes() == b"mine"
-    assert os.listdir(tmp_path) == ["a"]
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_link_that_failed_for_another_reason_is_an_error_and_leaves_nothing(
@@ -248,7 +248,7 @@ def test_a_link_that_failed_for_another_reason_is_an_error_and_leaves_nothing(
     assert str(in_child(publish, tmp_path / "a", b"mine")) == str(
         Raised("LsweepError", f"cannot write {tmp_path / 'a'}: Input/output error")
     )
-    assert os.listdir(tmp_path) == ["temporary"]
+    assert [p.name for p in tmp_path.iterdir()] == ["temporary"]
 
 
 def test_a_run_is_planned_and_swept_where_links_are_not_allowed(
@@ -274,4 +274,4 @@ def test_two_writers_never_share_a_part(tmp_path: Path) -> None:
     said = Counter(lines[0] for lines in race(tmp_path / "race", write))
     refusal = f"part {tmp_path / 'w.0000.h5'} exists: two workers share one name"
     assert said == {"made it": 1, refusal: RACERS - 1}
-    assert sorted(os.listdir(tmp_path)) == ["race", "w.0000.h5"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["race", "w.0000.h5"]
