@@ -59,8 +59,9 @@ def caption(plan: Plan, devices: Mapping[str, Any]) -> str:
     check = next((d["batch_norm"] for d in devices.values() if d["batch_norm"]), None)
     mode = str(plan.evaluate["batch_norm"])
     if check:
+        what = check["variable"].replace("_", " ")
         words.append(
-            f"batch norm {mode} (recalibrated statistics change the loss by up to "
+            f"batch norm {mode} (recalibrated statistics change {what} by up to "
             f"{check['largest_relative']:.0%} at |offset| = 1)"
         )
     elif mode != "eval":

@@ -50,7 +50,9 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.startswith("argument COMMAND: invalid choice: "):
             word = message.split("'")[1]
-            message = f"no command {word!r}{nearest(word, _COMMANDS)}"
+            later = word in ("submit", "invariance")
+            why = " yet: it is being built" if later else nearest(word, _COMMANDS)
+            message = f"no command {word!r}{why}"
         else:
             message = f"{message}; see '{self.prog} --help'"
         self.exit(2, f"lsweep: {message}\n")

@@ -147,13 +147,13 @@ def _evaluate(
 
         count = default_workers(0 if options.device == "cpu" else torch.cuda.device_count())
     if count == 1:
-        from lsweep.worker import Task, work
+        from lsweep.worker import Role, work
 
         signal.signal(signal.SIGTERM, _interrupt)
-        task = Task(device=options.device, threads=options.threads, claims=options.claims,
+        role = Role(device=options.device, threads=options.threads, claims=options.claims,
                     beat=1.0, trust=options.trust)  # fmt: skip
         try:
-            work(folder, task, problem)
+            work(folder, role, problem)
         except KeyboardInterrupt:
             return 0, True
         return 0, False
@@ -178,7 +178,9 @@ def _merge_and_draw(folder: RunFolder, draw: bool) -> int:
     if np.isfinite(surface[name]).any():
         where, least = surface.minimum(name)
         at = ", ".join(f"{axis} = {offset:.4g}" for axis, offset in where.items())
-        print(f"{name}: {surface.center(name):.6g} at the centre, minimum {least:.6g} at {at}")
+        center = surface.center(name)
+        middle = f"{center:.6g} at the centre, " if np.isfinite(center) else ""
+        print(f"{name}: {middle}minimum {least:.6g} at {at}")
     print(f"wrote {folder.surface}")
     if draw:
         from lsweep.pictures import render
@@ -197,14 +199,15 @@ def _interrupt(number: int, frame: object) -> NoReturn:
 def do_work(options: Namespace) -> int:
     """Be one worker."""
     # One thread must be asked for before torch is imported.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, options.threads)))
-    from lsweep.worker import Task, work
+    if options.threads:
+        os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
+    from lsweep.worker import Role, work
 
     signal.signal(signal.SIGTERM, _interrupt)
     local = options.index if options.local is None else options.local
-    task = Task(options.index, options.of, local, options.device, options.threads, options.claims,
+    role = Role(options.index, options.of, local, options.device, options.threads, options.claims,
                 options.beat, options.trust, options.parent)  # fmt: skip
-    work(RunFolder(options.run), task)
+    work(RunFolder(options.run), role)
     return 0
 
 

@@ -77,13 +77,13 @@ def demo(folder: Path, workers: int | None = None) -> int:
           f"{COUNT} x {COUNT} points, with {count} processes.", flush=True)  # fmt: skip
     trained: list[Trained] = []
     with _processes(count) as pool:
-        jobs = [
+        futures = [
             pool.submit(train_and_sweep, folder.absolute(), skip, seed)
             for seed in SEEDS
             for skip in (False, True)
         ]
-        for job in as_completed(jobs):
-            t = job.result()
+        for future in as_completed(futures):
+            t = future.result()
             trained.append(t)
             how = f"after {t.epochs} epochs" if t.epochs else "from its checkpoint"
             print(f"  {t.name}: training loss {t.train_loss:.4f} {how}, swept; {t.seconds:.0f} s",

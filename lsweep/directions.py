@@ -176,10 +176,14 @@ def make_directions(
             steps.append(Step(path.name, path))
         elif recipe.kind == "pca":
             paths = weights.find_checkpoints(recipe.checkpoints, base)
-            if recipe not in spectra:
-                spectra[recipe] = principal_components(paths, recipe, origin, len(settings.grid))
-            position = sum(r == recipe for r in list(settings.directions.values())[: len(axes)])
-            facts[axis] = dict(remembered) if "mix" in remembered else spectra[recipe][position]
+            if "mix" in remembered:
+                facts[axis] = dict(remembered)
+            else:
+                if recipe not in spectra:
+                    count = len(settings.grid)
+                    spectra[recipe] = principal_components(paths, recipe, origin, count)
+                before = list(settings.directions.values())[: len(axes)]
+                facts[axis] = spectra[recipe][before.count(recipe)]
             axes[axis] = mixture(paths, facts[axis]["mix"], recipe, origin)
             steps += [Step(p.stem, p) for p in paths if p not in {s.path for s in steps}]
         else:
@@ -207,16 +211,16 @@ def _orthogonalize(
             factors = known.get(axis, {}).get("removed") or _least_squares(direction, before)
             facts[axis]["removed"] = factors
             terms = [direction.tensors, *(d.tensors for d in before)]
-            direction = replace(
-                direction, tensors=weighted_sum([1.0, *(-f for f in factors)], terms)
-            )
+            rest = weighted_sum([1.0, *(-f for f in factors)], terms)
+            moved = direction.statistics.union(*(d.statistics for d in before))
+            direction = replace(direction, tensors=rest, statistics=moved)
             axes[axis] = direction
         before.append(direction)
 
 
 def _least_squares(direction: Direction, others: list[Direction]) -> list[float]:
-    gram = np.array([[dot(a.tensors, b.tensors) for b in others] for a in others])
-    along = np.array([dot(direction.tensors, b.tensors) for b in others])
+    gram = np.array([[dot(a.weights, b.weights) for b in others] for a in others])
+    along = np.array([dot(direction.weights, b.weights) for b in others])
     return [float(f) for f in np.linalg.lstsq(gram, along, rcond=None)[0]]
 
 

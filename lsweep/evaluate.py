@@ -133,10 +133,13 @@ class Evaluator:
         for p in model.parameters():
             p.data = moved(p.data, self.device, self.dtype)
             p.requires_grad_(p.requires_grad and self.problem.grad)
+        clones: dict[int, Tensor] = {}  # by identity: a shared buffer stays shared
         for module in model.modules():
             for name, b in module._buffers.items():
                 if b is not None:
-                    module._buffers[name] = moved(b.clone(), self.device, self.dtype)
+                    if id(b) not in clones:
+                        clones[id(b)] = moved(b.clone(), self.device, self.dtype)
+                    module._buffers[name] = clones[id(b)]
         slots, size = {}, 0
         everything = {**weights.parameters_of(model), **weights.buffers_of(model)}
         for name, t in everything.items():
@@ -149,12 +152,13 @@ class Evaluator:
         self._theta = self._origin.clone()
         homes = _buffer_homes(model)
         for name, at in slots.items():
-            view = self._theta[at].view(everything[name].shape)
-            if name in homes:
-                for module, key in homes[name]:
+            t = everything[name]
+            view = self._theta[at].view(t.shape)
+            if id(t) in homes:
+                for module, key in homes[id(t)]:
                     module._buffers[key] = view
             else:
-                everything[name].data = view
+                t.data = view
 
     def _flat(self, tensors: Mapping[str, Tensor], size: int) -> Tensor:
         flat = torch.zeros(size, dtype=self.dtype, device=self.device)
@@ -248,7 +252,8 @@ class Evaluator:
                     (torch.where(w == 0, 0.0, v), w, s.opaque)
                 )
 
-        if self._is_resident(slice_) or recalibrate:
+        steps = any(spot.step >= 0 for spot in spots)  # each is a file: read once, not per batch
+        if self._is_resident(slice_) or recalibrate or steps:
             for k, spot in enumerate(spots):
                 self._move(spot)
                 if recalibrate:
@@ -303,6 +308,18 @@ class Evaluator:
 
         batchnorm.recalibrate(self.problem.model, run_batches)
 
+    def first_batch(self) -> dict[str, float | None]:
+        """Return each variable's mean over the first batch of its split at the present weights."""
+        out: dict[str, float | None] = {}
+        for split in self.splits:
+            batch = map_tensors(next(iter(self._batches(split))), torch.clone)
+            with self._context(audit=True):
+                found = self.problem.evaluate(batch, self.metrics)
+            for metric, s in found.items():
+                mean = float((s.weights.double() * s.values.double()).sum() / s.weights.sum())
+                out[f"{split}_{metric}"] = mean if math.isfinite(mean) else None
+        return out
+
     def whole(self, spot: Spot, recalibrate: str | None = None) -> list[Samples]:
         """Return the samples of each variable at one spot over all slices."""
         slices = [self.samples([spot], s, recalibrate=recalibrate)[0] for s in range(self.slices)]
@@ -342,6 +359,8 @@ class Evaluator:
 
     def halve_batch(self) -> bool:
         """Halve every free batch size after running out of memory; False when all are 1."""
+        if self.settings["batch_norm"] != "eval":
+            return False  # batch statistics, and so the values, depend on it
         free = [s for s in self.batch_sizes if self.problem.splits[s].sizable]
         if not free or all(self.batch_sizes[s] == 1 for s in free):
             return False
@@ -390,12 +409,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _buffer_homes(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-    homes: dict[str, list[tuple[nn.Module, str]]] = {}
-    for prefix, module in model.named_modules():
-        for key in module._buffers:
-            name = weights.canonical_name(f"{prefix}.{key}" if prefix else key)
-            homes.setdefault(name, []).append((module, key))
+def _buffer_homes(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Return by identity of a buffer all modules that hold it."""
+    homes: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for key, b in module._buffers.items():
+            homes.setdefault(id(b), []).append((module, key))
     return homes
 
 

@@ -52,7 +52,7 @@ def call_factory(
     """
     base = (base or Path()).absolute()
     where, _, name = source.factory.rpartition(":")
-    file = code or factory_file(source, base)
+    file = code.absolute() if code else factory_file(source, base)
     if not base.is_dir():
         raise LsweepError(f"the folder {base}, where this run was planned, is gone")
     with _inside(base):

@@ -21,7 +21,7 @@ from lsweep.problem import Problem
 from lsweep.settings import AXES, Settings
 from lsweep.status import share_done
 from lsweep.surface import Surface
-from lsweep.worker import Task, work
+from lsweep.worker import Role, work
 
 Range = Sequence[Any]
 
@@ -109,7 +109,7 @@ def sweep(
                 if outcome.code and share_done(folder)[0] < total:
                     raise LsweepError(outcome.events[-1])
             else:
-                work(folder, Task(device=device, threads=0, beat=1.0), problem)
+                work(folder, Role(device=device, threads=0, beat=1.0), problem)
         surface, _ = merge(folder)
         if run:
             surface.save(folder.surface)

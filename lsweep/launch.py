@@ -103,9 +103,9 @@ def run_workers(
     running: dict[int, subprocess.Popen[bytes]] = {}
     restarts, seen = 0, done()
     with stop:
-        for index in range(count):
-            running[index] = start(index)
         try:
+            for index in range(count):
+                running[index] = start(index)
             while running and not stop.asked:
                 time.sleep(POLL)
                 for index, process in list(running.items()):

@@ -128,7 +128,9 @@ def flatten(values: Tensor, weights: Tensor | None) -> Values:
 
 
 def accuracy(output: Tensor, target: Tensor) -> Values:
-    """Return 0 or 100 per sample: per cent correct; labels below 0 (ignored) have no weight.
+    """Return 0 or 100 per sample: per cent correct; labels that are no class have no weight.
+
+    Such are -100 and, of C classes, 255 where it stands for "ignore".
 
     Args:
         output: logits [B, C] or [B, C, positions...].
@@ -153,4 +155,5 @@ def accuracy(output: Tensor, target: Tensor) -> Values:
     if classes == scores:
         target = target.argmax(1)
     hit = (output.argmax(1) == target).to(torch.float32) * 100
-    return flatten(hit, (target >= 0).to(torch.float32))
+    known = (target >= 0) & (target < scores[1])
+    return flatten(hit, known.to(torch.float32))

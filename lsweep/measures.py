@@ -12,6 +12,7 @@ from lsweep.surface import Surface
 
 FloatArray = npt.NDArray[np.float64]
 THRESHOLD = 0.1
+ROUNDING = 64 * float(np.finfo(np.float64).eps)
 
 
 def plane_hessian_extremes(
@@ -59,9 +60,14 @@ def convexity_ratio(surface: Surface, name: str = "train_loss") -> FloatArray:
         raise LsweepError(
             f"a non-convex fraction needs a plane of 3 x 3 points, not {surface.shape}"
         )
-    low, high = plane_hessian_extremes(surface[name], surface.x, surface.y)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(-low / np.maximum(np.abs(low), np.abs(high)))
+    z = surface[name]
+    low, high = plane_hessian_extremes(z, surface.x, surface.y)
+    step = min(surface.x[1] - surface.x[0], surface.y[1] - surface.y[0])
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        size = np.maximum(np.abs(low), np.abs(high))
+        # A second difference below the rounding of float64 values is flat, and flat is convex.
+        flat = size <= ROUNDING * np.abs(z[1:-1, 1:-1]) / step**2
+        return np.where(flat, 0.0, -low / size)
 
 
 def nonconvex_fraction(

@@ -6,6 +6,8 @@ n = (Σw)²/Σw²; for equal weights this is s/√n.
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,13 +23,13 @@ from lsweep.folder import RunFolder
 from lsweep.machine import versions
 from lsweep.parts import Kind, Part, device_code
 from lsweep.plan import Plan
-from lsweep.points import Lattice
 from lsweep.rounds import Rounds
 from lsweep.surface import Status, Surface, Trajectory
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 W, WW, WV, WWV, WWVV, WD, WWD, WWDD = range(8)
+AUDIT_TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "tf32": 0.1, "bfloat16": 0.5, "float16": 0.5}
 ACROSS_CLASSES = {"float64": 1e-9, "float32": 1e-4, "tf32": 1e-2, "bfloat16": 5e-2, "float16": 5e-2}
 
 
@@ -38,7 +40,7 @@ class Report:
     Attributes:
         points: how many points the surface has.
         missing: how many of them are pending.
-        failed: reason -> how many points, with one example.
+        failed: reason -> how many points.
         nonfinite: how many are NaN or infinite, a result like others.
         conflicts: points whose rows disagree: non-determinism, or a device that errs.
         damaged: part name -> what is wrong with it.
@@ -69,6 +71,11 @@ class Report:
             out.append(f"{self.nonfinite} points are NaN or infinite: results, masked in pictures")
         if self.conflicts:
             out.append(f"{self.conflicts} points were computed twice with different values")
+        if self.audit.get("largest_relative", 0.0) > self.audit.get("tolerance", math.inf):
+            out.append(
+                f"audit: a second evaluation differs by {self.audit['largest_relative']:.1e} "
+                f"(relative), more than {self.audit['tolerance']:.0e}: do not trust these values"
+            )
         out += [f"{name}: {what}" for name, what in self.damaged.items()]
         return out
 
@@ -89,19 +96,21 @@ def merge(folder: RunFolder) -> tuple[Surface, Report]:
     numbers = rounds.numbers_of(lattice)
     sums, status, failed_rows = _combine(best, numbers, plan)
     shape = lattice.shape
-    opaque = {v for p in committed.parts for v in p.header.get("opaque", "").split()}
+    opaque = _opaque(folder, committed.parts)
     values = _variables(sums, plan, opaque)
     values = {n: np.where(status == Status.FAILED, np.nan, v) for n, v in values.items()}
     finite = np.logical_and.reduce([np.isfinite(values[n]) for n in plan.variable_names])
-    status[(status == Status.OK) & ~finite] = Status.NONFINITE
+    # The value decides, not its slices: one whose labels are all ignored has a mean of 0/0.
+    computed = (status == Status.OK) | (status == Status.NONFINITE)
+    status[computed] = np.where(finite[computed], Status.OK, Status.NONFINITE)
     values["weight_sq"] = _weight_squares(plan, lattice.offsets(np.arange(len(lattice))))
-    classes = _classes(folder, committed.parts, best, numbers)
+    classes = _classes(committed.parts, best, numbers)
     if len(classes) > 1:
         values["device_class"] = _class_of_points(best, numbers, sorted(classes))
     report.points = len(lattice)
     report.missing = int((status == Status.PENDING).sum())
     report.nonfinite = int((status == Status.NONFINITE).sum())
-    report.failed = _reasons(failed_rows, best, lattice)
+    report.failed = _reasons(failed_rows, best)
     report.audit = _audit(committed.parts, best, rounds, plan)
     surface = Surface(
         lattice.axes,
@@ -114,6 +123,15 @@ def merge(folder: RunFolder) -> tuple[Surface, Report]:
         f"lsweep {versions()['lsweep']}: merge of plan {plan.digest[:12]}",
     )
     return surface, report
+
+
+def _opaque(folder: RunFolder, parts: list[Part]) -> set[str]:
+    """Return the variables that are batch means; recorded twice, as one record may be lost."""
+    names = {v for p in parts for v in p.header.get("opaque", "").split()}
+    for path in folder.all_devices():
+        with contextlib.suppress(LsweepError, KeyError):
+            names |= set(read_json(path)["opaque"])
+    return names
 
 
 def damage(parts: list[Part]) -> dict[str, str]:
@@ -135,7 +153,6 @@ class _Best:
     status: npt.NDArray[np.uint8]  # (points, slices)
     device: npt.NDArray[np.uint32]  # (points, slices)
     reason: dict[int, str]
-    seconds: float
 
 
 def _best_rows(parts: list[Part], rounds: Rounds, plan: Plan, report: Report) -> _Best:
@@ -144,7 +161,7 @@ def _best_rows(parts: list[Part], rounds: Rounds, plan: Plan, report: Report) ->
     status = np.zeros(shape, dtype=np.uint8)
     device = np.zeros(shape, dtype=np.uint32)
     batch = np.zeros(shape, dtype=np.uint32)
-    best = _Best(sums, status, device, {}, 0.0)
+    best = _Best(sums, status, device, {})
     conflicts: set[int] = set()
     tolerance = ACROSS_CLASSES[plan.evaluate["precision"]]
     for part in parts:
@@ -152,7 +169,6 @@ def _best_rows(parts: list[Part], rounds: Rounds, plan: Plan, report: Report) ->
         rows = rows[(rows["point"] < rounds.total) & (rows["slice"] < plan.slices)]
         point = rounds.first_asked[rows["point"].astype(np.int64)]
         slice_ = rows["slice"].astype(np.int64)
-        best.seconds += float(rows["seconds"].sum())
         sizes = device_code(part.header.get("batch_sizes", ""))
         there, new = status[point, slice_], rows["status"]
         # ok is 1, nonfinite 2, failed 3: a lower status is the better row; the first part wins.
@@ -248,7 +264,7 @@ def _weight_squares(plan: Plan, offsets: FloatArray) -> FloatArray:
     )
 
 
-def _reasons(failed: IntArray, best: _Best, lattice: Lattice) -> dict[str, int]:
+def _reasons(failed: IntArray, best: _Best) -> dict[str, int]:
     counted = Counter(best.reason.get(int(n), "reason not recorded") for n in failed)
     return dict(sorted(counted.items()))
 
@@ -274,12 +290,11 @@ def _audit(parts: list[Part], best: _Best, rounds: Rounds, plan: Plan) -> dict[s
         "largest_absolute": float(max(absolute)),
         "largest_relative": float(max(relative)),
         "median_relative": float(np.median(relative)),
+        "tolerance": AUDIT_TOLERANCE[plan.evaluate["precision"]],
     }
 
 
-def _classes(
-    folder: RunFolder, parts: list[Part], best: _Best, numbers: IntArray
-) -> dict[int, str]:
+def _classes(parts: list[Part], best: _Best, numbers: IntArray) -> dict[int, str]:
     used = set(np.unique(best.device[numbers[numbers >= 0]]).tolist()) - {0}
     names = {
         device_code(p.header["device_class"]): p.header["device_class"] for p in parts if p.header

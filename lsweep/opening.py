@@ -1,4 +1,4 @@
-"""Opening a result: a run, complete or not, or a surface file, without torch."""
+"""Opening a surface: from a run, complete or not, or from a file, without torch."""
 
 from __future__ import annotations
 

@@ -82,7 +82,9 @@ class Plan:
             DamagedFile: it was altered.
         """
         if not folder.exists:
-            raise LsweepError(f"{folder.root} is not a run: it has no plan.json")
+            toml = folder.root / "sweep.toml"
+            hint = f"; for its sweep, name {toml}" if toml.is_file() else ""
+            raise LsweepError(f"{folder.root} is not a run: it has no plan.json{hint}")
         value = read_json(folder.plan)
         version = value.get("version")
         if isinstance(version, int) and version > VERSION:

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -21,6 +22,7 @@ from lsweep.files import publish, read_json, replace, sealed, write_whole
 from lsweep.folder import RunFolder
 from lsweep.machine import refuse_foreign
 from lsweep.plan import Plan
+from lsweep.preflight import check_expected, device_files, probe
 from lsweep.problem import Problem, make_problem
 from lsweep.rounds import Rounds, publish_round
 from lsweep.settings import Evaluation, Settings, Track, build, plain
@@ -29,6 +31,8 @@ from lsweep.vectors import Origin, dot
 from lsweep.weights import describe, fingerprint, load_matching
 
 LIVE = "live:problem"
+BATCH_NORM_BATCH = 128
+PROBE_TOLERANCE = 1e-3  # relative; other machines round differently
 _RESTORE = "restore it, or plan a new run"
 _REMEDIES = {
     "origin.sha256": "a factory must load the same weights each time: if it trains, save them first"
@@ -83,6 +87,8 @@ def make_plan(
         projections.append(dataclasses.asdict(project(state, origin, directions.axes)))
     table = plain(dataclasses.asdict(evaluate))
     del table["expected"]  # a check, not something that a value depends on
+    if evaluate.batch_norm != "eval" and evaluate.batch_size == "auto":
+        table["batch_size"] = BATCH_NORM_BATCH  # batch statistics depend on it, so it is planned
     source = problem.source
     code = factory_file(source, base) if source else None
     plan = Plan(
@@ -124,6 +130,7 @@ def make_plan(
             "gram": directions.gram.tolist(),
             "cosines": directions.cosines().tolist(),
             "projections": projections,
+            "probe": probe(problem, table),
             "weight_sq": _weight_products(origin, directions),
         },
     )
@@ -132,10 +139,7 @@ def make_plan(
 
 def _weight_products(origin: Origin, directions: Directions) -> dict[str, Any]:
     """Inner products over parameters alone, from which ||θ||² follows at every point exactly."""
-    moved = [
-        {n: t for n, t in d.tensors.items() if n in origin.parameters}
-        for d in directions.axes.values()
-    ]
+    moved = [d.weights for d in directions.axes.values()]
     return {
         "origin": dot(origin.parameters, origin.parameters),
         "linear": [dot(m, origin.parameters) for m in moved],
@@ -170,12 +174,14 @@ def plan_run(
         raise
     if existing is not None:
         existing.require_same(plan, folder)
+        _require_same_probe(existing, plan, folder)
+        for known_class in device_files(folder):
+            check_expected(known_class["centre"], settings.evaluate.expected)
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
         _keep_base(folder, base.absolute())
-        if existing is None:
-            _keep_source(settings, problem, base, folder, text)
         plan = plan.freeze(folder)
+        _keep_source(plan, problem, base, folder, text)
         if not folder.directions.exists():
             write_directions(folder, plan, directions)
         grid = directions.grid
@@ -188,14 +194,28 @@ def plan_run(
 
 
 def _keep_source(
-    settings: Settings, problem: Problem, base: Path, folder: RunFolder, text: str | None
+    plan: Plan, problem: Problem, base: Path, folder: RunFolder, text: str | None
 ) -> None:
-    """Copy what the run was made from, before the plan that names it appears."""
+    """Copy what the run was made from: only the code that the frozen plan names."""
     if text is not None:
-        _keep(folder.settings, text.encode())
+        publish(folder.settings, text.encode())
     code = factory_file(problem.source, base) if problem.source else None
-    if code is not None:
+    if code is not None and file_digest(code) == plan.problem["code"]:
         _keep(folder.factory(code.name), code.read_bytes())
+
+
+def _require_same_probe(existing: Plan, plan: Plan, folder: RunFolder) -> None:
+    """What no digest covers, the loss and the network's code, shows in values on a few samples."""
+    there, here = existing.facts["probe"], plan.facts["probe"]
+    for name in there if there and here else ():
+        a, b = there[name], here[name]
+        if a is not None and b is not None and abs(a - b) > PROBE_TOLERANCE * abs(a) + 1e-9:
+            raise PlanChanged(
+                f"{folder.root} holds another plan: {name} of the first samples is {a:.6g} there "
+                f"and {b:.6g} now, so the network's code, the loss or the metric changed; restore "
+                "it, or give a new folder with --run",
+                "problem",
+            )
 
 
 def _keep_base(folder: RunFolder, base: Path) -> None:
@@ -205,7 +225,7 @@ def _keep_base(folder: RunFolder, base: Path) -> None:
 
 
 def _keep(path: Path, data: bytes) -> None:
-    # What an earlier attempt left, killed before it froze its plan, is not what is planned now.
+    # What is there may be damaged, or left by a plan that was never frozen.
     if not publish(path, data) and path.read_bytes() != data:
         replace(path, data, sync=True)
 
@@ -249,6 +269,17 @@ def base_of(folder: RunFolder) -> Path:
     if base.is_dir() or not beside.is_dir():
         return base
     return beside.resolve()
+
+
+def _step_fields(
+    plan: Plan, directions: Directions, origin: Origin
+) -> Iterator[tuple[str, str, str]]:
+    """Yield (field, planned, present) of the checkpoints that are shown on the plane."""
+    labels = [[s["label"] for s in plan.steps], [s.label for s in directions.steps]]
+    yield "steps", ", ".join(labels[0]), ", ".join(labels[1])
+    for known, step in zip(plan.steps, directions.steps, strict=True):
+        state = load_matching(step.path, origin.everything)
+        yield f"steps.{step.label}.sha256", known["sha256"], fingerprint(state)
 
 
 def settings_of(folder: RunFolder, plan: Plan) -> Settings:
@@ -321,10 +352,11 @@ def load_problem(
             for s, known in plan.data.items()
             if s in problem.splits
         ),
+        *_step_fields(plan, directions, origin),
     ):
         if there != here:
             raise PlanChanged(
-                f"{folder.root}: {field} is {here[:12]}… now, {there[:12]}… was planned: the "
+                f"{folder.root}: {field} is {here[:20]}… now, {there[:20]}… was planned: the "
                 f"{field.split('.')[0]} changed since; {_REMEDIES.get(field, _RESTORE)}",
                 field,
             )

@@ -6,18 +6,24 @@ in ``devices/`` fixes the batch sizes; the first worker of the class writes it, 
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from lsweep import batchnorm, machine
+from lsweep.data import map_tensors, tensors_of
+from lsweep.directions import Directions
 from lsweep.errors import DamagedFile, LsweepError
 from lsweep.evaluate import Evaluator, Samples, Spot
 from lsweep.files import publish, read_json, sealed
 from lsweep.folder import RunFolder
 from lsweep.plan import Plan
+from lsweep.problem import Problem
 
+PROBE_SAMPLES = 4
 EXPECTED_TOLERANCE = 0.02  # relative; an expected value is typed from a log with few digits
 REPEAT_TOLERANCE = {"cpu": 0.0, "cuda": 1e-6, "mps": 1e-5}
 
@@ -101,17 +107,18 @@ def preflight(
     """
     name = device_class(evaluator.device)
     data = {s: _check_data(evaluator, s) for s in evaluator.splits}
-    for split in evaluator.splits[:1]:
-        batch = next(iter(evaluator._batches(split)))
-        with evaluator._context(audit=False):
-            evaluator.problem.check_mean(batch)
+    for split in evaluator.splits:
+        _check_batch(evaluator, split)
     origin = Spot((0.0,) * len(evaluator.directions.axes))
     first = evaluator.whole(origin)
     second: list[Samples] = []
     seconds = evaluator.timed(lambda: second.extend(evaluator.whole(origin)))
     _check_repeat(evaluator, first, second)
     centre = {v: _mean(s) for v, s in zip(plan.variable_names, first, strict=True)}
-    check_expected(centre, expected, plan)
+    for label, s in zip(plan.variable_names, first, strict=True):
+        if not bool((s.weights >= 0).all()) or not bool(torch.isfinite(s.weights).all()):
+            raise LsweepError(f"{label}: a weight is negative or not finite")
+    check_expected(centre, expected)
     value = {
         "plan": plan.digest,
         "class": name,
@@ -136,6 +143,46 @@ def preflight(
     there = frozen_class(folder, plan, name)
     assert there is not None
     return there
+
+
+def _check_batch(evaluator: Evaluator, split: str) -> None:
+    """Check on one batch that the loss is the mean it says, and that inputs are left alone."""
+    batch = map_tensors(next(iter(evaluator._batches(split))), torch.clone)
+    before = [t._version for t in tensors_of(batch)]
+    with evaluator._context(audit=False):
+        evaluator.problem.check_mean(batch)
+        evaluator.problem.evaluate(batch, evaluator.metrics)
+    if [t._version for t in tensors_of(batch)] != before:
+        raise LsweepError(
+            f"the network or the loss changes its {split} input in place (such as x -= mean): the "
+            "next point would see other data; write x = x - mean"
+        )
+
+
+def probe(problem: Problem, settings: Mapping[str, Any]) -> dict[str, float | None] | None:
+    """Return each variable's mean over the first few samples at the centre, on the CPU.
+
+    It stands for what no digest covers: the network's code, the loss, the metrics. None where the
+    problem cannot run on a CPU.
+    """
+    precision = "float64" if settings["precision"] == "float64" else "float32"
+    plain = {**settings, "precision": precision, "batch_norm": "eval", "slices": 1}
+    sizes = dict.fromkeys(settings["splits"], PROBE_SAMPLES)
+    nowhere = Directions({}, (), {})
+    try:
+        with Evaluator(problem, plain, nowhere, torch.device("cpu"), sizes) as evaluator:
+            return evaluator.first_batch()
+    except Exception:  # the pre-flight of a worker tells what is wrong, where it can run
+        return None
+
+
+def device_files(folder: RunFolder) -> list[dict[str, Any]]:
+    """Return the files of all device classes so far; damaged ones are passed over."""
+    found = []
+    for path in folder.all_devices():
+        with contextlib.suppress(DamagedFile):
+            found.append(read_json(path))
+    return found
 
 
 def _check_data(evaluator: Evaluator, split: str) -> str:
@@ -174,7 +221,7 @@ def _suspects(evaluator: Evaluator) -> str:
     return f"{hint} a dropout that ignores eval mode, such as F.dropout(x, training=True)"
 
 
-def check_expected(centre: dict[str, float], expected: dict[str, float], plan: Plan) -> None:
+def check_expected(centre: Mapping[str, float | None], expected: Mapping[str, float]) -> None:
     """Compare the centre with what the user knows.
 
     Raises:
@@ -183,11 +230,12 @@ def check_expected(centre: dict[str, float], expected: dict[str, float], plan: P
     for name, wanted in expected.items():
         if name not in centre:
             raise LsweepError(f"expected.{name}: the sweep has {', '.join(centre)}")
-        if not abs(centre[name] - wanted) <= EXPECTED_TOLERANCE * abs(wanted) + 1e-6:
+        found = centre[name]
+        if found is None or not abs(found - wanted) <= EXPECTED_TOLERANCE * abs(wanted) + 1e-6:
             raise LsweepError(
-                f"{name} at the centre is {centre[name]:.6g}, expected {wanted:.6g} (within "
-                f"{EXPECTED_TOLERANCE:.0%}): other weights, data, preprocessing or loss than in "
-                "training?"
+                f"{name} at the centre is {'not finite' if found is None else f'{found:.6g}'}, "
+                f"expected {wanted:.6g} (within {EXPECTED_TOLERANCE:.0%}): other weights, data, "
+                "preprocessing or loss than in training?"
             )
 
 
@@ -205,11 +253,15 @@ def _batch_norm_check(evaluator: Evaluator) -> dict[str, Any] | None:
     spots = [Spot(o) for o in offsets]
     split = "train" if "train" in evaluator.problem.splits else evaluator.splits[0]
     kept = [_mean(evaluator.whole(s)[0]) for s in spots]
-    anew = [_mean(evaluator.whole(s, recalibrate=split)[0]) for s in spots]
+    try:
+        anew = [_mean(evaluator.whole(s, recalibrate=split)[0]) for s in spots]
+    except ValueError:  # torch refuses statistics of a lone last sample; the sweep needs none
+        return None
     finite = [(a, b) for a, b in zip(kept, anew, strict=True) if abs(a) < 1e300 and abs(b) < 1e300]
     if not finite:
         return None
     return {
+        "variable": f"{evaluator.splits[0]}_{evaluator.metrics[0]}",
         "offsets": [list(o) for o in offsets],
         "eval": [a for a, _ in finite],
         "recalibrate": [b for _, b in finite],

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsweep.data import Batch, Split, map_tensors, moved, samples_in
+from lsweep.data import Batch, Split, map_tensors, moved, samples_in, tensors_of
 from lsweep.errors import LsweepError, nearest
 from lsweep.factory import call_factory
 from lsweep.losses import Values, accuracy, flatten, per_sample, whole
@@ -130,7 +130,10 @@ class Problem:
         else:
             inputs, target = split_batch(batch)
             output = full(call(self.model, inputs))
-            results = {m: self._functions[m](output, target) for m in names if m in self._functions}
+            with torch.autocast(_device_type(batch), enabled=False):  # a loss is float32 or better
+                results = {
+                    m: self._functions[m](output, target) for m in names if m in self._functions
+                }
         out = {}
         for name in names:
             if name not in results:
@@ -209,6 +212,10 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return getattr(output, "logits", output)
 
 
+def _device_type(batch: Batch) -> str:
+    return next((t.device.type for t in tensors_of(batch)), "cpu")
+
+
 def full(output: Any) -> Any:
     """Return a network's output in float32 or better, as a loss needs it.
 
@@ -235,13 +242,18 @@ def _sampled(result: Values, n: int, name: str) -> Sampled:
                 "mean over samples; batch values of F1, AUC and other non-means cannot be merged. "
                 "Return one value per sample"
             )
-        ones = torch.full((1,), float(n), dtype=torch.float64, device=values.device)
-        return Sampled(values.detach().reshape(1), ones, opaque=True)
+        total = torch.tensor(float(n)) if weights is None else weights.detach().double().sum()
+        return Sampled(values.detach().reshape(1), total.reshape(1).to(values.device), opaque=True)
     values = values.detach()
     if values.dim() > 1:
         reduced = flatten(values, weights)
         values, weights = reduced if isinstance(reduced, tuple) else (reduced, weights)
     if weights is None:
+        if len(values) != n:
+            raise LsweepError(
+                f"metric {name!r} returned {len(values)} values for a batch of {n} samples: return "
+                "one per sample, or (values, weights)"
+            )
         weights = torch.ones_like(values)
     weights = weights.detach().to(values.device)
     if weights.shape != values.shape:

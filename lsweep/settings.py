@@ -117,6 +117,15 @@ class Recipe:
         needs = {"to": "checkpoint", "plane": "checkpoints", "pca": "checkpoints", "file": "file"}
         if self.kind in needs and not getattr(self, needs[self.kind]):
             raise LsweepError(f'kind = "{self.kind}" needs {needs[self.kind]} = …')
+        for key in ("checkpoint", "checkpoints", "file"):
+            if getattr(self, key) and needs.get(self.kind) != key:
+                kinds = [k for k, needed in needs.items() if needed == key]
+                raise LsweepError(f'{key} goes with kind = {" or ".join(kinds)}, not "{self.kind}"')
+        if self.kind in ("to", "plane") and self.normalize != "none":
+            raise LsweepError(
+                f'normalize = "{self.normalize}" with kind = "{self.kind}": x = 1 would not be the '
+                "checkpoint any more; leave it out"
+            )
         if self.kind == "plane" and len(self.checkpoints) != 2:
             raise LsweepError('kind = "plane" needs two checkpoints: the plane through them and θ')
         if not self.parameters:

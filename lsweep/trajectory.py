@@ -112,7 +112,7 @@ def principal_components(
 
 def gram_matrix(axes: Mapping[str, Direction]) -> FloatArray:
     """Return the (A, A) float64 inner products of directions in weight space."""
-    tensors = [d.tensors for d in axes.values()]
+    tensors = [d.weights for d in axes.values()]
     return np.array([[dot(a, b) for b in tensors] for a in tensors])
 
 
@@ -128,18 +128,16 @@ class Projection:
 def project(state: State, origin: Origin, axes: Mapping[str, Direction]) -> Projection:
     """Return where ``state`` lies: min over offsets of ||θ_state - θ - Σ offset·direction||.
 
-    The directions need be neither unit nor orthogonal. Distances run over all parameters, and over
-    buffers only where a direction moves them: statistics are not weights.
+    The directions need be neither unit nor orthogonal. Distances run over all parameters and over
+    no buffers, for statistics are not weights.
     """
-    moved = {n for d in axes.values() for n in d.tensors}
-    names = {n: t for n, t in origin.everything.items() if n in origin.parameters or n in moved}
-    delta = difference(state, names)
+    delta = difference(state, origin.parameters)
     gram = gram_matrix(axes)
-    b = np.array([dot(d.tensors, delta) for d in axes.values()])
+    b = np.array([dot(d.weights, delta) for d in axes.values()])
     offsets = np.linalg.lstsq(gram, b, rcond=None)[0]
     rest = {n: t.double().clone() for n, t in delta.items()}
     for offset, direction in zip(offsets, axes.values(), strict=True):
-        for n, t in direction.tensors.items():
+        for n, t in direction.weights.items():
             rest[n] -= float(offset) * t.double()
     residual = math.sqrt(dot(rest, rest))
     along = float(offsets @ gram @ offsets)

@@ -60,16 +60,23 @@ class Direction:
         tensors: name -> float32 or float64 tensor, the shape of the parameter or buffer.
         ignored: names that ``ignore`` or ``parameters`` set to zero.
         zero_filters: how many filters have norm zero and so cannot move.
+        statistics: names in ``tensors`` that are buffers, such as running means.
     """
 
     tensors: State
     ignored: tuple[str, ...] = ()
     zero_filters: int = 0
+    statistics: frozenset[str] = frozenset()
+
+    @property
+    def weights(self) -> State:
+        """The tensors of parameters: what distances and angles in weight space are taken over."""
+        return {n: t for n, t in self.tensors.items() if n not in self.statistics}
 
     @property
     def norm(self) -> float:
-        """L2 norm over all tensors, in weight space."""
-        return math.sqrt(dot(self.tensors, self.tensors))
+        """L2 norm in weight space."""
+        return math.sqrt(dot(self.weights, self.weights))
 
 
 def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
@@ -126,7 +133,8 @@ def finish(tensors: State, recipe: Recipe, origin: Origin) -> Direction:
                 zeros += count_zero_filters(origin.parameters[name], module)
         else:
             out[name] = d
-    return Direction(out, tuple(n for n in origin.parameters if n in ignored), zeros)
+    still = tuple(n for n in origin.parameters if n in ignored)
+    return Direction(out, still, zeros, frozenset(out) & frozenset(origin.buffers))
 
 
 def weighted_sum(factors: list[float], terms: list[State]) -> State:

@@ -35,11 +35,12 @@ from lsweep.workers import Observer, Verdict
 AUDIT_SHARE = 100  # one point in so many is evaluated twice
 LEAST_AUDITED = 3
 CENTRE_TOLERANCE = {"cpu": 0.0, "cuda": 1e-6}
+SAME_CENTRE = 1e-6  # relative, within a device class
 LONGEST_NAP = 2.0  # seconds between looks at what others left
 
 
 @dataclass(frozen=True)
-class Task:
+class Role:
     """How this worker takes part: worker ``index`` of ``of``, the ``local``-th on its node.
 
     Attributes:
@@ -69,12 +70,12 @@ class Task:
             raise LsweepError(f"--index {self.index}: must be from 0 to {self.of - 1} (--of)")
 
 
-def work(folder: RunFolder, task: Task, problem: Problem | None = None) -> int:
+def work(folder: RunFolder, role: Role, problem: Problem | None = None) -> int:
     """Be one worker, until every round of the run is complete.
 
     Args:
         folder: the run.
-        task: how to take part.
+        role: how to take part.
         problem: a live problem; otherwise the run's factory is called.
 
     Returns:
@@ -86,13 +87,13 @@ def work(folder: RunFolder, task: Task, problem: Problem | None = None) -> int:
     """
     plan = Plan.read(folder)
     rounds = Rounds.read(folder, plan)
-    if task.threads:
-        torch.set_num_threads(task.threads)
-    device = choose_device(task.device, task.local)
+    if role.threads:
+        torch.set_num_threads(role.threads)
+    device = choose_device(role.device, role.local)
     check_precision(plan.evaluate["precision"], device)
     if bool(Committed.read(folder, plan, rounds).done.all()):
         return 0
-    problem, directions = load_problem(folder, plan, problem, task.trust)
+    problem, directions = load_problem(folder, plan, problem, role.trust)
     name = machine.worker_name()
     known = frozen_class(folder, plan, device_class(device))
     sizes = known["batch_sizes"] if known else None
@@ -100,8 +101,8 @@ def work(folder: RunFolder, task: Task, problem: Problem | None = None) -> int:
         known = known or _preflight(folder, plan, evaluator, rounds.last.expected, name)
         evaluator.batch_sizes.update(known["batch_sizes"])
         _require_same_centre(evaluator, plan, known)
-        with Ledger(folder, plan, name, known, task.beat, evaluator) as ledger:
-            _Shift(folder, plan, task, evaluator, ledger).run()
+        with Ledger(folder, plan, name, known, role.beat, evaluator) as ledger:
+            _Shift(folder, plan, role, evaluator, ledger).run()
             return ledger.points
 
 
@@ -123,13 +124,12 @@ def _preflight(
 
 def _require_same_centre(evaluator: Evaluator, plan: Plan, known: dict[str, Any]) -> None:
     """The centre must be what the first worker of this class found, or the class is a fiction."""
-    if plan.slices > 1:
-        return  # the class recorded the whole data; slices are compared when they are merged
-    centre = evaluator.centre()
-    for name, s in zip(plan.variable_names, centre, strict=True):
+    slices = [evaluator.centre(s) for s in range(plan.slices)]
+    for name, parts in zip(plan.variable_names, zip(*slices, strict=True), strict=True):
         there = known["centre"].get(name)
-        here = float((s.weights * s.values).sum() / s.weights.sum())
-        if there is not None and not abs(here - there) <= 1e-5 * max(1.0, abs(there)):
+        total = sum(float((s.weights * s.values).sum()) for s in parts)
+        here = total / sum(float(s.weights.sum()) for s in parts)
+        if there is not None and not abs(here - there) <= SAME_CENTRE * abs(there):
             raise SickDevice(
                 f"{socket.gethostname()} {evaluator.device}: {name} at the centre is {here!r}, the "
                 f"first worker of its class {known['class']} found {there!r}; nothing was written"
@@ -140,9 +140,9 @@ class _Shift:
     """One worker's way through the rounds."""
 
     def __init__(
-        self, folder: RunFolder, plan: Plan, task: Task, evaluator: Evaluator, ledger: Ledger
+        self, folder: RunFolder, plan: Plan, role: Role, evaluator: Evaluator, ledger: Ledger
     ) -> None:
-        self._folder, self._plan, self._task = folder, plan, task
+        self._folder, self._plan, self._role = folder, plan, role
         self._evaluator, self._ledger = evaluator, ledger
         self._observer = Observer(folder)
         self._rounds = Rounds.read(folder, plan)
@@ -165,8 +165,8 @@ class _Shift:
 
     def _round(self, round_: Round) -> None:
         count = round_.leases(self._plan.slices)
-        mine = range(self._task.index, count, self._task.of)
-        if self._task.claims == "static":
+        mine = range(self._role.index, count, self._role.of)
+        if self._role.claims == "static":
             for number in mine:
                 self._do(round_, number, None)
             return
@@ -245,7 +245,7 @@ class _Shift:
 
     def _end_with_parent(self) -> None:
         """A killed launcher must not leave workers behind that nobody watches."""
-        if self._task.parent and os.getppid() != self._task.parent:
+        if self._role.parent and os.getppid() != self._role.parent:
             raise KeyboardInterrupt("the launcher is gone")
 
     # -- one unit -------------------------------------------------------------------------------
@@ -278,10 +278,10 @@ class _Shift:
         values = means(sums)
         finite = np.isfinite(values).all(axis=-1)
         rows["status"] = np.where(finite, Status.OK, Status.NONFINITE)
+        self._ledger.commit(rows)
         audited = [p for p in points if self._is_audited(p)]
         if audited:
-            rows = np.concatenate([rows, self._audit(audited, slice_)])
-        self._ledger.commit(rows)
+            self._ledger.commit(self._audit(audited, slice_))
         self._ledger.points += len(points)
         first = values[:, 0]
         whole = self._plan.slices == 1 and np.isfinite(first).any()

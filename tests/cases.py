@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from lsweep.parts import Kind
 from lsweep.plan import Plan
 from lsweep.rounds import Rounds
 from lsweep.surface import Surface
-from lsweep.worker import Task, work
+from lsweep.worker import Role, work
 
 FACTORY = '''\
 import os, pathlib, signal, time
@@ -314,7 +314,7 @@ def planned(toml: Path, *, run: Path | None = None, unit_points: int | None = No
 
 def worked(folder: RunFolder, **task: Any) -> Any:
     """Be one worker of a run, in a child; return how many points it evaluated."""
-    return in_child(work, folder, Task(**{"device": "cpu", "beat": 1.0, **task}))
+    return in_child(work, folder, Role(**{"device": "cpu", "beat": 1.0, **task}))
 
 
 def finished(toml: Path, **options: Any) -> RunFolder:
@@ -359,16 +359,3 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
             return answer
         time.sleep(0.01)
     raise AssertionError("waited too long")
-
-
-@contextlib.contextmanager
-def nothing_printed() -> Iterator[None]:
-    """Send the children's tracebacks nowhere, where they are what is tested."""
-    kept = os.dup(2)
-    try:
-        with Path(os.devnull).open("w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-            yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)

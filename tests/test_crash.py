@@ -263,9 +263,9 @@ def unplugged(ops: list[Op], count: int) -> list[State]:
                 for a, b in itertools.pairwise(edges):
                     if rng.random() < kept:
                         state = state.after(("write", at + a, data[a:b]))
-            elif i < {"name": told, "extend": last, "size": last}.get(op[0], stop):
-                state = state.after(op)
-            elif rng.random() < 0.5:
+                continue
+            durable = {"name": told, "extend": last, "size": last}.get(op[0], stop)
+            if i < durable or rng.random() < 0.5:
                 state = state.after(op)
         states[replace(state, committed=0)] = None  # only the synced rows are promised
     return list(states)

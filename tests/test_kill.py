@@ -41,7 +41,7 @@ from lsweep.planning import load_problem
 from lsweep.status import share_done
 from lsweep.surface import Surface
 from lsweep.verify import verify
-from lsweep.worker import Task, work
+from lsweep.worker import Role, work
 
 WORKERS = 6
 KILLS = 200
@@ -61,7 +61,7 @@ class Storm:
         pid = fork()
         if pid == 0:
             try:
-                task = Task(index=index, of=WORKERS, device="cpu", beat=1.0)
+                task = Role(index=index, of=WORKERS, device="cpu", beat=1.0)
                 work(self.folder, task, self._problem)
             except BaseException:
                 self._errors.write_text(traceback.format_exc())
