@@ -277,7 +277,7 @@ def _step_fields(
     """Yield (field, planned, present) of the checkpoints that are shown on the plane."""
     labels = [[s["label"] for s in plan.steps], [s.label for s in directions.steps]]
     yield "steps", ", ".join(labels[0]), ", ".join(labels[1])
-    for known, step in zip(plan.steps, directions.steps, strict=True):
+    for known, step in zip(plan.steps, directions.steps, strict=False):
         state = load_matching(step.path, origin.everything)
         yield f"steps.{step.label}.sha256", known["sha256"], fingerprint(state)
 
