@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lsweep.problem import Problem
 
 INTERRUPTED, INCOMPLETE = 130, 3
+MOST_DPI = 1200
 SIZES = {"sums": 64, "row": 40}
 
 
@@ -139,6 +140,8 @@ def do_run(options: Namespace) -> int:
 def _evaluate(
     folder: RunFolder, options: Namespace, problem: Problem | None, display: Display
 ) -> tuple[int, bool]:
+    if options.on == "inline" and (options.workers or 1) > 1:
+        raise LsweepError(f"--on inline is one worker: leave out --workers {options.workers}")
     count = 1 if options.on == "inline" else options.workers
     if count is None:
         import torch
@@ -265,6 +268,8 @@ def do_render(options: Namespace) -> int:
     from lsweep.pictures import render
 
     surfaces = [open_surface(p) for p in options.source]
+    if options.dpi > MOST_DPI:
+        raise LsweepError(f"--dpi {options.dpi}: at most {MOST_DPI}; for more, write .pdf or .svg")
     labels = [p.stem for p in options.source] if len(surfaces) > 1 else None
     render(surfaces, options.output, name=options.metric, kind=options.kind, log=options.log,
            vmin=options.vmin, vmax=options.vmax, labels=labels, dpi=options.dpi)  # fmt: skip

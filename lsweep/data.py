@@ -99,6 +99,11 @@ class Split:
                 f"data[{name!r}] is an iterator, which can be read once: give a list, a "
                 "DataLoader, or an object whose __iter__ starts anew"
             )
+        elif isinstance(data, tuple) and all(isinstance(t, Tensor) and t.dim() for t in data):
+            lengths = ", ".join(str(len(t)) for t in data)
+            raise LsweepError(
+                f"data[{name!r}]: its tensors have {lengths} samples: make them equal"
+            )
         elif isinstance(data, Iterable) and not isinstance(data, str | bytes):
             self._iterable = data
         else:
