@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from lsweep import batchnorm, weights
 from lsweep.data import Batch, Split, map_tensors, moved, tensors_of
+from lsweep.device import free_memory, synchronize
 from lsweep.directions import Directions
 from lsweep.errors import LsweepError, nearest
-from lsweep.machine import available_memory
 from lsweep.problem import Problem
 from lsweep.takeover import generators_kept, model_kept, numerics
 
@@ -195,7 +195,7 @@ class Evaluator:
             yield from kept
             return
         keeping: list[Batch] | None = None if key in self._resident else []
-        free = _free_memory(self.device) * RESIDENT_SHARE
+        free = free_memory(self.device) * RESIDENT_SHARE
         used = sum(
             t.numel() * t.element_size()
             for batches in self._resident.values()
@@ -374,10 +374,10 @@ class Evaluator:
 
     def timed(self, work: Callable[[], Any]) -> float:
         """Return the seconds that ``work`` takes, the device synchronised on both sides."""
-        _synchronize(self.device)
+        synchronize(self.device)
         start = time.perf_counter()
         work()
-        _synchronize(self.device)
+        synchronize(self.device)
         return time.perf_counter() - start
 
 
@@ -400,15 +400,6 @@ def means(sums: FloatArray) -> FloatArray:
         return np.asarray(sums[..., 2] / sums[..., 0])[()]
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for torch's out-of-memory errors on a GPU and on the host."""
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError)
-        and ("out of memory" in text or "can't allocate memory" in text)
-    )
-
-
 def _buffer_homes(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Return by identity of a buffer all modules that hold it."""
     homes: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -416,14 +407,3 @@ def _buffer_homes(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
         for key, b in module._buffers.items():
             homes.setdefault(id(b), []).append((module, key))
     return homes
-
-
-def _free_memory(device: torch.device) -> float:
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    return float(available_memory() or 2**30)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

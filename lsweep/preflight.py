@@ -15,6 +15,7 @@ import torch
 
 from lsweep import batchnorm, machine
 from lsweep.data import map_tensors, tensors_of
+from lsweep.device import device_class, human, memory_used
 from lsweep.directions import Directions
 from lsweep.errors import DamagedFile, LsweepError
 from lsweep.evaluate import Evaluator, Samples, Spot
@@ -26,57 +27,6 @@ from lsweep.problem import Problem
 PROBE_SAMPLES = 4
 EXPECTED_TOLERANCE = 0.02  # relative; an expected value is typed from a log with few digits
 REPEAT_TOLERANCE = {"cpu": 0.0, "cuda": 1e-6, "mps": 1e-5}
-
-
-def choose_device(name: str, local: int = 0) -> torch.device:
-    """Return the device called ``name``; ``auto`` is the GPU of this local rank, else the CPU.
-
-    Raises:
-        LsweepError: there is no such device.
-
-    >>> choose_device("cpu")
-    device(type='cpu')
-    """
-    gpus = torch.cuda.device_count()
-    if name == "auto":
-        return torch.device("cuda", local % gpus) if gpus else torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise LsweepError(f"no device {name!r}: use cpu, cuda, cuda:N, mps or auto") from None
-    if device.type == "cuda":
-        if device.index is None:
-            device = torch.device("cuda", local % max(1, gpus))
-        if device.index >= gpus:
-            raise LsweepError(f"no device {name!r}: torch sees {gpus} CUDA devices here")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise LsweepError(f"device {name!r} is not supported: use cpu, cuda, cuda:N, mps or auto")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise LsweepError("no device 'mps' here")
-    return device
-
-
-def device_class(device: torch.device) -> str:
-    """Return the name of the device class: equal names compute equal bits."""
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        what = f"{properties.name} sm{properties.major}{properties.minor} cuda {torch.version.cuda}"
-    else:
-        what = f"{machine.cpu_model()} threads {torch.get_num_threads()}"
-    text = f"{device.type} {what} torch {torch.__version__}"
-    return f"{machine.slug(text)[:80]}-{machine.short_hash(text)}"
-
-
-def check_precision(precision: str, device: torch.device) -> None:
-    """Refuse a precision that the device does not have.
-
-    Raises:
-        LsweepError: naming what to use instead.
-    """
-    if precision == "tf32" and device.type != "cuda":
-        raise LsweepError(f'precision = "tf32" needs a CUDA device, not {device}: use float32')
-    if precision == "float64" and device.type == "mps":
-        raise LsweepError('precision = "float64" is not there on mps: use float32, or device cpu')
 
 
 def frozen_class(folder: RunFolder, plan: Plan, name: str) -> dict[str, Any] | None:
@@ -122,7 +72,7 @@ def preflight(
     value = {
         "plan": plan.digest,
         "class": name,
-        "device": _human(evaluator.device),
+        "device": human(evaluator.device),
         "backend": "eager",
         "batch_sizes": evaluator.batch_sizes,
         "threads": torch.get_num_threads(),
@@ -135,7 +85,7 @@ def preflight(
         },
         "data": data,
         "seconds_per_point": seconds,
-        "memory": _memory(evaluator.device),
+        "memory": memory_used(evaluator.device),
         "batch_norm": _batch_norm_check(evaluator),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -267,15 +217,3 @@ def _batch_norm_check(evaluator: Evaluator) -> dict[str, Any] | None:
         "recalibrate": [b for _, b in finite],
         "largest_relative": max(abs(b - a) / max(abs(a), 1e-12) for a, b in finite),
     }
-
-
-def _human(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{machine.cpu_model()}, {torch.get_num_threads()} threads"
-
-
-def _memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return machine.peak_memory()

@@ -171,6 +171,11 @@ class Rounds:
         """The newest round, whose grid the surface has."""
         return self.all[-1]
 
+    @property
+    def asked_again(self) -> bool:
+        """True when some point was asked for more than once."""
+        return any(r.again is not None for r in self.all)
+
     def numbers_of(self, lattice: Lattice) -> IntArray:
         """Return for each point of a lattice, in C order, its number, or -1 if never asked."""
         numbers = np.full(len(lattice), -1, dtype=np.int64)

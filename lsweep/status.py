@@ -29,13 +29,21 @@ def status(folder: RunFolder) -> dict[str, Any]:
     plan = Plan.read(folder)
     rounds = Rounds.read(folder, plan)
     committed = Committed.read(folder, plan, rounds)
-    failed: Counter[str] = Counter()
+    reasons: dict[tuple[int, int], str] = {}
+    succeeded: set[tuple[int, int]] = set()  # of those that failed and were asked again
     nonfinite = 0
     for part in committed.parts:
         values = part.rows[part.rows["kind"] == Kind.VALUE]
+        values = values[values["point"] < rounds.total]
         nonfinite += int((values["status"] == Status.NONFINITE).sum())
-        for row in values[values["status"] == Status.FAILED]:
-            failed[part.reason(row)] += 1
+        first = rounds.first_asked[values["point"].astype(np.int64)]
+        for point, row in zip(first, values, strict=True) if rounds.asked_again else ():
+            if row["status"] != Status.FAILED:
+                succeeded.add((int(point), int(row["slice"])))
+        bad = values["status"] == Status.FAILED
+        for point, row in zip(first[bad], values[bad], strict=True):
+            reasons[int(point), int(row["slice"])] = part.reason(row)
+    failed = Counter(reason for key, reason in reasons.items() if key not in succeeded)
     observer = Observer(folder)
     workers = []
     for w in all_workers(folder):

@@ -18,15 +18,16 @@ import torch
 
 from lsweep import leases, machine
 from lsweep.committed import Committed
+from lsweep.device import check_precision, choose_device, device_class, is_out_of_memory
 from lsweep.errors import LsweepError, SickDevice
-from lsweep.evaluate import Evaluator, Spot, is_out_of_memory, means
+from lsweep.evaluate import Evaluator, Spot, means
 from lsweep.factory import describe
 from lsweep.folder import RunFolder
 from lsweep.ledger import Ledger
 from lsweep.parts import Kind, Rows
 from lsweep.plan import Plan
 from lsweep.planning import load_problem
-from lsweep.preflight import check_precision, choose_device, device_class, frozen_class, preflight
+from lsweep.preflight import frozen_class, preflight
 from lsweep.problem import Problem
 from lsweep.rounds import Round, Rounds
 from lsweep.surface import Status

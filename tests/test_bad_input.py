@@ -135,7 +135,11 @@ WRONG_TOML = [
     ("seed = 0", "parameters = []", "parameters = []: give at least one pattern"),
     # files that are not there
     ('"random"', '"to"', 'kind = "to" needs checkpoint'),
-    ('"random"', '"to"\ncheckpoint = "no.pt"', "no checkpoint at "),
+    (
+        '"random"\nseed = 0\nnormalize = "filter"',
+        '"to"\ncheckpoint = "no.pt"',
+        "no checkpoint at ",
+    ),
     ('"random"', '"pca"\ncheckpoints = ["no*.pt"]', "no checkpoint matches 'no*.pt' in "),
     ('"random"', '"file"\nfile = "no.h5"', "no file "),
     ("[evaluate]", '[trajectory]\ncheckpoints = ["no.pt"]\n[evaluate]', "no checkpoint matches"),
@@ -323,7 +327,14 @@ def test_a_wrong_checkpoint_is_refused(refusal, tmp_path, write, at_the_origin, 
     write(tmp_path / "net.pt")
     toml = write_sweep(tmp_path)
     assert at_the_origin in refusal("plan", toml, "--set", "problem.options.checkpoint=net.pt")
-    to = ["--set", "directions.kind=to", "--set", "directions.checkpoint=net.pt"]
+    to = [
+        "--set",
+        "directions.kind=to",
+        "--set",
+        "directions.checkpoint=net.pt",
+        "--set",
+        "directions.normalize=none",
+    ]
     assert at_the_other in refusal("plan", toml, *to)
 
 

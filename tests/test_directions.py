@@ -228,7 +228,7 @@ def test_filters_of_norm_zero_stay_and_are_counted():
     assert (d.tensors["0.weight"].norm(dim=1) == 0).tolist() == [False, True, True, False]
     data = {"train": (numbers(5, 3), torch.zeros(5, dtype=torch.long))}
     s = lsweep.sweep(lsweep.Problem(model, data, loss=nn.CrossEntropyLoss()), x=(-1, 1, 3))
-    assert "2 filters of norm zero" in s.provenance["caption"]
+    assert "filters of norm zero: 2" in s.provenance["caption"]
     with torch.no_grad():
         model[0].weight.zero_(), model[2].weight.zero_()
     with pytest.raises(LsweepError, match="the direction x is zero"):  # LoRA at its beginning
@@ -381,11 +381,11 @@ def test_trajectory_is_projected_by_least_squares_with_its_true_losses(tmp_path)
     )
     assert s.trajectory.labels == ("epoch9", "epoch10", "epoch11")  # not 10, 11, 9
     d = made(problem.model, tmp_path, axes="xy", **recipe)
-    zeros = {n: torch.zeros_like(t) for n, t in origin.everything.items()}
-    a = np.stack([flat({**zeros, **v.tensors}) for v in d.axes.values()], axis=1)
+    zeros = {n: torch.zeros_like(t) for n, t in origin.parameters.items()}
+    a = np.stack([flat({**zeros, **v.weights}) for v in d.axes.values()], axis=1)
     for i in range(3):
         state = torch.load(tmp_path / f"epoch{i + 9}.pt")
-        moved = {n: state[n] - t for n, t in origin.everything.items()}
+        moved = {n: state[n] - t for n, t in origin.parameters.items()}
         b = flat(moved)
         offsets = np.linalg.lstsq(a, b, rcond=None)[0]
         t = s.trajectory

@@ -124,7 +124,14 @@ def test_a_checkpoint_is_never_unpickled(tmp_path, capfd, how, name):
         torch.save({"state_dict": {"0.weight": torch.zeros(3, 2)}, "extra": Bomb(mark)}, path)
     line = refused(capfd, "plan", toml, "--set", f"problem.options.checkpoint={name}")
     assert name in line and not mark.exists()
-    kind = ["--set", "directions.kind=to", "--set", f"directions.checkpoint={name}"]
+    kind = [
+        "--set",
+        "directions.kind=to",
+        "--set",
+        f"directions.checkpoint={name}",
+        "--set",
+        "directions.normalize=none",
+    ]
     refused(capfd, "plan", toml, *kind)
     assert not mark.exists()
     with path.open("rb") as f, pytest.raises(FileExistsError):  # the bomb is live
@@ -180,5 +187,12 @@ def test_a_checkpoint_index_names_files_of_its_own_folder_only(tmp_path, capfd):
     torch.save({"w": torch.zeros(1)}, tmp_path / "secret.bin")
     index = {"weight_map": {"w": "../secret.bin"}}
     (tmp_path / "here" / "net.bin.index.json").write_text(json.dumps(index))
-    to = ["--set", "directions.kind=to", "--set", "directions.checkpoint=net.bin.index.json"]
+    to = [
+        "--set",
+        "directions.kind=to",
+        "--set",
+        "directions.checkpoint=net.bin.index.json",
+        "--set",
+        "directions.normalize=none",
+    ]
     assert "a path outside its folder" in refused(capfd, "plan", toml, *to)

@@ -66,6 +66,12 @@ def write_sweep(folder: Path, sweep: str = SWEEP, problem: str = PROBLEM) -> Pat
     return toml
 
 
+def toward(checkpoint: object) -> list[str]:
+    """Return the arguments that make x the direction to a checkpoint."""
+    table = {"kind": "to", "checkpoint": checkpoint, "normalize": "none"}
+    return [word for k, v in table.items() for word in ("--set", f"directions.{k}={v}")]
+
+
 def lsweep(*arguments: object) -> int:
     """Run a command in this process and return its exit code."""
     try:
