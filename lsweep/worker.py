@@ -5,6 +5,7 @@ Every launcher starts this one function. It needs nobody, and may join or leave 
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import socket
@@ -128,8 +129,8 @@ def _require_same_centre(evaluator: Evaluator, plan: Plan, known: dict[str, Any]
     slices = [evaluator.centre(s) for s in range(plan.slices)]
     for name, parts in zip(plan.variable_names, zip(*slices, strict=True), strict=True):
         there = known["centre"].get(name)
-        total = sum(float((s.weights * s.values).sum()) for s in parts)
-        here = total / sum(float(s.weights.sum()) for s in parts)
+        weight = sum(float(s.weights.sum()) for s in parts)
+        here = sum(float((s.weights * s.values).sum()) for s in parts) / (weight or math.nan)
         if there is not None and not abs(here - there) <= SAME_CENTRE * abs(there):
             raise SickDevice(
                 f"{socket.gethostname()} {evaluator.device}: {name} at the centre is {here!r}, the "
