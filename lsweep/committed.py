@@ -43,3 +43,10 @@ class Committed:
         """Return the point numbers of a unit that have no row yet."""
         points, slice_ = round_.unit(unit, slices)
         return [p for p in points if not self.done[p, slice_]]
+
+
+def read_run(folder: RunFolder) -> tuple[Plan, Rounds, Committed]:
+    """Read all that a run is: its plan, its rounds, and what is committed."""
+    plan = Plan.read(folder)
+    rounds = Rounds.read(folder, plan)
+    return plan, rounds, Committed.read(folder, plan, rounds)

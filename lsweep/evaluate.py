@@ -340,7 +340,7 @@ class Evaluator:
         return self._centre[slice_]
 
     def evaluate(self, spots: Sequence[Spot], slice_: int = 0, audit: bool = False) -> FloatArray:
-        """Return the (K, V, 8) float64 sums of `parts.SUMS` at each spot.
+        """Return the (K, V, 8) float64 sums of `sums.SUMS` at each spot.
 
         Raises:
             LsweepError: the data gave another number of samples than at the centre.
@@ -388,16 +388,6 @@ def _sums(there: Samples, centre: Samples) -> Tensor:
     return torch.stack(
         [t.sum() for t in (w, ww, w * v, ww * v, ww * v * v, w * d, ww * d, ww * d * d)]
     )
-
-
-def means(sums: FloatArray) -> FloatArray:
-    """Return Σwv/Σw from (..., 8) sums.
-
-    >>> means(np.array([2.0, 2.0, 6.0, 0, 0, 0, 0, 0]))
-    np.float64(3.0)
-    """
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(sums[..., 2] / sums[..., 0])[()]
 
 
 def _buffer_homes(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

@@ -1,8 +1,4 @@
-"""Merge: from committed rows to a surface; the same parts give the same bytes.
-
-Value m = Σwv/Σw. Standard error over samples: sqrt(Σw²(v-m)²)/Σw · sqrt(n/(n-1)) with the effective
-n = (Σw)²/Σw²; for equal weights this is s/√n.
-"""
+"""Merge: from committed rows to a surface; the same parts give the same bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lsweep.caption import caption, describe_recipe, title
-from lsweep.committed import Committed
+from lsweep.committed import read_run
 from lsweep.errors import LsweepError
 from lsweep.files import read_json
 from lsweep.folder import RunFolder
@@ -24,11 +20,11 @@ from lsweep.machine import versions
 from lsweep.parts import Kind, Part, device_code
 from lsweep.plan import Plan
 from lsweep.rounds import Rounds
+from lsweep.sums import WD, WV, WW, WWD, WWDD, WWV, WWVV, W, standard_error
 from lsweep.surface import Status, Surface, Trajectory
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
-W, WW, WV, WWV, WWVV, WD, WWD, WWDD = range(8)
 AUDIT_TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "tf32": 0.1, "bfloat16": 0.5, "float16": 0.5}
 ACROSS_CLASSES = {"float64": 1e-9, "float32": 1e-4, "tf32": 1e-2, "bfloat16": 5e-2, "float16": 5e-2}
 
@@ -87,9 +83,7 @@ def merge(folder: RunFolder) -> tuple[Surface, Report]:
         LsweepError: this is no run.
         DamagedFile: its plan or a round was altered.
     """
-    plan = Plan.read(folder)
-    rounds = Rounds.read(folder, plan)
-    committed = Committed.read(folder, plan, rounds)
+    plan, rounds, committed = read_run(folder)
     report = Report(damaged=damage(committed.parts))
     best = _best_rows(committed.parts, rounds, plan, report)
     lattice = rounds.last.lattice
@@ -220,22 +214,6 @@ def _combine(
         total = total + best.sums[at, s]
     total[(status == Status.PENDING) | (status == Status.FAILED)] = np.nan
     return total, status, numbers[status == Status.FAILED]
-
-
-def standard_error(w: Any, ww: Any, wv: Any, wwv: Any, wwvv: Any) -> FloatArray:
-    """Return the standard error of Σwv/Σw over samples; NaN for fewer than two.
-
-    >>> v = np.array([1.0, 2.0, 4.0])
-    >>> e = standard_error(3.0, 3.0, v.sum(), v.sum(), (v * v).sum())
-    >>> bool(np.isclose(e, v.std(ddof=1) / np.sqrt(3)))
-    True
-    """
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        mean = wv / w
-        square = np.maximum(wwvv - 2 * mean * wwv + mean * mean * ww, 0.0)
-        n = w * w / ww
-        error = np.where(n > 1.0000001, np.sqrt(square * n / (n - 1)) / w, np.nan)
-    return np.asarray(error, dtype=np.float64)
 
 
 def _variables(sums: FloatArray, plan: Plan, opaque: set[str]) -> dict[str, FloatArray]:
@@ -385,8 +363,7 @@ def _provenance(
 
 def failed_points(folder: RunFolder) -> list[int]:
     """Return the numbers of points that failed and have not succeeded since."""
-    plan = Plan.read(folder)
-    rounds = Rounds.read(folder, plan)
-    best = _best_rows(Committed.read(folder, plan, rounds).parts, rounds, plan, Report())
+    plan, rounds, committed = read_run(folder)
+    best = _best_rows(committed.parts, rounds, plan, Report())
     asked = np.unique(rounds.first_asked)
     return [int(p) for p in asked if (best.status[p] == Status.FAILED).any()]

@@ -6,7 +6,7 @@ address, so that no crash can harm the structure; a row is a row when its CRC-32
 is repaired: a new process writes a new part.
 
 Row: point u64 | slice u32 | kind u8 | status u8 | text u16 | seconds f64 | sums f64[V, 8] |
-device u32 | crc u32, where V variables have the eight sums of `evaluate.SUMS`.
+device u32 | crc u32, where V variables have the eight sums of `sums.SUMS`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ import numpy.typing as npt
 
 from lsweep.errors import LsweepError
 from lsweep.files import link_once, scratch, sync_folder
-
-SUMS = ("w", "ww", "wv", "wwv", "wwvv", "wd", "wwd", "wwdd")
-"""The sums over samples kept of a variable: w weight, v value, d = v - value at the centre."""
+from lsweep.sums import SUMS
 
 TEXTS = 64
 TEXT = np.dtype([("text", "S248"), ("spare", "<u4"), ("crc", "<u4")])

@@ -25,7 +25,8 @@ from lsweep.plan import Plan
 from lsweep.preflight import check_expected, device_files, probe
 from lsweep.problem import Problem, make_problem
 from lsweep.rounds import Rounds, publish_round
-from lsweep.settings import Evaluation, Settings, Track, build, plain
+from lsweep.settings import Evaluation, Settings, Track
+from lsweep.tables import build, plain
 from lsweep.trajectory import project
 from lsweep.vectors import Origin, dot
 from lsweep.weights import describe, fingerprint, load_matching

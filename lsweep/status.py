@@ -8,13 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from lsweep.committed import Committed
+from lsweep.committed import read_run
 from lsweep.display import duration, speed
 from lsweep.folder import RunFolder
 from lsweep.merge import damage
 from lsweep.parts import Kind
-from lsweep.plan import Plan
-from lsweep.rounds import Rounds
 from lsweep.surface import Status
 from lsweep.workers import Observer, State, Verdict, all_workers
 
@@ -26,9 +24,7 @@ def status(folder: RunFolder) -> dict[str, Any]:
         LsweepError: this is no run.
         DamagedFile: its plan or a round was altered.
     """
-    plan = Plan.read(folder)
-    rounds = Rounds.read(folder, plan)
-    committed = Committed.read(folder, plan, rounds)
+    plan, rounds, committed = read_run(folder)
     reasons: dict[tuple[int, int], str] = {}
     succeeded: set[tuple[int, int]] = set()  # of those that failed and were asked again
     nonfinite = 0
@@ -113,7 +109,6 @@ def lines(state: dict[str, Any]) -> list[str]:
 
 def share_done(folder: RunFolder) -> tuple[int, int]:
     """Return (done, total) points times slices of a run."""
-    plan = Plan.read(folder)
-    rounds = Rounds.read(folder, plan)
-    done = Committed.read(folder, plan, rounds).done
+    _, _, committed = read_run(folder)
+    done = committed.done
     return int(np.count_nonzero(done)), int(done.size)

@@ -21,7 +21,7 @@ from lsweep import leases, machine
 from lsweep.committed import Committed
 from lsweep.device import check_precision, choose_device, device_class, is_out_of_memory
 from lsweep.errors import LsweepError, SickDevice
-from lsweep.evaluate import Evaluator, Spot, means
+from lsweep.evaluate import Evaluator, Spot
 from lsweep.factory import describe
 from lsweep.folder import RunFolder
 from lsweep.ledger import Ledger
@@ -31,6 +31,7 @@ from lsweep.planning import load_problem
 from lsweep.preflight import frozen_class, preflight
 from lsweep.problem import Problem
 from lsweep.rounds import Round, Rounds
+from lsweep.sums import means
 from lsweep.surface import Status
 from lsweep.workers import Observer, Verdict
 

@@ -22,8 +22,8 @@ from torch import nn
 import lsweep
 from lsweep import evaluate
 from lsweep.errors import LsweepError
-from lsweep.merge import standard_error
 from lsweep.reference import write_reference_directions
+from lsweep.sums import standard_error
 
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
 GRID = {"x": (-1, 1.5, 7), "y": (-0.5, 1, 5), "z": (-1, 0.5, 3)}

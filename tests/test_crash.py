@@ -25,7 +25,8 @@ import pytest
 from cases import each_in_child
 
 from lsweep.folder import RunFolder
-from lsweep.parts import SUMS, PartWriter, read_part, row_type
+from lsweep.parts import PartWriter, read_part, row_type
+from lsweep.sums import SUMS
 from lsweep.surface import Status
 
 PLAN, VARIABLES, CAPACITY = "a" * 64, 2, 256
