@@ -149,6 +149,8 @@ class Rounds:
             LsweepError: there is none.
             DamagedFile: one was altered, is missing in between, or belongs to another plan.
         """
+        # Listed first: what is published while this reads must not look like a gap.
+        listed = len(list(folder.rounds.glob("[0-9]*.json")))
         rounds: list[Round] = []
         while folder.round(len(rounds)).exists():
             path = folder.round(len(rounds))
@@ -162,7 +164,7 @@ class Rounds:
             rounds.append(r)
         if not rounds:
             raise LsweepError(f"{folder.root} has no rounds/0000.json: plan it with 'lsweep plan'")
-        if len(list(folder.rounds.glob("[0-9]*.json"))) > len(rounds):
+        if listed > len(rounds):
             raise DamagedFile(f"{folder.round(len(rounds))} is missing: later rounds exist")
         return cls(plan, rounds)
 
