@@ -1,0 +1,114 @@
+"""Signs of life: who is judged alive, ended or dead, on this host and on another."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cases import process, sweep_file, wait_for
+
+from lsweep.files import replace, sealed
+from lsweep.folder import RunFolder
+from lsweep.machine import host_identity, start_time
+from lsweep.workers import PATIENCE, Observer, State, Verdict, all_workers
+
+
+class Clock:
+    """An observer's own clock, moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(tmp_path)
+    folder.workers.mkdir()
+    return folder
+
+
+def tell(folder: RunFolder, **facts: object) -> None:
+    """Write a worker's file as the worker would."""
+    value = {
+        "worker": "w",
+        "identity": host_identity(),
+        "pid": os.getpid(),
+        "start": start_time(os.getpid()),
+        "state": State.WORKING,
+        "beat": 1,
+        "longest": 0.0,
+        **facts,
+    }
+    replace(folder.worker("w"), sealed(value))
+
+
+def test_on_this_host_the_process_decides(folder):
+    tell(folder)
+    assert Observer(folder).verdict("w") is Verdict.ALIVE
+    # The same pid, started at another time, is another process.
+    tell(folder, start="1")
+    assert Observer(folder).verdict("w") is Verdict.DIED
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    tell(folder, pid=child.pid, start=start_time(child.pid))
+    assert Observer(folder).verdict("w") is Verdict.ALIVE
+    child.kill()
+    # Dead although nobody has waited for it yet: a zombie works on nothing.
+    wait_for(lambda: start_time(child.pid) is None)
+    assert Observer(folder).verdict("w") is Verdict.DIED
+    child.communicate()
+
+
+@pytest.mark.parametrize("state", [State.DONE, State.STOPPED, State.SICK, State.FAILED])
+def test_who_ended_in_order_did_not_die(folder, state):
+    tell(folder, state=state, start="1")
+    assert Observer(folder).verdict("w") is Verdict.ENDED
+
+
+def test_elsewhere_only_a_heartbeat_that_stands_still_for_long_is_death(folder):
+    clock = Clock()
+    observer = Observer(folder, clock)
+    tell(folder, identity="another host", pid=1, start="1")  # a pid of that host means nothing here
+    assert observer.verdict("w") is Verdict.ALIVE
+    clock.now = PATIENCE - 1
+    assert observer.verdict("w") is Verdict.ALIVE
+    tell(folder, identity="another host", beat=2)  # seen late: patience begins anew
+    assert observer.verdict("w") is Verdict.ALIVE
+    clock.now = 2 * PATIENCE - 2
+    assert observer.verdict("w") is Verdict.ALIVE
+    clock.now = 2 * PATIENCE
+    assert observer.verdict("w") is Verdict.DIED
+
+
+def test_a_worker_with_long_units_is_given_five_of_them(folder):
+    clock = Clock()
+    observer = Observer(folder, clock)
+    tell(folder, identity="another host", longest=100.0)
+    assert observer.verdict("w") is Verdict.ALIVE
+    clock.now = 499
+    assert observer.verdict("w") is Verdict.ALIVE
+    clock.now = 501
+    assert observer.verdict("w") is Verdict.DIED
+
+
+def test_who_left_no_file_or_a_damaged_one_holds_nothing(folder):
+    assert Observer(folder).verdict("nobody") is Verdict.DIED
+    folder.worker("w").write_text("{")
+    assert Observer(folder).verdict("w") is Verdict.DIED
+
+
+def test_workers_end_when_their_launcher_is_killed(tmp_path):
+    toml = sweep_file(tmp_path, x=41, y=21, pause=0.05)
+    folder = RunFolder(tmp_path / "a.run")
+    launcher = process("run", toml, "--run", folder.root, "--workers", 2, "--no-picture")
+    wait_for(lambda: len([w for w in all_workers(folder) if w["points"]]) == 2)
+    launcher.send_signal(signal.SIGKILL)
+    launcher.communicate()
+    wait_for(lambda: {w["state"] for w in all_workers(folder)} == {State.STOPPED})
+    wait_for(lambda: all(start_time(w["pid"]) is None for w in all_workers(folder)))
