@@ -163,8 +163,8 @@ def _evaluate(
     from lsweep.launch import run_workers
 
     outcome = run_workers(folder, count, device=options.device, threads=options.threads,
-                          claims=options.claims, trust=options.trust, on_event=display.say,
-                          progress=display.progress)  # fmt: skip
+                          claims=options.claims, trust=options.trust,
+                          on_event=display.say)  # fmt: skip
     return outcome.code, outcome.interrupted
 
 

@@ -85,17 +85,10 @@ class Display:
             with contextlib.suppress(LsweepError, KeyError, TypeError):
                 self.say(preflight_line(read_json(path), self._total - self._before))
 
-    def progress(self) -> int:
-        """Return how many points are done, as the workers tell."""
-        return min(self._total, self._before + self._new(all_workers(self._folder)))
-
-    def _new(self, workers: list[dict[str, Any]]) -> int:
-        return sum(int(w["points"]) - self._earlier.get(w["worker"], 0) for w in workers)
-
     def line(self) -> str:
         """Return the present state in one line."""
         workers = all_workers(self._folder)
-        new = self._new(workers)
+        new = sum(int(w["points"]) - self._earlier.get(w["worker"], 0) for w in workers)
         done = min(self._total, self._before + new)
         working = [
             w

@@ -187,7 +187,7 @@ class Evaluator:
 
     # -- data -----------------------------------------------------------------------------------
 
-    def _batches(self, split: str, slice_: int = 0) -> Iterator[Batch]:
+    def batches(self, split: str, slice_: int = 0) -> Iterator[Batch]:
         """Yield the batches of a split on the device; kept there when they fit."""
         key = (split, slice_)
         kept = self._resident.get(key)
@@ -243,7 +243,7 @@ class Evaluator:
         ]
 
         def collect(k: int, split: int, batch: Batch) -> None:
-            with self._context(audit):
+            with self.context(audit):
                 found = self.problem.evaluate(batch, self.metrics)
             for m, metric in enumerate(self.metrics):
                 s = found[metric]
@@ -259,11 +259,11 @@ class Evaluator:
                 if recalibrate:
                     self._recalibrate(recalibrate, audit)
                 for i, split in enumerate(self.splits):
-                    for batch in self._batches(split, slice_):
+                    for batch in self.batches(split, slice_):
                         collect(k, i, batch)
         else:
             for i, split in enumerate(self.splits):
-                for batch in self._batches(split, slice_):
+                for batch in self.batches(split, slice_):
                     for k, spot in enumerate(spots):
                         self._move(spot)
                         collect(k, i, batch)
@@ -283,7 +283,8 @@ class Evaluator:
         return torch.float32 if self.device.type == "mps" else torch.float64
 
     @contextlib.contextmanager
-    def _context(self, audit: bool) -> Iterator[None]:
+    def context(self, audit: bool) -> Iterator[None]:
+        """Set gradients, autocast, numerics and batch norm as the plan asks, or as audits need."""
         precision = self.settings["precision"]
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(self.problem.grad))
@@ -302,8 +303,8 @@ class Evaluator:
 
         def run_batches() -> None:
             for slice_ in range(self.slices):
-                for batch in self._batches(split, slice_):
-                    with self._context(audit):
+                for batch in self.batches(split, slice_):
+                    with self.context(audit):
                         self.problem.evaluate(batch, self.metrics)
 
         batchnorm.recalibrate(self.problem.model, run_batches)
@@ -312,8 +313,8 @@ class Evaluator:
         """Return each variable's mean over the first batch of its split at the present weights."""
         out: dict[str, float | None] = {}
         for split in self.splits:
-            batch = map_tensors(next(iter(self._batches(split))), torch.clone)
-            with self._context(audit=True):
+            batch = map_tensors(next(iter(self.batches(split))), torch.clone)
+            with self.context(audit=True):
                 found = self.problem.evaluate(batch, self.metrics)
             for metric, s in found.items():
                 mean = float((s.weights.double() * s.values.double()).sum() / s.weights.sum())

@@ -10,7 +10,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +215,12 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as e:
         raise LsweepError(f"cannot read {path}: {e.strerror}") from None
     return unsealed(data, str(path))
+
+
+def readable(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """Return the sealed JSON files among ``paths`` that can be read; `verify` names the others."""
+    found = []
+    for path in paths:
+        with contextlib.suppress(LsweepError):
+            found.append(read_json(path))
+    return found

@@ -101,9 +101,7 @@ def sweep(
         done, total = share_done(folder)
         with Display(folder, total, done, sys.stderr if shown else None) as display:
             if workers > 1:
-                outcome = run_workers(
-                    folder, workers, device=device, on_event=display.say, progress=display.progress
-                )
+                outcome = run_workers(folder, workers, device=device, on_event=display.say)
                 if outcome.interrupted:
                     raise KeyboardInterrupt
                 if outcome.code and share_done(folder)[0] < total:

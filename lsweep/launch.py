@@ -51,7 +51,6 @@ def run_workers(
     claims: str = "lease",
     trust: bool = False,
     on_event: Callable[[str], None] = lambda text: None,
-    progress: Callable[[], int] = lambda: 0,
 ) -> Outcome:
     """Run ``count`` workers to the end.
 
@@ -66,7 +65,6 @@ def run_workers(
         claims: ``lease`` or ``static``.
         trust: passed on.
         on_event: told when a worker dies or refuses.
-        progress: how much has been done; restarts are counted anew when it grows.
     """
     outcome = Outcome()
     command = [sys.executable, "-m", "lsweep", "work", str(folder.root), "--of", str(count)]
@@ -91,8 +89,7 @@ def run_workers(
             )
 
     def done() -> int:
-        # Workers that die at once leave rows, but no heartbeat that tells of them.
-        return max(progress(), share_done(folder)[0])
+        return share_done(folder)[0]  # workers that die at once leave rows, but no heartbeat
 
     def tell(text: str) -> None:
         if text not in outcome.events:  # workers that refuse for one reason say it once

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import numpy.typing as npt
 from lsweep.caption import caption, describe_recipe, title
 from lsweep.committed import read_run
 from lsweep.errors import LsweepError
-from lsweep.files import read_json
+from lsweep.files import read_json, readable
 from lsweep.folder import RunFolder
 from lsweep.machine import versions
 from lsweep.parts import Kind, Part, device_code
@@ -67,6 +66,13 @@ class Report:
             out.append(f"{self.nonfinite} points are NaN or infinite: results, masked in pictures")
         if self.conflicts:
             out.append(f"{self.conflicts} points were computed twice with different values")
+        if self.audit.get("failed"):
+            out.append(f"audit: {self.audit['failed']:.0f} points could not be evaluated again")
+        if self.audit.get("one_finite"):
+            out.append(
+                f"audit: {self.audit['one_finite']:.0f} points are finite in one evaluation and "
+                "not in the other: do not trust these values"
+            )
         if self.audit.get("largest_relative", 0.0) > self.audit.get("tolerance", math.inf):
             out.append(
                 f"audit: a second evaluation differs by {self.audit['largest_relative']:.1e} "
@@ -122,10 +128,7 @@ def merge(folder: RunFolder) -> tuple[Surface, Report]:
 def _opaque(folder: RunFolder, parts: list[Part]) -> set[str]:
     """Return the variables that are batch means; recorded twice, as one record may be lost."""
     names = {v for p in parts for v in p.header.get("opaque", "").split()}
-    for path in folder.all_devices():
-        with contextlib.suppress(LsweepError, KeyError):
-            names |= set(read_json(path)["opaque"])
-    return names
+    return names.union(*(value["opaque"] for value in readable(folder.all_devices())))
 
 
 def damage(parts: list[Part]) -> dict[str, str]:
@@ -249,25 +252,33 @@ def _reasons(failed: IntArray, best: _Best) -> dict[str, int]:
 
 def _audit(parts: list[Part], best: _Best, rounds: Rounds, plan: Plan) -> dict[str, float]:
     """Compare the first variable of audited points with their value."""
-    absolute, relative = [], []
+    pairs, failed = [], 0
     for part in parts:
         for row in part.rows[part.rows["kind"] == Kind.AUDIT]:
             if row["point"] >= rounds.total or row["slice"] >= plan.slices:
                 continue
+            failed += int(row["status"] == Status.FAILED)
             p = rounds.first_asked[int(row["point"])]
             a, b = best.sums[p, row["slice"], 0], row["sums"][0]
             with np.errstate(invalid="ignore", divide="ignore"):
-                x, y = a[WV] / a[W], b[WV] / b[W]
-            if np.isfinite(x) and np.isfinite(y):
-                absolute.append(abs(x - y))
-                relative.append(abs(x - y) / max(abs(y), 1e-300))
-    if not absolute:
+                pairs.append((a[WV] / a[W], b[WV] / b[W], row["status"] == Status.OK))
+    values = np.array([(x, y) for x, y, ok in pairs if ok]).reshape(-1, 2)
+    finite = np.isfinite(values)
+    both = values[finite.all(axis=1)]
+    difference = np.abs(both[:, 0] - both[:, 1])
+    # Near a minimum of zero a relative error says nothing: a thousandth of the usual value counts.
+    size = np.abs(both[:, 1])
+    floor = max(1e-3 * float(np.median(size)), 1e-300) if len(size) else 1.0
+    relative = difference / np.maximum(size, floor)
+    if not pairs:
         return {}
     return {
-        "points": float(len(absolute)),
-        "largest_absolute": float(max(absolute)),
-        "largest_relative": float(max(relative)),
-        "median_relative": float(np.median(relative)),
+        "points": float(len(values)),
+        "failed": float(failed),
+        "one_finite": float((finite[:, 0] != finite[:, 1]).sum()),
+        "largest_absolute": float(difference.max(initial=0.0)),
+        "largest_relative": float(relative.max(initial=0.0)),
+        "median_relative": float(np.median(relative)) if len(relative) else 0.0,
         "tolerance": AUDIT_TOLERANCE[plan.evaluate["precision"]],
     }
 

@@ -18,11 +18,11 @@ import numpy as np
 from lsweep.directions import Directions, make_directions
 from lsweep.errors import DamagedFile, LsweepError, PlanChanged, nearest
 from lsweep.factory import factory_file, file_digest
-from lsweep.files import publish, read_json, replace, sealed, write_whole
+from lsweep.files import publish, read_json, readable, replace, sealed, write_whole
 from lsweep.folder import RunFolder
 from lsweep.machine import refuse_foreign
 from lsweep.plan import Plan
-from lsweep.preflight import check_expected, device_files, probe
+from lsweep.preflight import check_expected, probe
 from lsweep.problem import Problem, make_problem
 from lsweep.rounds import Rounds, publish_round
 from lsweep.settings import Evaluation, Settings, Track
@@ -33,7 +33,7 @@ from lsweep.weights import describe, fingerprint, load_matching
 
 LIVE = "live:problem"
 BATCH_NORM_BATCH = 128
-PROBE_TOLERANCE = 1e-3  # relative; other machines round differently
+PROBE_TOLERANCE, PROBE_FLOOR = 1e-3, 1e-3  # other machines round differently, most near zero
 _RESTORE = "restore it, or plan a new run"
 _REMEDIES = {
     "origin.sha256": "a factory must load the same weights each time: if it trains, save them first"
@@ -176,12 +176,12 @@ def plan_run(
     if existing is not None:
         existing.require_same(plan, folder)
         _require_same_probe(existing, plan, folder)
-        for known_class in device_files(folder):
+        for known_class in readable(folder.all_devices()):
             check_expected(known_class["centre"], settings.evaluate.expected)
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
+        plan = plan.freeze(folder)  # first: a planner that is refused must not touch the rest
         _keep_base(folder, base.absolute())
-        plan = plan.freeze(folder)
         _keep_source(plan, problem, base, folder, text)
         if not folder.directions.exists():
             write_directions(folder, plan, directions)
@@ -210,7 +210,11 @@ def _require_same_probe(existing: Plan, plan: Plan, folder: RunFolder) -> None:
     there, here = existing.facts["probe"], plan.facts["probe"]
     for name in there if there and here else ():
         a, b = there[name], here[name]
-        if a is not None and b is not None and abs(a - b) > PROBE_TOLERANCE * abs(a) + 1e-9:
+        if (
+            a is not None
+            and b is not None
+            and abs(a - b) > PROBE_TOLERANCE * (abs(a) + PROBE_FLOOR)
+        ):
             raise PlanChanged(
                 f"{folder.root} holds another plan: {name} of the first samples is {a:.6g} there "
                 f"and {b:.6g} now, so the network's code, the loss or the metric changed; restore "

@@ -6,7 +6,6 @@ in ``devices/`` fixes the batch sizes; the first worker of the class writes it, 
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -97,9 +96,9 @@ def preflight(
 
 def _check_batch(evaluator: Evaluator, split: str) -> None:
     """Check on one batch that the loss is the mean it says, and that inputs are left alone."""
-    batch = map_tensors(next(iter(evaluator._batches(split))), torch.clone)
+    batch = map_tensors(next(iter(evaluator.batches(split))), torch.clone)
     before = [t._version for t in tensors_of(batch)]
-    with evaluator._context(audit=False):
+    with evaluator.context(audit=False):
         evaluator.problem.check_mean(batch)
         evaluator.problem.evaluate(batch, evaluator.metrics)
     if [t._version for t in tensors_of(batch)] != before:
@@ -124,15 +123,6 @@ def probe(problem: Problem, settings: Mapping[str, Any]) -> dict[str, float | No
             return evaluator.first_batch()
     except Exception:  # the pre-flight of a worker tells what is wrong, where it can run
         return None
-
-
-def device_files(folder: RunFolder) -> list[dict[str, Any]]:
-    """Return the files of all device classes so far; damaged ones are passed over."""
-    found = []
-    for path in folder.all_devices():
-        with contextlib.suppress(DamagedFile):
-            found.append(read_json(path))
-    return found
 
 
 def _check_data(evaluator: Evaluator, split: str) -> str:

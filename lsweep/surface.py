@@ -146,6 +146,9 @@ class Surface:
             raise LsweepError(f"this surface has no axis {name!r}, only {', '.join(self.axes)}")
         return self.axes[name]
 
+    def _axis_attributes(self, name: str) -> dict[str, str]:
+        return {"units": "1", **self.attributes.get(name, {})}
+
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the swept quantities, ``train_loss`` first, without their errors."""
@@ -210,7 +213,7 @@ class Surface:
             n: (self.dimensions, v, dict(self.attributes.get(n, {})))
             for n, v in {**self.values, "status": self.status}.items()
         }
-        coords = {n: ((n,), c, dict(self.attributes.get(n, {}))) for n, c in self.axes.items()}
+        coords = {n: ((n,), c, self._axis_attributes(n)) for n, c in self.axes.items()}
         return xarray.Dataset(data, coords, {"title": self.title, "history": self.history})
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -232,7 +235,7 @@ class Surface:
         for name, coordinates in self.axes.items():
             d = f.create_dataset(name, data=coordinates, fletcher32=True)
             d.make_scale(name)
-            _attributes(d, {"units": "1", **self.attributes.get(name, {})})
+            _attributes(d, self._axis_attributes(name))
         flags = {
             "long_name": "outcome of the point",
             "flag_meanings": " ".join(s.name.lower() for s in Status),

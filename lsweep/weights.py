@@ -227,7 +227,7 @@ def find_checkpoints(patterns: Iterable[str], base: Path) -> list[Path]:
             found.append(path)
             continue
         hits: list[Path] = []
-        with contextlib.suppress(ValueError, NotImplementedError):
+        with contextlib.suppress(ValueError, NotImplementedError):  # no glob pattern: no hits
             root = Path(path.anchor) if Path(pattern).is_absolute() else base
             hits = natural_order(root.glob(str(path.relative_to(root))))
         if not hits:

@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from lsweep.errors import DamagedFile, LsweepError
-from lsweep.files import read_json, replace, sealed
+from lsweep.errors import LsweepError
+from lsweep.files import read_json, readable, replace, sealed
 from lsweep.folder import RunFolder
 from lsweep.machine import host_identity, start_time
 
@@ -128,10 +128,8 @@ class Observer:
         """Say whether a worker is alive, has ended in order, or died."""
         try:
             facts = read_json(self._folder.worker(worker))
-        except DamagedFile:
-            return Verdict.DIED
         except LsweepError:
-            return Verdict.DIED  # a worker writes its file before its first lease
+            return Verdict.DIED  # damaged, or missing: a worker writes its file before it leases
         if facts.get("state") != State.WORKING:
             return Verdict.ENDED
         if facts.get("identity") == self._here:
@@ -148,8 +146,4 @@ class Observer:
 
 def all_workers(folder: RunFolder) -> list[dict[str, Any]]:
     """Return what every worker of a run last said; unreadable files are passed over."""
-    found = []
-    for path in folder.all_workers():
-        with contextlib.suppress(LsweepError):
-            found.append(read_json(path))
-    return found
+    return readable(folder.all_workers())

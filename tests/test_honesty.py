@@ -10,18 +10,21 @@ import numpy as np
 import problems
 import pytest
 import torch
+import xarray
 from problems import labels, numbers
+from tiny import PROBLEM, contents, write_sweep
 from tiny import lsweep as run_command
-from tiny import write_sweep
 from torch import nn
 
 import lsweep
 import lsweep.merge as merging
 from lsweep.errors import LsweepError, PlanChanged, SickDevice
+from lsweep.evaluate import Evaluator
 from lsweep.files import read_json, replace, sealed
 from lsweep.folder import RunFolder
 from lsweep.measures import nonconvex_fraction
 from lsweep.merge import merge
+from lsweep.plan import Plan
 from lsweep.surface import Surface
 from lsweep.worker import Role, work
 
@@ -288,6 +291,65 @@ def test_an_audit_that_disagrees_is_told(tmp_path, monkeypatch):
     monkeypatch.setitem(merging.AUDIT_TOLERANCE, "float64", -1.0)
     _, report = merge(RunFolder(tmp_path / "r"))
     assert any("do not trust these values" in line for line in report.lines())
+
+
+def test_an_audit_that_fails_or_is_not_finite_is_told_and_the_values_stand(tmp_path, monkeypatch):
+    problem = problems.classifier()
+    plain = lsweep.sweep(problem, x=LINE, run=tmp_path / "plain", precision="float64")
+    evaluate = Evaluator.evaluate
+    calls = []
+
+    def disturbed(self, spots, slice_=0, audit=False):
+        sums = evaluate(self, spots, slice_, audit)
+        if audit:
+            calls.append(spots)
+            if len(calls) == 1:
+                raise RuntimeError("the audit's own kernel is missing")
+            sums[:] = np.nan
+        return sums
+
+    monkeypatch.setattr(Evaluator, "evaluate", disturbed)
+    lsweep.sweep(problem, x=LINE, run=tmp_path / "r", precision="float64")
+    surface, report = merge(RunFolder(tmp_path / "r"))
+    assert len(calls) > 1
+    assert np.array_equal(surface["train_loss"], plain["train_loss"])
+    told = "\n".join(report.lines())
+    assert "1 points could not be evaluated again" in told
+    assert "finite in one evaluation and not in the other" in told
+
+
+def test_a_planner_that_is_refused_touches_nothing(tmp_path, monkeypatch):
+    """Two planners race: the second began before there was a plan, and finds another one."""
+    toml = write_sweep(tmp_path)
+    assert run_command("plan", toml) == 0
+    folder = RunFolder(tmp_path / "sweep.run")
+    before = contents(folder.root)
+    other = write_sweep(tmp_path / "elsewhere", problem=PROBLEM.replace("Tanh", "ReLU"))
+    monkeypatch.setattr(RunFolder, "exists", property(lambda self: False))
+    with monkeypatch.context() as blind:
+        blind.setattr(Plan, "read", _unguarded(Plan.read))
+        assert run_command("plan", other, "--run", folder.root) == 1
+    assert contents(folder.root) == before
+
+
+def _unguarded(read):
+    def seeing(folder):
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(RunFolder, "exists", property(lambda self: self.plan.is_file()))
+            return read(folder)
+
+    return seeing
+
+
+def test_to_xarray_is_what_the_file_opens_as(tmp_path):
+    surface = lsweep.sweep(problems.classifier(), x=LINE, y=(0, 1, 2))
+    surface.save(tmp_path / "s.h5")
+    here = surface.to_xarray()
+    with xarray.open_dataset(tmp_path / "s.h5", engine="h5netcdf") as there:
+        for name in here.data_vars:
+            assert np.array_equal(here[name], there[name], equal_nan=True), name
+            assert here[name].dims == there[name].dims == ("y", "x")
+        assert here["x"].attrs["units"] == there["x"].attrs["units"] == "1"
 
 
 def test_an_opaque_loss_stays_opaque_when_its_part_must_be_salvaged(tmp_path):
