@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from lsweep import commands
+from lsweep import commands, looking
 from lsweep.errors import LsweepError, nearest
 
 
@@ -223,10 +223,10 @@ _COMMANDS: dict[str, tuple[Command, Callable[[argparse.ArgumentParser], None], s
     "plan": (commands.do_plan, _takes_sweep, "freeze the plan and publish the first round"),
     "run": (commands.do_run, _add_run, "plan if needed, evaluate what is missing, merge, draw"),
     "work": (commands.do_work, _add_work, "be one worker of a run"),
-    "status": (commands.do_status, _add_status, "what is done and who works"),
-    "merge": (commands.do_merge, _add_merge, "combine what is committed into surface.h5"),
-    "verify": (commands.do_verify, _add_verify, "check every file of a run"),
-    "measure": (commands.do_measure, _add_measure, "numbers from surfaces"),
-    "render": (commands.do_render, _add_render, "draw runs or surfaces"),
-    "convert": (commands.do_convert, _add_convert, "to and from other formats"),
+    "status": (looking.do_status, _add_status, "what is done and who works"),
+    "merge": (looking.do_merge, _add_merge, "combine what is committed into surface.h5"),
+    "verify": (looking.do_verify, _add_verify, "check every file of a run"),
+    "measure": (looking.do_measure, _add_measure, "numbers from surfaces"),
+    "render": (looking.do_render, _add_render, "draw runs or surfaces"),
+    "convert": (looking.do_convert, _add_convert, "to and from other formats"),
 }

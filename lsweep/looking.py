@@ -1,0 +1,123 @@
+"""What each command that only looks at a run does, from its options to its exit code.
+
+Nothing here computes a value; arguments are those of `lsweep.cli`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from argparse import Namespace
+
+from lsweep.commands import INCOMPLETE
+from lsweep.errors import LsweepError
+from lsweep.folder import RunFolder
+
+MOST_DPI = 1200
+
+
+def do_status(options: Namespace) -> int:
+    """Print what is done, once or until it is complete."""
+    from lsweep.status import lines, status
+
+    while True:
+        state = status(RunFolder(options.run))
+        text = json.dumps(state) if options.json else "\n".join(lines(state))
+        if options.watch and sys.stdout.isatty() and not options.json:
+            text = f"\033[2J\033[H{text}"
+        print(text, flush=True)
+        if not options.watch or not state["missing"]:
+            return 0
+        time.sleep(options.interval)
+
+
+def do_merge(options: Namespace) -> int:
+    """Write surface.h5, unless points are missing."""
+    from lsweep.merge import merge
+
+    folder = RunFolder(options.run)
+    surface, report = merge(folder)
+    for line in report.lines():
+        print(f"lsweep: {line}", file=sys.stderr)
+    if report.missing and not options.partial:
+        print(f"lsweep: nothing written; 'lsweep run {folder.root}' computes what is missing, "
+              "--partial merges what is there", file=sys.stderr)  # fmt: skip
+        return INCOMPLETE
+    surface.save(folder.surface)
+    print(f"wrote {folder.surface}")
+    return 0 if report.clean else INCOMPLETE
+
+
+def do_verify(options: Namespace) -> int:
+    """Check every file."""
+    from lsweep.verify import verify
+
+    found = verify(RunFolder(options.run), options.data, options.trust)
+    for line in found.notes:
+        print(line)
+    for line in found.problems:
+        print(f"lsweep: {line}", file=sys.stderr)
+    print(f"{found.checked} files checked, {len(found.problems)} problems")
+    return 1 if found.problems else 0
+
+
+def do_render(options: Namespace) -> int:
+    """Draw runs or surfaces into one file."""
+    from lsweep.opening import open_surface
+    from lsweep.pictures import render
+
+    surfaces = [open_surface(p) for p in options.source]
+    if options.dpi > MOST_DPI:
+        raise LsweepError(f"--dpi {options.dpi}: at most {MOST_DPI}; for more, write .pdf or .svg")
+    labels = [p.stem for p in options.source] if len(surfaces) > 1 else None
+    render(surfaces, options.output, name=options.metric, kind=options.kind, log=options.log,
+           vmin=options.vmin, vmax=options.vmax, labels=labels, dpi=options.dpi)  # fmt: skip
+    print(f"wrote {options.output}")
+    return 0
+
+
+def _export_directions(options: Namespace) -> int:
+    """Write a run's directions as a direction file of the reference implementation."""
+    from lsweep.directions import as_reference
+    from lsweep.plan import Plan
+    from lsweep.planning import load_problem
+    from lsweep.reference import write_reference_directions
+    from lsweep.vectors import Origin
+
+    folder = RunFolder(options.source)
+    problem, directions = load_problem(folder, Plan.read(folder), trust=options.trust)
+    arrays = as_reference(directions, Origin.of(problem.model))
+    write_reference_directions(options.target, arrays)
+    print(f"wrote {options.target}: {', '.join(arrays)} in the reference implementation's format")
+    return 0
+
+
+def do_convert(options: Namespace) -> int:
+    """Write another format."""
+    if options.directions:
+        return _export_directions(options)
+    from lsweep.convert import convert
+    from lsweep.opening import open_surface
+
+    source = open_surface(options.source) if options.source.is_dir() else options.source
+    print(convert(source, options.target, name=options.metric, log=options.log))
+    return 0
+
+
+def do_measure(options: Namespace) -> int:
+    """Print numbers, a block or a JSON object for each run."""
+    from lsweep.measures import measure
+    from lsweep.opening import open_surface
+
+    rows = []
+    for path in options.runs:
+        surface = open_surface(path)
+        rows.append({"run": str(path), **measure(surface, options.metric or surface.metrics[0])})
+    if options.json:
+        print(json.dumps(rows))
+        return 0
+    for row in rows:
+        for key, value in row.items():
+            print(f"{key:20} {value:.6g}" if isinstance(value, float) else f"{key:20} {value}")
+    return 0
