@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from lsweep import commands, looking
+from lsweep import commands, looking, submitting
 from lsweep.errors import LsweepError, nearest
 
 
@@ -24,10 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     >>> main(["status", "nowhere.run"])
     1
     """
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = parse(sys.argv[1:] if arguments is None else arguments)
     if not hasattr(options, "run_command"):
-        parser.print_help()
+        _parser().print_help()
         return 2
     try:
         code = int(options.run_command(options))
@@ -46,11 +45,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return e.exit_code if isinstance(e, LsweepError) else LsweepError.exit_code
 
 
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the options of a command line; what follows ``--`` in a submit is sbatch's.
+
+    >>> parse(["submit", "a.toml", "--tasks", "4", "--", "-J", "mine"]).sbatch
+    ['-J', 'mine']
+    """
+    own = list(arguments)
+    sbatch = None
+    if "--" in own and "submit" in own[: own.index("--")]:
+        own, sbatch = own[: own.index("--")], own[own.index("--") + 1 :]
+    options = _parser().parse_args(own)
+    options.sbatch = sbatch
+    return options
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.startswith("argument COMMAND: invalid choice: "):
             word = message.split("'")[1]
-            later = word in ("submit", "invariance")
+            later = word == "invariance"
             why = " yet: it is being built" if later else nearest(word, _COMMANDS)
             message = f"no command {word!r}{why}"
         else:
@@ -142,6 +156,31 @@ def _add_run(p: argparse.ArgumentParser) -> None:
     _takes_device(p)
 
 
+def _add_submit(p: argparse.ArgumentParser) -> None:
+    _takes_sweep(p)
+    p.usage = "lsweep submit SWEEP --tasks N [options] [-- sbatch options]"
+    p.epilog = "All but --trust, --wait and --dry-run is remembered; 0 or '' forgets it again."
+    for name, metavar, text in (
+        ("--tasks", "N", "tasks of the array; each helps until nothing is missing"),
+        ("--gpus-per-task", "G", "GPUs of each process"),
+        ("--time", "MINUTES", "time limit of a task (default: the partition's)"),
+        ("--array-parallelism", "M", "how many tasks may run at once"),
+        ("--cpus-per-task", "C", "CPUs of each process"),
+    ):
+        p.add_argument(name, type=_at_least(0), metavar=metavar, help=text)
+    p.add_argument("--ranks", type=_at_least(1), metavar="K",
+                   help="processes of each array task, started by srun (default: 1)")  # fmt: skip
+    p.add_argument("--partition", metavar="P", help="one, or several with commas")
+    p.add_argument("--setup", action="append", metavar="LINE",
+                   help="a shell line before the work, such as 'module load cuda'")  # fmt: skip
+    p.add_argument("--wrap", metavar="WORDS",
+                   help="what the Python runs in, such as 'apptainer exec --nv x.sif'")  # fmt: skip
+    p.add_argument("--wait", action="store_true", help="until array and merge are over")
+    p.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
+    _takes_device(p)
+    p.set_defaults(device=None, threads=None, claims=None)  # not given: as remembered
+
+
 def _add_work(p: argparse.ArgumentParser) -> None:
     _takes_run(p)
     p.add_argument("--index", type=_at_least(0), default=0, metavar="I",
@@ -169,6 +208,7 @@ def _add_status(p: argparse.ArgumentParser) -> None:
 def _add_merge(p: argparse.ArgumentParser) -> None:
     _takes_run(p)
     p.add_argument("--partial", action="store_true", help="also when points are missing")
+    p.add_argument("--picture", action="store_true", help="draw it too")
 
 
 def _add_verify(p: argparse.ArgumentParser) -> None:
@@ -222,6 +262,7 @@ _COMMANDS: dict[str, tuple[Command, Callable[[argparse.ArgumentParser], None], s
     "init": (commands.do_init, _add_init, "write a commented sweep.toml and problem.py to edit"),
     "plan": (commands.do_plan, _takes_sweep, "freeze the plan and publish the first round"),
     "run": (commands.do_run, _add_run, "plan if needed, evaluate what is missing, merge, draw"),
+    "submit": (submitting.do_submit, _add_submit, "a Slurm array of workers, and a merge after it"),
     "work": (commands.do_work, _add_work, "be one worker of a run"),
     "status": (looking.do_status, _add_status, "what is done and who works"),
     "merge": (looking.do_merge, _add_merge, "combine what is committed into surface.h5"),

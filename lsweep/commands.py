@@ -180,12 +180,9 @@ def _merge_and_draw(folder: RunFolder, draw: bool) -> int:
         print(f"{name}: {middle}minimum {least:.6g} at {at}")
     print(f"wrote {folder.surface}")
     if draw:
-        from lsweep.pictures import render
+        from lsweep.pictures import draw_run
 
-        folder.figures.mkdir(exist_ok=True)
-        picture = folder.figures / f"{name}.png"
-        render(surface, picture)
-        print(f"wrote {picture}")
+        print(f"wrote {draw_run(surface, folder)}")
     return 0 if report.clean else INCOMPLETE
 
 

@@ -64,6 +64,11 @@ class RunFolder:
         return self.root / "parts"
 
     @property
+    def submissions(self) -> Path:
+        """The folder of what was submitted to Slurm."""
+        return self.root / "submissions"
+
+    @property
     def figures(self) -> Path:
         """The folder of pictures."""
         return self.root / "figures"
@@ -110,6 +115,18 @@ class RunFolder:
     def log(self, index: int) -> Path:
         """What local worker ``index`` printed."""
         return self.logs / f"worker-{index}.log"
+
+    def slurm_logs(self, name: str) -> Path:
+        """What the tasks of one submission printed, and the files with which they start."""
+        return self.logs / "slurm" / name
+
+    def submission(self, number: int) -> Path:
+        """One submission to Slurm."""
+        return self.submissions / f"{number:04d}.json"
+
+    def all_submissions(self) -> list[Path]:
+        """All submissions, by number."""
+        return sorted(self.submissions.glob("[0-9]*.json"))
 
     def all_parts(self) -> list[Path]:
         """All parts, by name."""

@@ -46,6 +46,10 @@ def do_merge(options: Namespace) -> int:
         return INCOMPLETE
     surface.save(folder.surface)
     print(f"wrote {folder.surface}")
+    if options.picture and report.missing < report.points:
+        from lsweep.pictures import draw_run
+
+        print(f"wrote {draw_run(surface, folder)}")
     return 0 if report.clean else INCOMPLETE
 
 

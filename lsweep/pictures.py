@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from lsweep.cells import as_plane, pooled_scale
 from lsweep.errors import LsweepError, nearest
 from lsweep.files import write_whole
+from lsweep.folder import RunFolder
 from lsweep.lines import line, line_scale
 from lsweep.maps import add_bar, contour, filled, heat
 from lsweep.marks import LINE_COLORS, SMALL, default_name, describe, lengths, put_title
@@ -83,6 +84,14 @@ def draw(
         ax = axes[0]
     scale = _scale([surface], name, kind, log=log, vmin=vmin, vmax=vmax)
     return KINDS[kind](surface, name, ax, scale=scale)
+
+
+def draw_run(surface: Surface, folder: RunFolder) -> Path:
+    """Draw a run's first picture, its first metric, and return where it lies."""
+    folder.figures.mkdir(exist_ok=True)
+    picture = folder.figures / f"{surface.metrics[0]}.png"
+    render(surface, picture)
+    return picture
 
 
 def render(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lsweep import slurm
 from lsweep.committed import read_run
 from lsweep.display import duration, speed
 from lsweep.folder import RunFolder
@@ -59,6 +60,7 @@ def status(folder: RunFolder) -> dict[str, Any]:
     done = int(committed.done.sum())
     total = int(committed.done.size)
     rate = sum(w["rate"] for w in workers if w["state"] == State.WORKING)
+    tasks, silent = slurm.told(folder)
     last = max((w["now"] for w in all_workers(folder)), default=None)
     return {
         "run": str(folder.root),
@@ -74,6 +76,8 @@ def status(folder: RunFolder) -> dict[str, Any]:
         "rate": rate,
         "eta": (total - done) / rate if rate else None,
         "workers": workers,
+        "tasks": tasks,
+        "slurm": silent,
         "damaged": damage(committed.parts),
         "merged": folder.surface.is_file(),
         "last_beat": time.time() - last if last is not None else None,
@@ -98,9 +102,12 @@ def lines(state: dict[str, Any]) -> list[str]:
     for w in state["workers"]:
         if w["message"] and w["state"] in (State.SICK, State.FAILED):
             out.append(f"  {w['worker']}: {w['message']}")
+    tasks = [slurm.Task(**t) for t in state["tasks"]]
+    out += [f"  {line}" for line in slurm.lines(tasks)]
+    out += [f"  {state['slurm']}"] if state["slurm"] else []
     if state["eta"] is not None and state["missing"]:
         out.append(f"  {speed(state['rate'])}, {duration(state['eta'])} left")
-    if state["missing"] and not counts.get("working"):
+    if state["missing"] and not counts.get("working") and not any(t.active for t in tasks):
         out.append(f"  nobody works on it: 'lsweep run {state['run']}' computes what is missing")
     if not state["missing"]:
         out.append("  complete" + (", merged" if state["merged"] else ": 'lsweep merge' it"))

@@ -51,6 +51,7 @@ def verify(folder: RunFolder, data: bool = False, trust: bool = False) -> Findin
     others = [
         *folder.all_devices(),
         *folder.all_workers(),
+        *folder.all_submissions(),
         *sorted(folder.leases.glob("*/*/[0-9]*")),
     ]
     others += [folder.source] if folder.source.exists() else []

@@ -1,0 +1,399 @@
+"""Asking Slurm: the limits of a site, and what it says of each task of a run.
+
+squeue is exact while the controller remembers a job; sacct is seconds late, but has the past and
+the steps, where alone an out of memory shows. Either may be silent, so both are asked at once and
+what one does not know the other may. Nothing here changes anything.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import os
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lsweep.errors import LsweepError, nearest
+from lsweep.folder import RunFolder
+from lsweep.submission import Submission
+from lsweep.workers import State, all_workers
+
+SECONDS = 5.0  # to answer in
+ENDED = {
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
+    "PREEMPTED", "TIMEOUT",
+}  # fmt: skip
+GONE, UNKNOWN = "GONE", "UNKNOWN"
+NEVER = {  # reasons of a pending task that time alone does not mend
+    "AccountNotAllowed", "BadConstraints", "DependencyNeverSatisfied", "InvalidAccount",
+    "InvalidQOS", "JobHeldAdmin", "JobHeldUser", "PartitionConfig", "PartitionNodeLimit",
+    "PartitionTimeLimit", "QOSNotAllowed", "QOSTimeLimit", "launch_failed_requeued_held",
+}  # fmt: skip
+NAMED = 3  # tasks of one bad state that are named
+
+
+def ask(*command: str, seconds: float = SECONDS) -> str:
+    """Return what a Slurm command prints.
+
+    Raises:
+        LsweepError: there is no such command, or it failed, or it did not answer in time.
+    """
+    # Its output must not depend on what the user set for his own eyes, or for a job around this.
+    personal = ("SQUEUE_", "SACCT_", "SLURM_TIME_FORMAT")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(personal)}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds, env=environment
+        )
+    except FileNotFoundError:
+        raise LsweepError(f"no {command[0]} on this machine") from None
+    except subprocess.TimeoutExpired:
+        raise LsweepError(f"{command[0]} did not answer in {seconds:g} s") from None
+    if done.returncode:
+        raise LsweepError(f"{command[0]}: {complaint(done.stderr) or 'failed'}")
+    return done.stdout
+
+
+def complaint(text: str) -> str:
+    r"""Return what a Slurm command complains of, in one line without its own name.
+
+    >>> complaint("sbatch: error: invalid partition\nsbatch: error: Batch job failed\n")
+    'invalid partition; Batch job failed'
+    """
+    lines = (re.sub(r"^\w+: (error: )?", "", line).strip() for line in text.splitlines())
+    return "; ".join(line for line in lines if line and not line.startswith("Try "))
+
+
+# -- the site --------------------------------------------------------------------------------------
+
+
+def minutes(text: str) -> float | None:
+    """Return a time limit as Slurm writes it in minutes, or None where there is no limit.
+
+    >>> [minutes(t) for t in ("90", "10:30", "1:00:00", "1-00:00:00", "2-12", "UNLIMITED")]
+    [90.0, 10.5, 60.0, 1440.0, 3600.0, None]
+
+    Raises:
+        LsweepError: it is no time limit.
+    """
+    if text.upper() in ("UNLIMITED", "INFINITE", "NONE", "-1"):
+        return None
+    days, dash, clock = text.rpartition("-")
+    try:
+        fields = [int(f) for f in clock.split(":")]
+        if not dash and len(fields) < 3:
+            fields = [0, *fields]  # without days, hours are there only before two colons
+        h, m, s, *_ = [*fields, 0, 0]
+        return int(days or 0) * 1440 + h * 60 + m + s / 60
+    except ValueError:
+        raise LsweepError(f"{text!r} is no time limit: minutes, H:M:S or days-hours") from None
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A partition's limits; None where there is none.
+
+    Attributes:
+        name: of the partition.
+        state: ``UP``, or why nothing starts in it.
+        longest: minutes that a job may take at most.
+        usual: minutes that it gets when it does not say.
+        is_default: where jobs go that name no partition.
+    """
+
+    name: str
+    state: str
+    longest: float | None
+    usual: float | None
+    is_default: bool
+
+
+@dataclass(frozen=True)
+class Site:
+    """What limits a submission here.
+
+    Attributes:
+        array: how many tasks an array may have.
+        partitions: by name.
+    """
+
+    array: int
+    partitions: dict[str, Partition]
+
+    @classmethod
+    def read(cls) -> Site:
+        """Ask the controller.
+
+        Raises:
+            LsweepError: it does not answer.
+        """
+        return cls.parse(ask("scontrol", "show", "config"), ask("scontrol", "show", "part", "-o"))
+
+    @classmethod
+    def parse(cls, config: str, partitions: str) -> Site:
+        """Read what scontrol prints.
+
+        >>> Site.parse("MaxArraySize            = 1001", "PartitionName=a MaxTime=1:00:00").array
+        1000
+        """
+        size = re.search(r"^MaxArraySize\s*=\s*(\d+)", config, re.MULTILINE)
+        found = {}
+        for line in partitions.splitlines():
+            facts = dict(word.partition("=")[::2] for word in line.split() if "=" in word)
+            longest = minutes(facts.get("MaxTime", "UNLIMITED"))
+            usual = minutes(facts.get("DefaultTime", "NONE"))
+            name = facts["PartitionName"]
+            found[name] = Partition(
+                name, facts.get("State", "UP"), longest, usual, facts.get("Default") == "YES"
+            )
+        return cls(int(size[1]) - 1 if size else 1000, found)
+
+    def chosen(self, names: str | None) -> list[Partition]:
+        """Return the partitions of a submission: those that it names, or the default.
+
+        Raises:
+            LsweepError: one does not exist, or none is named and there is no default.
+        """
+        if not names:
+            found = [p for p in self.partitions.values() if p.is_default]
+            if not found:
+                listed = ", ".join(self.partitions)
+                raise LsweepError(f"no default partition here: say --partition, one of {listed}")
+            return found
+        for name in names.split(","):
+            if name not in self.partitions:
+                raise LsweepError(f"no partition {name!r} here{nearest(name, self.partitions)}")
+        return [self.partitions[name] for name in names.split(",")]
+
+
+def require_time(partitions: list[Partition], wanted: float | None) -> None:
+    """Refuse a time that none of the partitions allows: its tasks would wait for ever.
+
+    Raises:
+        LsweepError: naming the limit.
+    """
+    limits = [p.longest for p in partitions]
+    if wanted is None or None in limits or any(wanted <= m for m in limits if m is not None):
+        return
+    longest = max((m, p.name) for m, p in zip(limits, partitions, strict=True) if m is not None)
+    raise LsweepError(
+        f"--time {wanted:g}: partition {longest[1]!r} allows at most {longest[0]:g} minutes"
+    )
+
+
+# -- tasks -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """What Slurm, or failing that the run, says of one task.
+
+    Attributes:
+        job: as Slurm writes it, ``51_7``.
+        state: Slurm's word; ``GONE``: Slurm has no trace of it; ``UNKNOWN``: it cannot be asked.
+        reason: why it waits, or how it ended.
+        node: where it runs or ran.
+        restarts: how often Slurm started it again.
+        exit: ``code:signal``, where known.
+        merge: it is the merge after an array.
+        submission: number of the submission that it belongs to, -1 for jobs submitted by hand.
+    """
+
+    job: str
+    state: str
+    reason: str = ""
+    node: str = ""
+    restarts: int = 0
+    exit: str = ""
+    merge: bool = False
+    submission: int = -1
+
+    @property
+    def active(self) -> bool:
+        """True while it runs or may run."""
+        return self.state not in ENDED and self.state not in (GONE, UNKNOWN)
+
+
+_QUEUE = ("ArrayJobID", "ArrayTaskID", "JobID", "State", "Reason", "NodeList", "RestartCnt",
+          "exit_code")  # fmt: skip
+
+
+def queue() -> dict[str, Task]:
+    """Return the user's tasks that the controller knows, also those that ended lately.
+
+    Raises:
+        LsweepError: it does not answer.
+    """
+    form = ",".join(f"{name}:|" for name in _QUEUE)
+    return parse_queue(ask("squeue", "--me", "--noheader", "--states=all", "--array", "-O", form))
+
+
+def parse_queue(text: str) -> dict[str, Task]:
+    """Read what squeue prints.
+
+    >>> parse_queue("51|7|58|PENDING|Priority||0|0|")["51_7"].reason
+    'Priority'
+    """
+    tasks = {}
+    for line in text.splitlines():
+        array, index, job, state, reason, node, restarts, status = line.split("|")[: len(_QUEUE)]
+        name = job if index == "N/A" else f"{array}_{index}"
+        waited = int(status or 0)  # as wait(2) has it
+        tasks[name] = Task(
+            name, state, "" if reason == "None" else reason, node, int(restarts or 0),
+            f"{waited >> 8}:{waited & 127}",
+        )  # fmt: skip
+    return tasks
+
+
+def accounts(jobs: Iterable[str]) -> dict[str, Task]:
+    """Return what accounting recorded of jobs, their steps included; seconds late.
+
+    Raises:
+        LsweepError: it does not answer.
+    """
+    form = "JobID,State,ExitCode,NodeList"
+    return parse_accounts(ask("sacct", "-D", "-n", "-P", "-j", ",".join(sorted(jobs)), "-o", form))
+
+
+def parse_accounts(text: str) -> dict[str, Task]:
+    r"""Read what sacct prints; a step out of memory makes its task so, whatever its script said.
+
+    >>> text = "6_1|FAILED|1:0|n1\n6_1.0|OUT_OF_MEMORY|0:125|n1\n6_[2-3%4]|PENDING|0:0|\n"
+    >>> [(t.job, t.state) for t in parse_accounts(text).values()]
+    [('6_1', 'OUT_OF_MEMORY'), ('6_2', 'PENDING'), ('6_3', 'PENDING')]
+    """
+    tasks: dict[str, Task] = {}
+    for line in text.splitlines():
+        job, words, status, node = line.split("|")[:4]
+        state, _, by = words.partition(" ")  # CANCELLED by 1000
+        name, _, step = job.partition(".")
+        if step:
+            if state == "OUT_OF_MEMORY" and name in tasks:
+                tasks[name] = dataclasses.replace(tasks[name], state=state, exit=status)
+            continue
+        for one in _expanded(name):
+            restarts = tasks[one].restarts + 1 if one in tasks else 0
+            node = "" if node == "None assigned" else node
+            tasks[one] = Task(one, state, by, node, restarts, status)
+    return tasks
+
+
+def _expanded(name: str) -> Iterator[str]:
+    """Yield the tasks of a pending array, such as ``51_[3,8-20:4%4]``."""
+    job, bracket, indices = name.partition("_[")
+    if not bracket:
+        yield name
+        return
+    for part in indices.rstrip("]").partition("%")[0].split(","):
+        first, last, step = re.fullmatch(r"(\d+)(?:-(\d+))?(?::(\d+))?", part).groups()  # type: ignore[union-attr]
+        yield from (f"{job}_{i}" for i in range(int(first), int(last or first) + 1, int(step or 1)))
+
+
+def view(folder: RunFolder) -> list[Task]:
+    """Return what is known of each task of a run: of its submissions, and of workers in other jobs.
+
+    Raises:
+        LsweepError: neither squeue nor sacct answers; nothing is asked where there are no tasks.
+    """
+    workers = {str(w["job"]).partition(".")[0]: w for w in all_workers(folder) if w.get("job")}
+    expected = {}
+    for submission in Submission.all(folder):
+        for job in submission.tasks:
+            expected[job] = Task(job, UNKNOWN, submission=submission.number)
+        if submission.merge:
+            expected[submission.merge] = Task(
+                submission.merge, UNKNOWN, merge=True, submission=submission.number
+            )
+    expected |= {job: Task(job, UNKNOWN) for job in workers if job not in expected}
+    if not expected:
+        return []
+    with concurrent.futures.ThreadPoolExecutor(2) as both:
+        asked = [both.submit(queue), both.submit(accounts, {j.partition("_")[0] for j in expected})]
+    answers: list[dict[str, Task] | None] = []
+    silent = []
+    for future in asked:
+        try:
+            answers.append(future.result())
+        except LsweepError as e:
+            answers.append(None)
+            silent.append(str(e))
+    queued, recorded = answers
+    if queued is None and recorded is None:
+        raise LsweepError(f"Slurm cannot be asked: {'; '.join(silent)}")
+    found = []
+    for job, task in expected.items():
+        now, past = (queued or {}).get(job), (recorded or {}).get(job)
+        found.append(_reconciled(task, now, past, workers.get(job), "; ".join(silent)))
+    return found
+
+
+def told(folder: RunFolder) -> tuple[list[dict[str, Any]], str]:
+    """Return the tasks of a run as plain values, and why Slurm could not be asked, or ""."""
+    try:
+        return [dataclasses.asdict(t) for t in view(folder)], ""
+    except LsweepError as e:
+        return [], str(e)
+
+
+def _reconciled(
+    task: Task, now: Task | None, past: Task | None, worker: dict[str, Any] | None, silent: str
+) -> Task:
+    """One task from what squeue, sacct and its own worker say, in this order."""
+    known = now or past
+    if known is None:
+        # Cancelled while it waited, a task leaves no trace; others are forgotten after a while.
+        state, reason = (UNKNOWN, silent) if silent else (GONE, "")
+        if worker is not None and worker["state"] != State.WORKING:
+            reason = str(worker["message"] or worker["state"])
+        node = str(worker["host"]) if worker else ""
+        return dataclasses.replace(task, state=state, reason=reason, node=node)
+    state, reason, exit_ = known.state, known.reason, known.exit
+    if now is not None and past is not None:
+        if not now.active and past.state == "OUT_OF_MEMORY":
+            state, exit_ = past.state, past.exit
+        reason = reason or past.reason
+    if state in ENDED and state != "COMPLETED" and worker is not None and worker["message"]:
+        reason = str(worker["message"])
+    return Task(
+        task.job, state, reason, known.node, max(t.restarts for t in (now, past) if t), exit_,
+        task.merge, task.submission,
+    )  # fmt: skip
+
+
+def lines(tasks: list[Task]) -> list[str]:
+    """Return the tasks of the newest submission, and whatever is active, for people.
+
+    >>> lines([Task("51_0", "RUNNING"), Task("51_1", "PENDING", "Priority"),
+    ...        Task("51_2", "OUT_OF_MEMORY", node="n2")])
+    ['tasks: 1 running, 1 pending (Priority), 1 OUT_OF_MEMORY (51_2 on n2)']
+    """
+    newest = max((t.submission for t in tasks), default=-1)
+    shown = [t for t in tasks if t.active or t.submission in (-1, newest)]
+    work = [t for t in shown if not t.merge]
+    counts: Counter[tuple[int, str, str]] = Counter()
+    for t in work:
+        calm = t.active or t.state == "COMPLETED"
+        rank = 0 if t.state == "RUNNING" else 1 if t.active else 2 if calm else 3
+        counts[rank, t.state, t.reason if t.state == "PENDING" else ""] += 1
+    words = []
+    for (rank, state, reason), n in sorted(counts.items()):
+        if rank < 3:
+            never = ", will never start as it is" if reason in NEVER else ""
+            words.append(f"{n} {state.lower()}" + (f" ({reason}{never})" if reason else ""))
+            continue
+        named = [t for t in work if t.state == state]
+        where = [f"{t.job} on {t.node}" if t.node else t.job for t in named[:NAMED]]
+        where += ["…"] if n > NAMED else []
+        words.append(f"{n} {state} ({', '.join(where)})")
+    again = sum(t.restarts for t in work)
+    words += [f"{again} restarts"] if again else []
+    out = [f"tasks: {', '.join(words)}"] if words else []
+    merges = [t for t in shown if t.merge and t.submission == newest]
+    for t in merges:
+        out.append(f"merge {t.job}: {t.state.lower()}" + (f" ({t.reason})" if t.reason else ""))
+    return out

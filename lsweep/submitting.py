@@ -1,0 +1,162 @@
+"""What `lsweep submit` does, from its options to its exit code: check, submit, tell, wait."""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import Namespace
+
+import numpy as np
+
+from lsweep.commands import INCOMPLETE, INTERRUPTED, _folder, _plan
+from lsweep.errors import LsweepError
+from lsweep.folder import RunFolder
+from lsweep.machine import refuse_foreign
+from lsweep.submission import Options, Submission, remember
+
+LOOKS = (1.0, 15.0)  # seconds between looks at the queue, first and last
+
+
+def do_submit(options: Namespace) -> int:
+    """Submit an array of workers and a merge after it."""
+    from lsweep.slurm import Site
+    from lsweep.submit import Order, check, objection, require_slurm, scripts, submit
+
+    folder = _folder(options)
+    wanted = _options(folder, options)
+    site: Site = require_slurm()
+    limit = check(site, wanted)
+    if not options.dry_run:
+        folder, _ = _plan(options)
+    most, why = site.array, f"MaxArraySize allows {site.array}"
+    if folder.exists:
+        points, leases = work_left(folder)
+        if not points:
+            return _complete(folder)
+        if -(-leases // wanted.ranks) < most:
+            most, why = -(-leases // wanted.ranks), "there is no more work"
+    order = Order(folder, wanted, min(wanted.tasks, most), limit, options.trust)
+    if order.count < wanted.tasks:
+        print(f"{order.count} tasks instead of {wanted.tasks}: {why}")
+    array, merge = scripts(order)
+    doubt = objection(array)
+    if options.dry_run:
+        print(f"sbatch <<'ARRAY'\n{array}ARRAY\n")
+        print(f"# each task becomes: {' '.join(order.work)} --index … --of …\n")
+        print(f"sbatch <<'MERGE'\n{merge}MERGE\n")
+        print(f"# which becomes: {' '.join(order.merge)}")
+        if doubt:
+            print(f"# Slurm says: {doubt}")
+        return 0
+    _tell_of_others(folder)
+    receipt = submit(order)
+    from lsweep.plan import Plan
+
+    submission = remember(
+        folder, Plan.read(folder).digest, wanted, receipt.array, order.count, receipt.merge,
+        receipt.logs,
+    )  # fmt: skip
+    if doubt:
+        _say(f"Slurm says: {doubt}; the tasks wait until that changes")
+    if receipt.refusal:
+        _say(f"no merge after it ({receipt.refusal}): 'lsweep merge {folder.root}' when it is done")
+    jobs = " ".join(j for j in (submission.array, submission.merge) if j)
+    tasks = f"{order.count} task{'s' if order.count > 1 else ''}"
+    print(f"array {submission.array}: {tasks} of {wanted.ranks} worker{'s'[: wanted.ranks > 1]}"
+          + (f"; merge {submission.merge} after it" if submission.merge else ""))  # fmt: skip
+    print(f"  look:   lsweep status {folder.root} --watch")
+    print(f"  logs:   {folder.slurm_logs(submission.logs)}")
+    print(f"  cancel: scancel {jobs}")
+    print(f"  again:  lsweep submit {folder.root}, whatever happened to it", flush=True)
+    return wait(folder, submission) if options.wait else 0
+
+
+def _options(folder: RunFolder, options: Namespace) -> Options:
+    before = Submission.all(folder)
+    if before:  # their lines would run as this user
+        refuse_foreign(folder.submission(before[-1].number), options.trust)
+    wanted = (before[-1].options if before else Options()).changed(vars(options))
+    if not wanted.tasks:
+        raise LsweepError("--tasks N is missing: how many tasks? The run remembers it")
+    return wanted
+
+
+def _say(text: str) -> None:
+    print(f"lsweep: {text}", file=sys.stderr)
+
+
+def work_left(folder: RunFolder) -> tuple[int, int]:
+    """Return how many points (times slices) are missing, and in how many leases they lie.
+
+    No more workers than leases can have something to do.
+    """
+    from lsweep.committed import read_run
+
+    plan, rounds, committed = read_run(folder)
+    points = leases = 0
+    for r in rounds:
+        missing = ~committed.done[r.first : r.first + r.points]
+        point, slice_ = np.nonzero(missing)
+        units = point // r.unit_points * plan.slices + slice_
+        points += len(point)
+        leases += len(np.unique(units // r.lease_units))
+    return points, leases
+
+
+def _complete(folder: RunFolder) -> int:
+    merged = folder.surface.is_file()
+    print(f"{folder.root} is complete, nothing was submitted"
+          + ("" if merged else f"; 'lsweep merge {folder.root}' it"))  # fmt: skip
+    return 0
+
+
+def _tell_of_others(folder: RunFolder) -> None:
+    from lsweep.slurm import queue
+
+    mine = {job: s for s in Submission.all(folder) for job in s.tasks}
+    if not mine:
+        return
+    active = [t for job, t in queue().items() if job in mine and t.active]
+    for array in sorted({mine[t.job].array for t in active}):
+        n = sum(mine[t.job].array == array for t in active)
+        _say(f"array {array} of this run still has {n} tasks; both at once is harmless")
+
+
+def wait(folder: RunFolder, submission: Submission) -> int:
+    """Wait until an array and its merge are over; return the exit code that the run deserves."""
+    from lsweep.display import Display
+    from lsweep.slurm import NEVER, queue
+    from lsweep.status import lines as status_lines
+    from lsweep.status import share_done, status
+
+    done, total = share_done(folder)
+    jobs = {*submission.tasks, submission.merge}
+    said: set[str] = set()
+    try:
+        with Display(folder, total, done, sys.stderr) as display:
+
+            def once(text: str) -> None:
+                if text not in said:
+                    said.add(text)
+                    display.say(f"lsweep: {text}")
+
+            nap = LOOKS[0]
+            while True:
+                try:
+                    active = [t for job, t in queue().items() if job in jobs and t.active]
+                except LsweepError as e:
+                    once(f"{e}; waiting all the same")
+                else:
+                    if not active:
+                        break
+                    for reason in {t.reason for t in active if t.state == "PENDING"} & NEVER:
+                        once(f"tasks that will never start as it is: {reason}")
+                time.sleep(nap)
+                nap = min(LOOKS[1], 1.2 * nap)
+    except KeyboardInterrupt:
+        ids = " ".join(j for j in (submission.array, submission.merge) if j)
+        _say(f"no longer waiting; the jobs go on. 'scancel {ids}' ends them")
+        return INTERRUPTED
+    state = status(folder)
+    print("\n".join(status_lines(state)))
+    return INCOMPLETE if state["missing"] or state["failed"] or not state["merged"] else 0
