@@ -36,7 +36,7 @@ NEVER = {  # reasons of a pending task that time alone does not mend
 NAMED = 3  # tasks of one bad state that are named
 
 
-def ask(*command: str, seconds: float = SECONDS) -> str:
+def ask(*command: str, must_succeed: bool = True) -> str:
     """Return what a Slurm command prints.
 
     Raises:
@@ -47,13 +47,13 @@ def ask(*command: str, seconds: float = SECONDS) -> str:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(personal)}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=seconds, env=environment
+            command, capture_output=True, text=True, timeout=SECONDS, env=environment
         )
     except FileNotFoundError:
         raise LsweepError(f"no {command[0]} on this machine") from None
     except subprocess.TimeoutExpired:
-        raise LsweepError(f"{command[0]} did not answer in {seconds:g} s") from None
-    if done.returncode:
+        raise LsweepError(f"{command[0]} did not answer in {SECONDS:g} s") from None
+    if done.returncode and must_succeed:
         raise LsweepError(f"{command[0]}: {complaint(done.stderr) or 'failed'}")
     return done.stdout
 
@@ -66,6 +66,16 @@ def complaint(text: str) -> str:
     """
     lines = (re.sub(r"^\w+: (error: )?", "", line).strip() for line in text.splitlines())
     return "; ".join(line for line in lines if line and not line.startswith("Try "))
+
+
+def require_controller() -> None:
+    """Find out at once whether slurmctld is there: everything else takes long to give up.
+
+    Raises:
+        LsweepError: it is not.
+    """
+    if "is UP" not in ask("scontrol", "ping", must_succeed=False):
+        raise LsweepError("slurmctld is down")
 
 
 # -- the site --------------------------------------------------------------------------------------
@@ -131,6 +141,7 @@ class Site:
         Raises:
             LsweepError: it does not answer.
         """
+        require_controller()
         return cls.parse(ask("scontrol", "show", "config"), ask("scontrol", "show", "part", "-o"))
 
     @classmethod
@@ -228,6 +239,7 @@ def queue() -> dict[str, Task]:
     Raises:
         LsweepError: it does not answer.
     """
+    require_controller()
     form = ",".join(f"{name}:|" for name in _QUEUE)
     return parse_queue(ask("squeue", "--me", "--noheader", "--states=all", "--array", "-O", form))
 

@@ -206,7 +206,7 @@ def _array(order: Order, logs: Path) -> SlurmExecutor:
     if o.ranks > 1:  # the death of one, or its end, is no concern of the others
         srun += ["--kill-on-bad-exit=0", "--wait=0"]
     executor.update_parameters(
-        ntasks_per_node=o.ranks if o.ranks > 1 else None,
+        ntasks_per_node=o.ranks,
         cpus_per_task=o.cpus_per_task or None,
         gpus_per_task=o.gpus_per_task or None,
         array_parallelism=o.array_parallelism or order.count,
@@ -247,12 +247,10 @@ def _executor(order: Order, logs: Path, *last: str) -> SlurmExecutor:
 def scripts(order: Order) -> tuple[str, str]:
     """Return the scripts of the array and of the merge, as sbatch will get them."""
     logs = order.folder.slurm_logs("TIME")
-    with _outside_of_jobs():
-        array = _array(order, logs)
-        if order.count > 1:
-            array.parameters["map_count"] = order.count
-        both = [array, _after(order, logs, "ARRAY")]
-        texts = [e._make_submission_file_text(e._submitit_command_str, "") for e in both]
+    array, merge = _array(order, logs), _after(order, logs, "ARRAY")
+    if order.count > 1:
+        array.parameters["map_count"] = order.count
+    texts = [e._make_submission_file_text(e._submitit_command_str, "") for e in (array, merge)]
     return texts[0], texts[1]
 
 
@@ -290,19 +288,20 @@ def submit(order: Order) -> Receipt:
     """
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
     logs = order.folder.slurm_logs(name)
+    executor, n = _array(order, logs), order.count
     try:
-        n = order.count
         with _outside_of_jobs(), _one_line():
-            first = _array(order, logs).map_array(become_worker, [order.work] * n, [n] * n)[0]
+            first = executor.map_array(become_worker, [order.work] * n, [n] * n)[0]
     except BaseException:
         shutil.rmtree(logs, ignore_errors=True)
         with contextlib.suppress(OSError):
             os.removedirs(logs.parent)  # as far as they are empty
         raise
     array = first.job_id.partition("_")[0]
+    executor = _after(order, logs, array)
     try:
         with _outside_of_jobs(), _one_line():
-            merge = _after(order, logs, array).submit(become, order.merge).job_id
+            merge = executor.submit(become, order.merge).job_id
     except LsweepError as e:  # a convenience: the array is worth having without it
         return Receipt(array, "", str(e), name)
     return Receipt(array, merge, "", name)

@@ -58,6 +58,7 @@ TASKPLUGIN=task/none
 if [ "$PROCTRACK" = cgroup ] && [ -w $CG/memory/cgroup.procs ] && [ "${LSWEEP_SLURM_MEMLIMIT:-1}" = 1 ]; then TASKPLUGIN=task/cgroup; fi
 
 log() { printf '%s %s\n' "$(date +%H:%M:%S)" "$*" >&2; }
+cannot() { log "$*"; exit 77; }         # Slurm cannot be had here
 die() { log "error: $*"; exit 1; }
 
 # ---- pids ------------------------------------------------------------------------------------
@@ -92,7 +93,8 @@ missing() { local p; for p in $PKGS; do dpkg-query -W -f='${Status}' "$p" 2>/dev
 do_install() {
   local m; m=$(missing)
   if [ -z "$m" ]; then pmix_link; return 0; fi
-  [ "$(id -u)" = 0 ] || die "packages missing and not root: $m"
+  [ "$(id -u)" = 0 ] || cannot "not root, and packages are missing: ${m//$'\n'/ }"
+  command -v apt-get >/dev/null || cannot "no apt-get, and packages are missing: ${m//$'\n'/ }"
   log "apt-get install:" $m
   local pol= lg; lg=$(mktemp)
   if [ ! -e /usr/sbin/policy-rc.d ]; then      # keep apt from starting its own daemons
@@ -100,7 +102,7 @@ do_install() {
   fi
   ( export DEBIAN_FRONTEND=noninteractive
     apt-get update && apt-get install -y --no-install-recommends $m ) >"$lg" 2>&1 \
-    || { tail -20 "$lg" >&2; [ -z "$pol" ] || rm -f /usr/sbin/policy-rc.d; die "apt-get failed"; }
+    || { tail -20 "$lg" >&2; [ -z "$pol" ] || rm -f /usr/sbin/policy-rc.d; cannot "apt-get failed"; }
   rm -f "$lg"; [ -z "$pol" ] || rm -f /usr/sbin/policy-rc.d
   pmix_link
 }
