@@ -6,16 +6,17 @@ Torch is imported by the commands that compute, not before; arguments are those 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from argparse import Namespace
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lsweep.errors import LsweepError
 from lsweep.folder import RunFolder
 from lsweep.machine import refuse_foreign
+from lsweep.requeue import another_turn, end_of_job
+from lsweep.stopping import Stop, Stopped
 
 if TYPE_CHECKING:
     from lsweep.display import Display
@@ -146,11 +147,11 @@ def _evaluate(
     if count == 1:
         from lsweep.worker import Role, work
 
-        signal.signal(signal.SIGTERM, _interrupt)
         role = Role(device=options.device, threads=options.threads, claims=options.claims,
                     beat=1.0, trust=options.trust)  # fmt: skip
         try:
-            work(folder, role, problem)
+            with Stop(end_of_job()) as stop:
+                work(folder, role, problem, stop)
         except KeyboardInterrupt:
             return 0, True
         return 0, False
@@ -189,22 +190,24 @@ def _merge_and_draw(folder: RunFolder, draw: bool) -> int:
     return 0 if report.clean else INCOMPLETE
 
 
-def _interrupt(number: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
 def do_work(options: Namespace) -> int:
     """Be one worker."""
     # One thread must be asked for before torch is imported.
     if options.threads:
         os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
-    from lsweep.worker import Role, work
+    with Stop(end_of_job(), options.parent) as stop:  # before torch is imported, which takes long
+        from lsweep.worker import Role, work
 
-    signal.signal(signal.SIGTERM, _interrupt)
-    local = options.index if options.local is None else options.local
-    role = Role(options.index, options.of, local, options.device, options.threads, options.claims,
-                options.beat, options.trust, options.parent)  # fmt: skip
-    work(RunFolder(options.run), role)
+        local = options.index if options.local is None else options.local
+        role = Role(options.index, options.of, local, options.device, options.threads,
+                    options.claims, options.beat, options.trust)  # fmt: skip
+        try:
+            work(RunFolder(options.run), role, stop=stop)
+        except Stopped as e:
+            turn = another_turn(stop.reason, e.points)
+            print("lsweep:", turn or f"stopped by {stop.reason}; all that was committed is kept",
+                  file=sys.stderr)  # fmt: skip
+            return INTERRUPTED
     return 0
 
 
