@@ -5,21 +5,27 @@ Torch is imported by the commands that compute, not before; arguments are those 
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import signal
 import sys
+import time
 from argparse import Namespace
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lsweep.errors import LsweepError
+from lsweep.errors import LsweepError, SickDevice
 from lsweep.folder import RunFolder
 from lsweep.machine import refuse_foreign
+from lsweep.requeue import another_turn, end_of_job
+from lsweep.stopping import Stop, Stopped
 
 if TYPE_CHECKING:
     from lsweep.display import Display
+    from lsweep.launch import Outcome
     from lsweep.problem import Problem
+    from lsweep.ranks import Rank
 
 INTERRUPTED, INCOMPLETE = 130, 3
 SIZES = {"sums": 64, "row": 40}
@@ -66,7 +72,7 @@ def _plan(options: Namespace) -> tuple[RunFolder, Problem | None]:
         from lsweep.merge import failed_points
         from lsweep.rounds import ask_again
 
-        ask_again(folder, failed_points(folder))
+        ask_again(folder, lambda: failed_points(folder))
     return folder, problem
 
 
@@ -108,11 +114,11 @@ def do_plan(options: Namespace) -> int:
 
 def do_run(options: Namespace) -> int:
     """Plan if needed, evaluate what is missing, merge, draw."""
+    if options.on == "mpi":
+        return _run_on_mpi(options)
     from lsweep.display import Display
     from lsweep.status import share_done
 
-    if options.on == "mpi":
-        raise LsweepError("--on mpi is not built yet: start 'lsweep work RUN --index I --of N'")
     folder, problem = _plan(options)
     done, total = share_done(folder)
     code, interrupted = 0, False
@@ -142,15 +148,16 @@ def _evaluate(
 
         from lsweep.launch import default_workers
 
-        count = default_workers(0 if options.device == "cpu" else torch.cuda.device_count())
+        gpus = 0 if options.device == "cpu" else torch.cuda.device_count()
+        count = default_workers(gpus, options.workers_per_gpu)
     if count == 1:
         from lsweep.worker import Role, work
 
-        signal.signal(signal.SIGTERM, _interrupt)
         role = Role(device=options.device, threads=options.threads, claims=options.claims,
                     beat=1.0, trust=options.trust)  # fmt: skip
         try:
-            work(folder, role, problem)
+            with Stop(end_of_job()) as stop:
+                work(folder, role, problem, stop)
         except KeyboardInterrupt:
             return 0, True
         return 0, False
@@ -160,6 +167,85 @@ def _evaluate(
                           claims=options.claims, trust=options.trust,
                           on_event=display.say)  # fmt: skip
     return outcome.code, outcome.interrupted
+
+
+def _run_on_mpi(options: Namespace) -> int:
+    """Be one rank of several, or alone where no launcher is found."""
+    from lsweep import together
+    from lsweep.ranks import own_rank
+    from lsweep.startup import delay, turn
+    from lsweep.status import share_done
+
+    if options.threads:
+        os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
+    with Stop(end_of_job()) as stop:
+        rank = own_rank(ask_mpi=True)
+        if not rank.source:
+            together.say("found no launcher (mpiexec, mpirun, srun): this is one worker alone")
+        folder, before = None, 0
+        try:
+            try:
+                if options.workers is not None:
+                    raise LsweepError("--on mpi starts no processes: leave out --workers, and give "
+                                      f"mpiexec or srun -n {options.workers}")  # fmt: skip
+                time.sleep(delay(rank.of))
+                with turn(str(options.sweep.absolute())):
+                    folder, problem = _plan(options)
+                before = share_done(folder)[0]
+                code = together.take_part(
+                    folder, rank, rank.of * options.workers_per_gpu,
+                    lambda display, pids: _be_rank(folder, options, rank, problem, stop, display,
+                                                   pids), stop)  # fmt: skip
+                if code or not together.is_closer(folder, rank, stop):
+                    return code
+                return _merge_and_draw(folder, draw=not options.no_picture)
+            except (LsweepError, OSError) as e:
+                return together.refuse(rank, e)
+        except KeyboardInterrupt:
+            if rank.index == 0 and folder is not None:
+                done, total = share_done(folder)
+                turn_ = another_turn(stop.reason, done - before)
+                together.say(turn_ or f"interrupted with {done} of {total} points committed; the "
+                             "same command goes on")  # fmt: skip
+            return INTERRUPTED
+
+
+def _be_rank(
+    folder: RunFolder,
+    options: Namespace,
+    rank: Rank,
+    problem: Problem | None,
+    stop: Stop,
+    display: Display,
+    pids: set[int],
+) -> None:
+    """Evaluate with this rank's workers: itself, or several on its device."""
+    if options.workers_per_gpu == 1:
+        from lsweep.worker import Role, work
+
+        work(folder, Role(rank.index, rank.of, rank.local, options.device, options.threads,
+                          options.claims, trust=options.trust), problem, stop)  # fmt: skip
+        return
+    outcome = _run_on_device(folder, options, rank, display.say)
+    pids |= outcome.pids
+    if outcome.interrupted:
+        raise Stopped("SIGTERM")
+    if outcome.code:
+        kind = SickDevice if outcome.code == SickDevice.exit_code else LsweepError
+        raise kind(outcome.refusal or outcome.events[-1])
+
+
+def _run_on_device(
+    folder: RunFolder, options: Namespace, rank: Rank, on_event: Callable[[str], None]
+) -> Outcome:
+    """Run the workers of one GPU, rank or task as processes of their own."""
+    from lsweep.launch import run_workers
+
+    per = options.workers_per_gpu
+    return run_workers(folder, per, device=options.device, threads=options.threads,
+                       claims=options.claims, trust=options.trust, first=rank.index * per,
+                       of=rank.of * per, local=rank.local, on_event=on_event,
+                       on_refusal=lambda text: None)  # fmt: skip
 
 
 def _merge_and_draw(folder: RunFolder, draw: bool) -> int:
@@ -186,8 +272,16 @@ def _merge_and_draw(folder: RunFolder, draw: bool) -> int:
     return 0 if report.clean else INCOMPLETE
 
 
-def _interrupt(number: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
+def _rank_of(options: Namespace) -> Rank:
+    """The identity that was given, or else what the launcher says."""
+    from lsweep.ranks import Rank, own_rank
+
+    if options.index is None and options.of is None:
+        rank = own_rank()
+    else:
+        index, of = options.index or 0, options.of or 1
+        rank = Rank(index, of, index)
+    return rank if options.local is None else dataclasses.replace(rank, local=options.local)
 
 
 def do_work(options: Namespace) -> int:
@@ -195,13 +289,25 @@ def do_work(options: Namespace) -> int:
     # One thread must be asked for before torch is imported.
     if options.threads:
         os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
-    from lsweep.worker import Role, work
+    rank = _rank_of(options)
+    if options.workers_per_gpu > 1:
+        outcome = _run_on_device(RunFolder(options.run), options, rank, lambda text: print(
+            text, file=sys.stderr))  # fmt: skip
+        if outcome.refusal:
+            print(f"lsweep: {outcome.refusal}", file=sys.stderr)
+        return INTERRUPTED if outcome.interrupted else outcome.code
+    with Stop(end_of_job(), options.parent) as stop:  # before torch is imported, which takes long
+        from lsweep.worker import Role, work
 
-    signal.signal(signal.SIGTERM, _interrupt)
-    local = options.index if options.local is None else options.local
-    role = Role(options.index, options.of, local, options.device, options.threads, options.claims,
-                options.beat, options.trust, options.parent)  # fmt: skip
-    work(RunFolder(options.run), role)
+        role = Role(rank.index, rank.of, rank.local, options.device, options.threads,
+                    options.claims, options.beat, options.trust)  # fmt: skip
+        try:
+            work(RunFolder(options.run), role, stop=stop)
+        except Stopped as e:
+            turn = another_turn(stop.reason, e.points)
+            print("lsweep:", turn or f"stopped by {stop.reason}; all that was committed is kept",
+                  file=sys.stderr)  # fmt: skip
+            return INTERRUPTED
     return 0
 
 

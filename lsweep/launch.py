@@ -29,17 +29,25 @@ class Outcome:
     Attributes:
         code: 0, or the worst exit code of a worker that could not go on.
         events: what happened to workers, in lines for people.
+        refusal: what the last of them said that could not go on.
         interrupted: True after Ctrl-C or SIGTERM.
+        pids: of all workers that ever ran.
     """
 
     code: int = 0
     events: list[str] = field(default_factory=list)
+    refusal: str = ""
     interrupted: bool = False
+    pids: set[int] = field(default_factory=set)
 
 
-def default_workers(gpus: int) -> int:
-    """Return one worker per GPU, or per CPU that this process may use."""
-    return gpus or cpus()
+def default_workers(gpus: int, per_gpu: int = 1) -> int:
+    """Return ``per_gpu`` workers for each GPU, or one for each CPU that this process may use.
+
+    >>> default_workers(4, 2)
+    8
+    """
+    return gpus * per_gpu or cpus()
 
 
 def run_workers(
@@ -50,7 +58,11 @@ def run_workers(
     threads: int = 1,
     claims: str = "lease",
     trust: bool = False,
+    first: int = 0,
+    of: int | None = None,
+    local: int | None = None,
     on_event: Callable[[str], None] = lambda text: None,
+    on_refusal: Callable[[str], None] | None = None,
 ) -> Outcome:
     """Run ``count`` workers to the end.
 
@@ -64,10 +76,14 @@ def run_workers(
         threads: torch threads of each.
         claims: ``lease`` or ``static``.
         trust: passed on.
+        first: number of the first of them among all workers of the run.
+        of: how many workers the run has in all; None: these.
+        local: what picks their GPU, the same for all; None: each its own number.
         on_event: told when a worker dies or refuses.
+        on_refusal: told instead when one refuses.
     """
     outcome = Outcome()
-    command = [sys.executable, "-m", "lsweep", "work", str(folder.root), "--of", str(count)]
+    command = [sys.executable, "-m", "lsweep", "work", str(folder.root), "--of", str(of or count)]
     command += ["--device", device, "--threads", str(threads), "--claims", claims, "--beat", "1"]
     command += ["--parent", str(os.getpid()), *(["--trust"] if trust else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
@@ -79,29 +95,37 @@ def run_workers(
                 # One line takes the block in which a worker can still say that the disk is full.
                 log.write(f"{PROMPT}{' '.join(command[1:])}\n")
         with folder.log(index).open("ab") as log:
-            return subprocess.Popen(
-                [*command, "--index", str(index), "--local", str(index)],
+            process = subprocess.Popen(
+                [
+                    *command,
+                    "--index",
+                    str(index),
+                    "--local",
+                    str(index if local is None else local),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env=environment,
                 start_new_session=True,  # Ctrl-C reaches the launcher alone, which tells them
             )
+        outcome.pids.add(process.pid)
+        return process
 
     def done() -> int:
         return share_done(folder)[0]  # workers that die at once leave rows, but no heartbeat
 
-    def tell(text: str) -> None:
+    def tell(text: str, listener: Callable[[str], None] = on_event) -> None:
         if text not in outcome.events:  # workers that refuse for one reason say it once
             outcome.events.append(text)
-            on_event(f"lsweep: {text}")
+            listener(f"lsweep: {text}")
 
     stop = _Stop()
     running: dict[int, subprocess.Popen[bytes]] = {}
     restarts, seen = 0, done()
     with stop:
         try:
-            for index in range(count):
+            for index in range(first, first + count):
                 running[index] = start(index)
             while running and not stop.asked:
                 time.sleep(POLL)
@@ -121,7 +145,10 @@ def run_workers(
                         tell(f"worker {index} was killed ({name}); another takes its unit over")
                         running[index] = start(index)
                     elif process.returncode:
-                        tell(message or f"worker {index} ended with {process.returncode}")
+                        outcome.refusal = (
+                            message or f"worker {index} ended with {process.returncode}"
+                        )
+                        tell(outcome.refusal, on_refusal or on_event)
                         outcome.code = max(outcome.code, process.returncode)
         finally:
             outcome.interrupted = stop.asked

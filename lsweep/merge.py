@@ -373,8 +373,13 @@ def _provenance(
 
 
 def failed_points(folder: RunFolder) -> list[int]:
-    """Return the numbers of points that failed and have not succeeded since."""
+    """Return the numbers of points that failed, have not succeeded since and are not asked for.
+
+    Several ranks may ask for them again at once: what one of them asked is pending, not failed.
+    """
     plan, rounds, committed = read_run(folder)
     best = _best_rows(committed.parts, rounds, plan, Report())
+    pending = set(rounds.first_asked[~committed.done.all(axis=1)].tolist())
     asked = np.unique(rounds.first_asked)
-    return [int(p) for p in asked if (best.status[p] == Status.FAILED).any()]
+    bad = [int(p) for p in asked if (best.status[p] == Status.FAILED).any()]
+    return [p for p in bad if p not in pending]

@@ -6,7 +6,6 @@ Every launcher starts this one function. It needs nobody, and may join or leave 
 from __future__ import annotations
 
 import math
-import os
 import random
 import socket
 import time
@@ -31,6 +30,7 @@ from lsweep.planning import load_problem
 from lsweep.preflight import frozen_class, preflight
 from lsweep.problem import Problem
 from lsweep.rounds import Round, Rounds
+from lsweep.stopping import Stop, Stopped
 from lsweep.sums import means
 from lsweep.surface import Status
 from lsweep.workers import Observer, Verdict
@@ -55,7 +55,6 @@ class Role:
         claims: ``lease``; or ``static``, each worker its shard only, where metadata lies.
         beat: seconds between heartbeats.
         trust: import a factory that belongs to another user.
-        parent: the process that started it; when that is gone it ends. 0: it needs nobody.
     """
 
     index: int = 0
@@ -66,20 +65,22 @@ class Role:
     claims: str = "lease"
     beat: float = 10.0
     trust: bool = False
-    parent: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.of:
             raise LsweepError(f"--index {self.index}: must be from 0 to {self.of - 1} (--of)")
 
 
-def work(folder: RunFolder, role: Role, problem: Problem | None = None) -> int:
+def work(
+    folder: RunFolder, role: Role, problem: Problem | None = None, stop: Stop | None = None
+) -> int:
     """Be one worker, until every round of the run is complete.
 
     Args:
         folder: the run.
         role: how to take part.
         problem: a live problem; otherwise the run's factory is called.
+        stop: asked before every unit whether it may begin.
 
     Returns:
         How many points it evaluated.
@@ -87,7 +88,9 @@ def work(folder: RunFolder, role: Role, problem: Problem | None = None) -> int:
     Raises:
         LsweepError: the run cannot be worked on.
         SickDevice: the device no longer gives its own value at the centre.
+        Stopped: it was told to end, or its time is over; all that it committed is kept.
     """
+    stop = stop or Stop()
     plan = Plan.read(folder)
     rounds = Rounds.read(folder, plan)
     if role.threads:
@@ -105,7 +108,11 @@ def work(folder: RunFolder, role: Role, problem: Problem | None = None) -> int:
         evaluator.batch_sizes.update(known["batch_sizes"])
         _require_same_centre(evaluator, plan, known)
         with Ledger(folder, plan, name, known, role.beat, evaluator) as ledger:
-            _Shift(folder, plan, role, evaluator, ledger).run()
+            try:
+                _Shift(folder, plan, role, evaluator, ledger, stop).run()
+            except Stopped as e:
+                e.points = ledger.points
+                raise
             return ledger.points
 
 
@@ -144,10 +151,16 @@ class _Shift:
     """One worker's way through the rounds."""
 
     def __init__(
-        self, folder: RunFolder, plan: Plan, role: Role, evaluator: Evaluator, ledger: Ledger
+        self,
+        folder: RunFolder,
+        plan: Plan,
+        role: Role,
+        evaluator: Evaluator,
+        ledger: Ledger,
+        stop: Stop,
     ) -> None:
         self._folder, self._plan, self._role = folder, plan, role
-        self._evaluator, self._ledger = evaluator, ledger
+        self._evaluator, self._ledger, self._stop = evaluator, ledger, stop
         self._observer = Observer(folder)
         self._rounds = Rounds.read(folder, plan)
         self._committed = Committed.read(folder, plan, self._rounds)
@@ -189,7 +202,7 @@ class _Shift:
             if any(taken):
                 nap = 0.05
             else:
-                self._end_with_parent()
+                self._stop.check()
                 time.sleep(nap * self._jitter.uniform(0.5, 1.0))
                 nap = min(LONGEST_NAP, nap * 1.5)
 
@@ -247,11 +260,6 @@ class _Shift:
             elif missing:
                 self._unit(missing, slice_)
 
-    def _end_with_parent(self) -> None:
-        """A killed launcher must not leave workers behind that nobody watches."""
-        if self._role.parent and os.getppid() != self._role.parent:
-            raise KeyboardInterrupt("the launcher is gone")
-
     # -- one unit -------------------------------------------------------------------------------
 
     def _spots(self, points: Iterable[int]) -> list[Spot]:
@@ -260,7 +268,7 @@ class _Shift:
 
     def _unit(self, points: list[int], slice_: int) -> None:
         """Evaluate points and commit them; what goes wrong is told apart point by point."""
-        self._end_with_parent()
+        self._stop.check(self._ledger.heart.longest)
         start = time.perf_counter()
         try:
             sums = self._evaluate(points, slice_)

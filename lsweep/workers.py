@@ -78,6 +78,11 @@ class Heartbeat:
         with self._lock:
             self._facts.update(facts)
 
+    @property
+    def longest(self) -> float:
+        """Seconds of the longest unit so far."""
+        return float(self._facts["longest"])
+
     def did(self, points: int, seconds: float, minimum: float | None) -> None:
         """Count finished work."""
         with self._lock:
