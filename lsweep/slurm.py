@@ -312,7 +312,9 @@ def view(folder: RunFolder) -> list[Task]:
     Raises:
         LsweepError: neither squeue nor sacct answers; nothing is asked where there are no tasks.
     """
-    workers = {str(w["job"]).partition(".")[0]: w for w in all_workers(folder) if w.get("job")}
+    # Of several in one task, one that has something to say.
+    known = sorted(all_workers(folder), key=lambda w: bool(w["message"]))
+    workers = {str(w["job"]).partition(".")[0]: w for w in known if w.get("job")}
     expected = {}
     for submission in Submission.all(folder):
         for job in submission.tasks:

@@ -108,7 +108,7 @@ class Order:
 
     @property
     def work(self) -> list[str]:
-        """The command line of a worker, but for its number."""
+        """The command line of a worker."""
         o = self.options
         words = self.words("work", str(self.folder.root.absolute()))
         words += ["--device", o.device, "--threads", str(o.threads), "--claims", o.claims]
@@ -181,18 +181,11 @@ def notice(limit: float | None) -> int:
 # -- what submitit is given ------------------------------------------------------------------------
 
 
-def become_worker(words: list[str], tasks: int) -> NoReturn:
-    """Become one worker of an array: called by submitit in each process of each task."""
-    environment = os.environ
-    ranks = int(environment.get("SLURM_NTASKS", "1"))
-    task = int(environment.get("SLURM_ARRAY_TASK_ID", "0"))
-    index = task * ranks + int(environment.get("SLURM_PROCID", "0"))
-    numbers = ["--index", str(index), "--of", str(tasks * ranks)]
-    become([*words, *numbers, "--local", environment.get("SLURM_LOCALID", "0")])
-
-
 def become(words: list[str]) -> NoReturn:
-    """Replace this process by a command."""
+    """Replace this process by a command: called by submitit in each process of each task.
+
+    A worker finds out from Slurm's variables which it is.
+    """
     # Slurm tells every process of the task, the wrapper too, and may do so before lsweep listens.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     print("+", shlex.join(words), flush=True)
@@ -288,10 +281,10 @@ def submit(order: Order) -> Receipt:
     """
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
     logs = order.folder.slurm_logs(name)
-    executor, n = _array(order, logs), order.count
+    executor = _array(order, logs)
     try:
         with _outside_of_jobs(), _one_line():
-            first = executor.map_array(become_worker, [order.work] * n, [n] * n)[0]
+            first = executor.map_array(become, [order.work] * order.count)[0]
     except BaseException:
         shutil.rmtree(logs, ignore_errors=True)
         with contextlib.suppress(OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from argparse import Namespace
@@ -42,9 +43,9 @@ def do_submit(options: Namespace) -> int:
     doubt = objection(array)
     if options.dry_run:
         print(f"sbatch <<'ARRAY'\n{array}ARRAY\n")
-        print(f"# each task becomes: {' '.join(order.work)} --index … --of …\n")
+        print(f"# each task becomes: {shlex.join(order.work)}\n")
         print(f"sbatch <<'MERGE'\n{merge}MERGE\n")
-        print(f"# which becomes: {' '.join(order.merge)}")
+        print(f"# which becomes: {shlex.join(order.merge)}")
         if doubt:
             print(f"# Slurm says: {doubt}")
         return 0

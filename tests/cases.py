@@ -84,6 +84,8 @@ def bowl(pause=0.0, trouble="", scale=1.0, shift=0.0, weight=1.0):
             raise RuntimeError("uncorrectable memory error")
         if trouble == "poison" and here == 0.5:
             os.kill(os.getpid(), signal.SIGKILL)
+        if trouble == "hog" and moved and os.environ.get("SLURM_ARRAY_TASK_ID") == "0":
+            spoiled.append(b"x" * 2**31)
         if trouble == "memory" and len(s) > 16 and moved:
             raise torch.OutOfMemoryError("out of memory: asked for too much")
         if trouble == "memory everywhere" and len(s) > 16:

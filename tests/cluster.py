@@ -69,7 +69,7 @@ class Cluster:
         return done.stdout
 
     def saved(self, words: str) -> None:
-        """Wait until the controller has saved a job that has ``words``; killed before, it loses it."""
+        """Wait until the controller has saved a job that has ``words``."""
         state = self.home / "ctld" / "job_state"
         wait_for(lambda: state.exists() and words.encode() in state.read_bytes())
 

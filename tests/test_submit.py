@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from lsweep.status import share_done, status
 from lsweep.submission import Options, Submission
 from lsweep.submit import check
 from lsweep.surface import Surface
+from lsweep.workers import all_workers
 
 FILES = Path(__file__).parent.parent / "slurm"
 HELD = ("--", "--hold")
@@ -107,9 +107,8 @@ def test_from_a_toml_to_a_picture_and_again_from_the_run(toml, undisturbed):
     form = "Name:|,Comment:|,NumTasks:|"
     told = slurm("squeue", "-h", "-t", "all", "-j", one.array, "-r", "-O", form)
     assert told.split("\n")[:2] == ["mine|two words|2|"] * 2
-    said = log_of(run, f"{one.array}_*_log.out")
-    numbers = re.findall(r"--index (\d) --of 4 --local (\d)\n", said)
-    assert set(numbers) == {("0", "0"), ("1", "1"), ("2", "0"), ("3", "1")}
+    tasks = {w["job"].partition(".")[0] for w in all_workers(run)}
+    assert len(all_workers(run)) == 4 and tasks == set(one.tasks)
     # Complete: nothing is submitted.
     again = command("submit", run.root)
     assert again.code == 0 and "is complete, nothing was submitted" in again.out
