@@ -145,7 +145,8 @@ def _evaluate(
 
         count = default_workers(0 if options.device == "cpu" else torch.cuda.device_count())
     if count == 1:
-        from lsweep.worker import Role, work
+        from lsweep.role import Role
+        from lsweep.worker import work
 
         role = Role(device=options.device, threads=options.threads, claims=options.claims,
                     beat=1.0, trust=options.trust)  # fmt: skip
@@ -196,7 +197,8 @@ def do_work(options: Namespace) -> int:
     if options.threads:
         os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
     with Stop(end_of_job(), options.parent) as stop:  # before torch is imported, which takes long
-        from lsweep.worker import Role, work
+        from lsweep.role import Role
+        from lsweep.worker import work
 
         local = options.index if options.local is None else options.local
         role = Role(options.index, options.of, local, options.device, options.threads,

@@ -18,10 +18,11 @@ from lsweep.launch import run_workers
 from lsweep.merge import merge
 from lsweep.planning import LIVE, plan_run
 from lsweep.problem import Problem
+from lsweep.role import Role
 from lsweep.settings import AXES, Settings
 from lsweep.status import share_done
 from lsweep.surface import Surface
-from lsweep.worker import Role, work
+from lsweep.worker import work
 
 Range = Sequence[Any]
 

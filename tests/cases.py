@@ -32,9 +32,10 @@ from lsweep.folder import RunFolder
 from lsweep.merge import Report, merge
 from lsweep.parts import Kind
 from lsweep.plan import Plan
+from lsweep.role import Role
 from lsweep.rounds import Rounds
 from lsweep.surface import Surface
-from lsweep.worker import Role, work
+from lsweep.worker import work
 
 FACTORY = '''\
 import os, pathlib, signal, time
