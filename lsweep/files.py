@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from lsweep.errors import DamagedFile, LsweepError
+from lsweep.insist import discard, insist, link, make_folder, read, rename, there
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
-RENAME_PATIENCE = 5.0  # seconds between an exclusive name and the rename that it announces
+# Seconds between an exclusive name and the rename that it announces, which may be seen late.
+RENAME_PATIENCE = 75.0
 
 
 def canonical(value: Any) -> bytes:
@@ -59,12 +61,12 @@ def writing(path: Path) -> Iterator[None]:
 
 def sync_folder(folder: Path) -> None:
     """Make names in ``folder`` survive a crash of the node, where the file system can."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some file systems refuse fsync on a directory
+    with contextlib.suppress(OSError):  # some file systems refuse fsync on a directory
+        fd = os.open(folder, os.O_RDONLY)
+        try:
             os.fsync(fd)
-    finally:
-        os.close(fd)
+        finally:
+            os.close(fd)
 
 
 def scratch(path: Path) -> Path:
@@ -85,22 +87,40 @@ def write_new(path: Path, data: bytes, *, sync: bool = True) -> None:
         os.close(fd)
 
 
+def write_scratch(path: Path, data: bytes, *, sync: bool = True) -> Path:
+    """Write a hidden file beside ``path``, and return its name.
+
+    Raises:
+        OSError: the disk does not take it; nothing is left behind.
+    """
+
+    def attempt() -> Path:
+        temporary = scratch(path)
+        try:
+            write_new(temporary, data, sync=sync)
+        except BaseException:
+            discard(temporary)
+            raise
+        return temporary
+
+    # Each try has a name of its own, so "it exists" can only be a lost reply.
+    written = insist(attempt, also=(errno.EEXIST,))
+    assert written is not None
+    return written
+
+
 def link_once(temporary: Path, path: Path) -> bool:
     """Give ``temporary`` the name ``path`` unless that exists; True for exactly one caller.
 
-    link(2) makes name and content appear together, also on NFS; where its reply was lost, or came
-    from a second try, the link count tells whether it happened.
+    link(2) makes name and content appear together, also on NFS.
     """
     try:
-        os.link(temporary, path)
+        link(temporary, path)
+    except FileExistsError:
+        return False
     except OSError as e:
         if e.errno in NO_LINKS:
             return _claim_without_links(temporary, path)
-        with contextlib.suppress(OSError):
-            if temporary.stat().st_nlink == 2:
-                return True
-        if isinstance(e, FileExistsError):
-            return False
         raise
     return True
 
@@ -114,14 +134,20 @@ def _claim_without_links(temporary: Path, path: Path) -> bool:
             os.close(os.open(name, os.O_CREAT | os.O_EXCL, 0o666))
         except FileExistsError:
             deadline = time.monotonic() + RENAME_PATIENCE
-            while not path.exists() and time.monotonic() < deadline:
+            while not _visible(path) and time.monotonic() < deadline:
                 time.sleep(0.01)
-            if path.exists():
+            if _visible(path):
                 return False
         else:
-            temporary.rename(path)
+            rename(temporary, path)
             return True
     raise AssertionError  # never: counting does not end
+
+
+def _visible(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        os.close(os.open(path.parent, os.O_RDONLY))  # a node that remembers "absent" asks anew
+    return there(path)
 
 
 def publish(path: Path, data: bytes, *, sync: bool = True) -> bool:
@@ -134,13 +160,12 @@ def publish(path: Path, data: bytes, *, sync: bool = True) -> bool:
         LsweepError: the disk does not take it.
     """
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = scratch(path)
+        make_folder(path.parent)
+        temporary = write_scratch(path, data, sync=sync)
         try:
-            write_new(temporary, data, sync=sync)
             won = link_once(temporary, path)
         finally:
-            temporary.unlink(missing_ok=True)
+            discard(temporary)
         if won and sync:
             sync_folder(path.parent)
     return won
@@ -148,12 +173,12 @@ def publish(path: Path, data: bytes, *, sync: bool = True) -> bool:
 
 def replace(path: Path, data: bytes, *, sync: bool = False) -> None:
     """Write ``data`` as ``path``, whole or not at all, over whatever was there."""
-    temporary = scratch(path)
+    temporary = write_scratch(path, data, sync=sync)
     try:
-        write_new(temporary, data, sync=sync)
-        Path(temporary).replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        rename(temporary, path)
+    except BaseException:
+        discard(temporary)
+        raise
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
@@ -211,7 +236,7 @@ def read_json(path: Path) -> dict[str, Any]:
         LsweepError: it is missing or cannot be read.
     """
     try:
-        data = path.read_bytes()
+        data = read(path)
     except OSError as e:
         raise LsweepError(f"cannot read {path}: {e.strerror}") from None
     return unsealed(data, str(path))
