@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from lsweep.errors import LsweepError
 from lsweep.files import link_once, scratch, sync_folder
+from lsweep.insist import discard, insist, read
 from lsweep.sums import SUMS
 
 TEXTS = 64
@@ -108,12 +109,14 @@ class PartWriter:
             if not link_once(temporary, path):
                 raise LsweepError(f"part {path} exists: two workers share one name")
             sync_folder(path.parent)
+        except RuntimeError as e:  # so HDF5 calls it when closing fails to write
+            self.close()
+            raise OSError(errno.EIO, str(e)) from None
         except BaseException:
             self.close()
             raise
         finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+            discard(temporary)
 
     @property
     def free(self) -> int:
@@ -230,14 +233,15 @@ def read_part(path: Path, plan: str, variables: int) -> Part:
     """
     dtype = row_type(variables)
     try:
-        with h5py.File(path, "r", locking="best-effort") as f:
+        opened = insist(lambda: h5py.File(path, "r", locking="best-effort"))
+        with opened as f:
             rows_at, texts_at = f["rows"].id.get_offset(), f["texts"].id.get_offset()
             capacity = len(f["rows"])
             header = {k: v.decode().strip() for k, v in f.attrs.items() if isinstance(v, bytes)}
             sound = f["rows"].dtype.itemsize == dtype.itemsize and header.get("plan") == plan
-        data = path.read_bytes()
+        data = read(path)
     except OSError as e:
-        if not path.is_file():
+        if not insist(path.is_file):
             raise LsweepError(f"cannot read {path}: {e.strerror or e}") from None
         sound = False
     except Exception:  # HDF5 reports damage as almost any exception
@@ -273,7 +277,7 @@ def _valid(record: bytes, seed: int) -> bool:
 
 def _salvage(path: Path, plan: str, dtype: np.dtype[np.void]) -> Part:
     try:
-        data = path.read_bytes()
+        data = read(path)
     except OSError as e:
         raise LsweepError(f"cannot read {path}: {e.strerror}") from None
     seed, size = zlib.crc32(plan.encode()), dtype.itemsize
