@@ -8,19 +8,17 @@ import hashlib
 import itertools
 import json
 import os
-import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lsweep.errors import DamagedFile, LsweepError
-from lsweep.insist import discard, insist, link, make_folder, read, rename, there
+from lsweep.insist import VISIBLE, appears, discard, insist, link, make_folder, read, rename
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
-# Seconds between an exclusive name and the rename that it announces, which may be seen late.
-RENAME_PATIENCE = 75.0
+RENAME_PATIENCE = VISIBLE  # seconds between an exclusive name and the rename that it announces
 
 
 def canonical(value: Any) -> bytes:
@@ -104,9 +102,7 @@ def write_scratch(path: Path, data: bytes, *, sync: bool = True) -> Path:
         return temporary
 
     # Each try has a name of its own, so "it exists" can only be a lost reply.
-    written = insist(attempt, also=(errno.EEXIST,))
-    assert written is not None
-    return written
+    return insist(attempt, also=(errno.EEXIST,))
 
 
 def link_once(temporary: Path, path: Path) -> bool:
@@ -133,21 +129,12 @@ def _claim_without_links(temporary: Path, path: Path) -> bool:
         try:
             os.close(os.open(name, os.O_CREAT | os.O_EXCL, 0o666))
         except FileExistsError:
-            deadline = time.monotonic() + RENAME_PATIENCE
-            while not _visible(path) and time.monotonic() < deadline:
-                time.sleep(0.01)
-            if _visible(path):
+            if appears(path, RENAME_PATIENCE):
                 return False
         else:
             rename(temporary, path)
             return True
     raise AssertionError  # never: counting does not end
-
-
-def _visible(path: Path) -> bool:
-    with contextlib.suppress(OSError):
-        os.close(os.open(path.parent, os.O_RDONLY))  # a node that remembers "absent" asks anew
-    return there(path)
 
 
 def publish(path: Path, data: bytes, *, sync: bool = True) -> bool:

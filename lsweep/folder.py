@@ -128,4 +128,4 @@ class RunFolder:
     @property
     def exists(self) -> bool:
         """True when the folder holds a plan."""
-        return bool(insist(self.plan.is_file))
+        return insist(self.plan.is_file)

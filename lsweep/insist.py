@@ -16,26 +16,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+VISIBLE = 75.0  # seconds after which a change by another node is seen: NFS remembers for up to 60
 PASSING = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EREMOTEIO)
 NAPS = (0.0, 0.01, 0.05, 0.2, 0.5)  # seconds before each further try
 
 T = TypeVar("T")
 
 
-def insist(
-    call: Callable[[], T],
-    happened: Callable[[], bool] = lambda: False,
-    also: tuple[int, ...] = (),
-) -> T | None:
+def insist(call: Callable[[], T], also: tuple[int, ...] = ()) -> T:
     """Make a call until it answers; what may pass is tried again, a bounded number of times.
 
     Args:
-        call: a look, or a change.
-        happened: after an error, whether the change is there all the same.
+        call: what can be done twice.
         also: further error numbers that may pass.
 
     Returns:
-        What the call returns; None when it failed, yet what it should do has happened.
+        What the call returns.
 
     Raises:
         OSError: the error does not pass.
@@ -53,18 +49,51 @@ def insist(
         try:
             return call()
         except OSError as e:
-            with contextlib.suppress(OSError):
-                if happened():
-                    return None
             if e.errno not in (*PASSING, *also):
                 raise
-            time.sleep(nap)
+        time.sleep(nap)
     return call()
+
+
+def settle(change: Callable[[], object], happened: Callable[[], bool]) -> None:
+    """Make a change once, however many tries that takes.
+
+    Args:
+        change: what is to happen on the server.
+        happened: after an error, whether it has happened all the same.
+
+    Raises:
+        OSError: it has not happened.
+    """
+
+    def attempt() -> None:
+        try:
+            change()
+        except OSError:
+            with contextlib.suppress(OSError):
+                if insist(happened):
+                    return
+            raise
+
+    insist(attempt)
 
 
 def there(path: Path) -> bool:
     """Say whether a name exists, as far as this node knows."""
-    return bool(insist(path.exists))
+    return insist(path.exists)
+
+
+def appears(path: Path, patience: float) -> bool:
+    """Say whether a name that others make is there, or comes within ``patience`` seconds."""
+    deadline = time.monotonic() + patience
+    while True:
+        with contextlib.suppress(OSError):
+            os.close(os.open(path.parent, os.O_RDONLY))  # a node that holds it for absent asks
+        if there(path):
+            return True
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.01)
 
 
 def read(path: Path) -> bytes:
@@ -73,27 +102,27 @@ def read(path: Path) -> bytes:
     Raises:
         OSError: it is missing or cannot be read.
     """
-    data = insist(path.read_bytes)
-    assert data is not None
-    return data
+    return insist(path.read_bytes)
 
 
 def names(folder: Path) -> list[str]:
     """Return the names in a folder, sorted, without hidden ones; none when there is no folder.
 
+    A listing opens the folder, which is fresher than looking for one name after another.
+
     >>> names(Path("nowhere"))
     []
     """
     try:
-        found = insist(lambda: os.listdir(folder))  # opens it: fresher than many looks
+        found = insist(lambda: [p.name for p in folder.iterdir()])
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(n for n in found or () if not n.startswith("."))
+    return sorted(n for n in found if not n.startswith("."))
 
 
 def make_folder(folder: Path) -> None:
     """Make a folder and those above it, unless it is there."""
-    insist(lambda: folder.mkdir(parents=True, exist_ok=True), folder.is_dir)
+    settle(lambda: folder.mkdir(parents=True, exist_ok=True), folder.is_dir)
 
 
 def link(source: Path, target: Path) -> None:
@@ -112,7 +141,7 @@ def link(source: Path, target: Path) -> None:
         finally:
             os.close(fd)
 
-    insist(lambda: os.link(source, target), lambda: bool(insist(happened)))
+    settle(lambda: os.link(source, target), happened)
 
 
 def rename(source: Path, target: Path) -> None:
@@ -129,7 +158,7 @@ def rename(source: Path, target: Path) -> None:
             return target.exists()
         return False
 
-    insist(lambda: source.replace(target), lambda: bool(insist(happened)))
+    settle(lambda: source.replace(target), happened)
 
 
 def discard(path: Path) -> None:

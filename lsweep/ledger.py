@@ -126,7 +126,7 @@ class Ledger:
                 capacity=max(capacity, rows),
                 header=self._header(),
             ),
-            also=(errno.EEXIST,),
+            also=(errno.EEXIST, errno.EBADF),  # glibc's posix_fallocate calls a stale file so
         )
         self._count += 1
 

@@ -13,6 +13,8 @@ While it is mounted, ``os.setxattr(MOUNT, "user.weak", b'{"lost": 0.5}')`` chang
 ``user.forget`` lets it forget all it remembers, as if the time had passed.
 """
 
+# ruff: noqa: PTH101, PTH102, PTH104, PTH106, PTH108, PTH116, PTH120, PTH208
+
 from __future__ import annotations
 
 import contextlib
@@ -77,7 +79,8 @@ class Client:
             raise error(errno.ENOSYS)
         if operation in LOOKS and self.dice.random() < self.set["stale"]:
             raise error(errno.ESTALE)
-        if operation in DISK and self.dice.random() < self.set["disk"]:
+        writes = operation in DISK and self.handles[arguments[-1]].writes
+        if writes and self.dice.random() < self.set["disk"]:
             raise error(self.dice.choice([errno.EIO, errno.ESTALE]))
         if operation in RETRANSMITTED:
             time.sleep(self.set["delay"])
