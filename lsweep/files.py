@@ -140,6 +140,11 @@ def _claim_without_links(temporary: Path, path: Path) -> bool:
 def publish(path: Path, data: bytes, *, sync: bool = True) -> bool:
     """Publish ``data`` as ``path`` if nobody has yet; the first wins and nobody ever changes it.
 
+    Args:
+        path: what can be read as soon as this returns, if it is synced.
+        data: the whole content.
+        sync: False for what may vanish with a crash of the node.
+
     Returns:
         True when this call published it.
 
@@ -153,8 +158,9 @@ def publish(path: Path, data: bytes, *, sync: bool = True) -> bool:
             won = link_once(temporary, path)
         finally:
             discard(temporary)
-        if won and sync:
+        if sync:
             sync_folder(path.parent)
+            appears(path, VISIBLE)  # this node may still hold it for absent
     return won
 
 

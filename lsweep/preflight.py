@@ -20,7 +20,7 @@ from lsweep.errors import DamagedFile, LsweepError
 from lsweep.evaluate import Evaluator, Samples, Spot
 from lsweep.files import publish, read_json, sealed
 from lsweep.folder import RunFolder
-from lsweep.insist import VISIBLE, appears, there
+from lsweep.insist import there
 from lsweep.plan import Plan
 from lsweep.problem import Problem
 
@@ -89,8 +89,7 @@ def preflight(
         "batch_norm": _batch_norm_check(evaluator),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    if not publish(folder.device(name), sealed(value)):
-        appears(folder.device(name), VISIBLE)  # another worker's, of another node perhaps
+    publish(folder.device(name), sealed(value))
     there = frozen_class(folder, plan, name)
     assert there is not None
     return there

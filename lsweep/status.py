@@ -11,6 +11,7 @@ import numpy as np
 from lsweep.committed import read_run
 from lsweep.display import duration, speed
 from lsweep.folder import RunFolder
+from lsweep.insist import there
 from lsweep.merge import damage
 from lsweep.parts import Kind
 from lsweep.surface import Status
@@ -75,7 +76,7 @@ def status(folder: RunFolder) -> dict[str, Any]:
         "eta": (total - done) / rate if rate else None,
         "workers": workers,
         "damaged": damage(committed.parts),
-        "merged": folder.surface.is_file(),
+        "merged": there(folder.surface),
         "last_beat": time.time() - last if last is not None else None,
     }
 

@@ -88,9 +88,10 @@ class Client:
             answer = method(*arguments)
             if self.dice.random() < self.set["lost"]:
                 self.names = known  # the reply would have brought the new attributes
-                for path in arguments[:2]:
-                    if isinstance(path, str) and operation not in ("link", "rename"):
-                        self.names.pop(path, None)
+                # Linux drops the name that is changed; what it knows of a link's source stays.
+                self.changed(
+                    *[p for p in arguments if isinstance(p, str)][: 1 if operation == "link" else 2]
+                )
                 if operation == "create":
                     self.release("", answer)
                 raise error(self.dice.choice([errno.EIO, RETRANSMITTED[operation]]))
