@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from typing import Any
 
@@ -11,6 +12,7 @@ from lsweep.errors import LsweepError, SickDevice
 from lsweep.evaluate import Evaluator
 from lsweep.files import writing
 from lsweep.folder import RunFolder
+from lsweep.insist import insist, make_folder
 from lsweep.parts import CAPACITIES, PartWriter, Rows, device_code, row_type
 from lsweep.plan import Plan
 from lsweep.workers import Heartbeat, State
@@ -39,7 +41,7 @@ class Ledger:
         self.points = 0
         for path in (folder.parts, folder.workers):
             with writing(path):
-                path.mkdir(parents=True, exist_ok=True)
+                make_folder(path)
         self.heart = Heartbeat(folder, name, beat, self._sync)
 
     def __enter__(self) -> Ledger:
@@ -115,12 +117,16 @@ class Ledger:
             self._part.sync()
             self._part.close()
         capacity = CAPACITIES[min(self._count, len(CAPACITIES) - 1)]
-        self._part = PartWriter(
-            self._folder.part(self.name, self._count),
-            plan=self._plan.digest,
-            variables=len(self._plan.variables),
-            capacity=max(capacity, rows),
-            header=self._header(),
+        # A part that was not made holds nothing yet, so making it may be tried again.
+        self._part = insist(
+            lambda: PartWriter(
+                self._folder.part(self.name, self._count),
+                plan=self._plan.digest,
+                variables=len(self._plan.variables),
+                capacity=max(capacity, rows),
+                header=self._header(),
+            ),
+            also=(errno.EEXIST, errno.EBADF),  # glibc's posix_fallocate calls a stale file so
         )
         self._count += 1
 

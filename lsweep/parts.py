@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from lsweep.errors import LsweepError
 from lsweep.files import link_once, scratch, sync_folder
+from lsweep.insist import discard, insist
 from lsweep.rows import KIND_AT, STATUS_AT, is_valid, seed_of, valid_rows
 from lsweep.rows import Kind as Kind  # those who write or read parts need these too
 from lsweep.rows import Rows as Rows
@@ -77,12 +78,14 @@ class PartWriter:
             if not link_once(temporary, path):
                 raise LsweepError(f"part {path} exists: two workers share one name")
             sync_folder(path.parent)
+        except RuntimeError as e:  # so HDF5 calls it when closing fails to write
+            self.close()
+            raise OSError(errno.EIO, str(e)) from None
         except BaseException:
             self.close()
             raise
         finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+            discard(temporary)
 
     @property
     def free(self) -> int:
@@ -249,7 +252,8 @@ class PartReader:
 
     def _open(self) -> _Place | None:
         try:
-            with h5py.File(self.path, "r", locking="best-effort") as f:
+            opened = insist(lambda: h5py.File(self.path, "r", locking="best-effort"))
+            with opened as f:
                 rows, texts = f["rows"], f["texts"]
                 rows_at, texts_at = rows.id.get_offset(), texts.id.get_offset()
                 attributes = {k: v for k, v in f.attrs.items() if isinstance(v, bytes)}
@@ -259,7 +263,7 @@ class PartReader:
                     self.header = header
                     return _Place(rows_at, texts_at, len(rows))
         except OSError as e:
-            if not self.path.is_file():
+            if not insist(self.path.is_file):
                 raise LsweepError(f"cannot read {self.path}: {e.strerror or e}") from None
         except Exception:  # HDF5 reports damage as almost any exception
             pass
@@ -357,7 +361,7 @@ class PartReader:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[int]:
     try:
-        fd = os.open(path, os.O_RDONLY)
+        fd = insist(lambda: os.open(path, os.O_RDONLY))
     except OSError as e:
         raise LsweepError(f"cannot read {path}: {e.strerror}") from None
     try:

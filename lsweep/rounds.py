@@ -21,6 +21,7 @@ import numpy.typing as npt
 from lsweep.errors import DamagedFile, LsweepError
 from lsweep.files import publish, read_json, sealed
 from lsweep.folder import RunFolder
+from lsweep.insist import names, there
 from lsweep.plan import Plan
 from lsweep.points import IntArray, Lattice
 from lsweep.settings import Axis
@@ -186,10 +187,10 @@ class Rounds:
             LsweepError: there is none.
             DamagedFile: one was altered, is missing in between, or belongs to another plan.
         """
-        # Listed first: what is published while this reads must not look like a gap.
-        listed = len(list(folder.rounds.glob("[0-9]*.json")))
+        # One listing: a node of a shared file system may still hold a listed name for absent.
+        listed = [n for n in names(folder.rounds) if n[0].isdigit() and n.endswith(".json")]
         rounds: list[Round] = []
-        while folder.round(len(rounds)).exists():
+        while folder.round(len(rounds)).name in listed:
             path = folder.round(len(rounds))
             value = read_json(path)
             try:
@@ -201,7 +202,7 @@ class Rounds:
             rounds.append(r)
         if not rounds:
             raise LsweepError(f"{folder.root} has no rounds/0000.json: plan it with 'lsweep plan'")
-        if listed > len(rounds):
+        if len(listed) > len(rounds):
             raise DamagedFile(f"{folder.round(len(rounds))} is missing: later rounds exist")
         return cls(plan, rounds)
 
@@ -253,7 +254,7 @@ def publish_round(
             rounds = Rounds.read(folder, plan)
             before = rounds.all
         except LsweepError:
-            if folder.round(0).exists():
+            if there(folder.round(0)):
                 raise
             before = []
         wanted = as_grid(grid)

@@ -12,6 +12,7 @@ import numpy as np
 from lsweep.committed import Committed, read_run
 from lsweep.display import duration, speed
 from lsweep.folder import RunFolder
+from lsweep.insist import there
 from lsweep.plan import Plan
 from lsweep.rounds import Rounds
 from lsweep.surface import Status
@@ -67,7 +68,7 @@ class Overview:
             "eta": (total - done) / rate if rate else None,
             "workers": workers,
             "damaged": self._committed.damage,
-            "merged": self._folder.surface.is_file(),
+            "merged": there(self._folder.surface),
             "last_beat": beat,
         }
 

@@ -206,7 +206,7 @@ def test_who_dies_between_the_exclusive_name_and_the_rename_blocks_nobody(
 
     def publish_and_die() -> None:
         monkeypatch.setattr(os, "link", no_links)
-        monkeypatch.setattr(Path, "rename", die)
+        monkeypatch.setattr(Path, "replace", die)
         publish(path, b"never")
 
     with pytest.raises(AssertionError, match="without an answer"):
