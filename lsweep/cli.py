@@ -120,6 +120,8 @@ def _takes_device(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps (default: auto)")
     p.add_argument("--threads", type=_at_least(0), default=1, metavar="N",
                    help="torch threads of a worker (default: 1; 0: as torch likes)")  # fmt: skip
+    p.add_argument("--workers-per-gpu", type=_at_least(1), default=1, metavar="K",
+                   help="processes on each GPU, rank or task (default: 1)")  # fmt: skip
     p.add_argument("--claims", choices=("lease", "static"), default="lease",
                    help="static: each worker its own shard, no leases")  # fmt: skip
 
@@ -144,9 +146,9 @@ def _add_run(p: argparse.ArgumentParser) -> None:
 
 def _add_work(p: argparse.ArgumentParser) -> None:
     _takes_run(p)
-    p.add_argument("--index", type=_at_least(0), default=0, metavar="I",
-                   help="this worker's number, from 0")  # fmt: skip
-    p.add_argument("--of", type=_at_least(1), default=1, metavar="N",
+    p.add_argument("--index", type=_at_least(0), metavar="I",
+                   help="this worker's number, from 0 (default: as MPI or Slurm says)")  # fmt: skip
+    p.add_argument("--of", type=_at_least(1), metavar="N",
                    help="how many workers there are")  # fmt: skip
     p.add_argument("--local", type=_at_least(0), metavar="I",
                    help="its number on this node, which picks its GPU")  # fmt: skip

@@ -109,6 +109,10 @@ class RunFolder:
         """The folder that holds a lease."""
         return self.leases / f"{round_:04d}" / f"{number // LEASES_PER_FOLDER:03d}"
 
+    def closing(self, launch: str, generation: int) -> Path:
+        """One generation of the claim to merge for all ranks of a launch."""
+        return self.leases / "closing" / f"{launch}.g{generation}"
+
     def log(self, index: int) -> Path:
         """What local worker ``index`` printed."""
         return self.logs / f"worker-{index}.log"

@@ -15,6 +15,7 @@ from lsweep.folder import RunFolder
 from lsweep.insist import insist, make_folder
 from lsweep.parts import CAPACITIES, PartWriter, Rows, device_code, row_type
 from lsweep.plan import Plan
+from lsweep.role import Role
 from lsweep.workers import Heartbeat, State
 
 
@@ -27,11 +28,11 @@ class Ledger:
         plan: Plan,
         name: str,
         known: dict[str, Any],
-        beat: float,
+        role: Role,
         ev: Evaluator,
     ) -> None:
         self._folder, self._plan, self.name = folder, plan, name
-        self._class, self._evaluator = known["class"], ev
+        self._class, self._evaluator, self._role = known["class"], ev, role
         self._opaque = " ".join(known["opaque"])
         self._code = device_code(self._class)
         self._part: PartWriter | None = None
@@ -42,10 +43,10 @@ class Ledger:
         for path in (folder.parts, folder.workers):
             with writing(path):
                 make_folder(path)
-        self.heart = Heartbeat(folder, name, beat, self._sync)
+        self.heart = Heartbeat(folder, name, role.beat, self._sync)
 
     def __enter__(self) -> Ledger:
-        self.heart.tell(device=self._class)
+        self.heart.tell(device=self._class, job=self._role.job)
         return self
 
     def __exit__(

@@ -313,7 +313,12 @@ def _provenance(
 
 
 def failed_points(folder: RunFolder) -> list[int]:
-    """Return the numbers of points that failed and have not succeeded since."""
-    _, _, committed = read_run(folder)
+    """Return the numbers of points that failed, have not succeeded since and are not asked for.
+
+    Several ranks may ask for them again at once: what one of them asked is pending, not failed.
+    """
+    _, rounds, committed = read_run(folder)
     failed = (committed.standing()[0] == Status.FAILED).any(axis=1)
+    if rounds.asked_again:
+        failed[rounds.first_asked[~committed.done.all(axis=1)]] = False
     return [int(p) for p in np.flatnonzero(failed)]

@@ -20,6 +20,7 @@ class Role:
         claims: ``lease``; or ``static``, each worker its shard only, where metadata lies.
         beat: seconds between heartbeats.
         trust: import a factory that belongs to another user.
+        job: the Slurm task around it, for status; "" outside Slurm.
     """
 
     index: int = 0
@@ -30,6 +31,7 @@ class Role:
     claims: str = "lease"
     beat: float = 10.0
     trust: bool = False
+    job: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.of:

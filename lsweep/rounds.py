@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -242,9 +242,19 @@ def publish_round(
     *,
     expected: dict[str, float] | None = None,
     again: list[int] | None = None,
+    after: int | None = None,
     unit_points: int | None = None,
 ) -> Rounds:
     """Ask for a grid, or for earlier points again; nothing is published when nothing changes.
+
+    Args:
+        folder: the run.
+        plan: its plan.
+        grid: the surface's axes after this round.
+        expected: values that the user expects at the centre.
+        again: earlier points to ask again.
+        after: publish nothing unless there are just so many rounds.
+        unit_points: points of a unit.
 
     Returns:
         All rounds, as they are published: when someone else was first, theirs.
@@ -257,6 +267,8 @@ def publish_round(
             if there(folder.round(0)):
                 raise
             before = []
+        if after is not None and len(before) != after:
+            return rounds
         wanted = as_grid(grid)
         if before and again is None:
             last = before[-1]
@@ -287,11 +299,20 @@ def publish_round(
             return Rounds.read(folder, plan)
 
 
-def ask_again(folder: RunFolder, points: list[int]) -> None:
-    """Publish a round that asks for earlier points again, on the grid there is."""
-    if not points:
-        return
+def ask_again(folder: RunFolder, failed: Callable[[], list[int]]) -> None:
+    """Publish a round that asks for failed points again, on the grid there is.
+
+    Several ranks may do so at once: who finds that another round came first counts anew.
+    """
     plan = Plan.read(folder)
-    last = Rounds.read(folder, plan).last
-    grid = {n: Axis((Decimal(low), Decimal(high)), c) for n, (low, high, c) in last.grid.items()}
-    publish_round(folder, plan, grid, expected=last.expected, again=points)
+    while True:
+        before = Rounds.read(folder, plan)
+        points, last, count = failed(), before.last, len(before.all)
+        if not points:
+            return
+        grid = {n: Axis((Decimal(a), Decimal(b)), c) for n, (a, b, c) in last.grid.items()}
+        rounds = publish_round(
+            folder, plan, grid, expected=last.expected, again=points, after=count
+        )
+        if rounds.all[count].again == points:
+            return

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -126,8 +127,10 @@ def load_state(path: str | Path) -> State:
     # timm keeps its command line beside the weights: plain values in a class that runs nothing.
     harmless = getattr(torch.serialization, "safe_globals", contextlib.nullcontext)
     try:
+        # Mapped where the format allows: the workers of a node share one copy of the file.
+        mapped = zipfile.is_zipfile(p)
         with harmless([argparse.Namespace]):
-            value = torch.load(p, map_location="cpu", weights_only=True)
+            value = torch.load(p, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as e:
         reason = str(e).splitlines()[0][:160] if str(e) else type(e).__name__
         raise LsweepError(

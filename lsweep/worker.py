@@ -30,6 +30,7 @@ from lsweep.problem import Problem
 from lsweep.role import Role
 from lsweep.rounds import Round
 from lsweep.shift import Shift
+from lsweep.startup import turn
 from lsweep.stopping import Stop, Stopped
 from lsweep.sums import means
 from lsweep.surface import Status
@@ -69,14 +70,15 @@ def work(
     shift = Shift(folder, plan, role, name, stop)
     if shift.complete:
         return 0
-    problem, directions = load_problem(folder, plan, problem, role.trust)
+    with turn(plan.digest):
+        problem, directions = load_problem(folder, plan, problem, role.trust)
     known = frozen_class(folder, plan, device_class(device))
     sizes = known["batch_sizes"] if known else None
     with Evaluator(problem, plan.evaluate, directions, device, sizes) as evaluator:
         known = known or _preflight(folder, plan, evaluator, shift.rounds.last.expected, name)
         evaluator.batch_sizes.update(known["batch_sizes"])
         _require_same_centre(evaluator, plan, known)
-        with Ledger(folder, plan, name, known, role.beat, evaluator) as ledger:
+        with Ledger(folder, plan, name, known, role, evaluator) as ledger:
             bench = _Bench(plan, shift, evaluator, ledger, stop)
             try:
                 for round_, number, lease in shift.leases():

@@ -90,7 +90,7 @@ def test_many_who_ask_for_failed_points_again_ask_in_rounds_of_their_own(tmp_pat
     folder = planned(sweep_file(tmp_path, x=9))
 
     def ask(i: int) -> list[int]:
-        ask_again(folder, [i])
+        ask_again(folder, lambda: [i])
         return []
 
     race(tmp_path / "race", ask)
