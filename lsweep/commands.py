@@ -10,7 +10,6 @@ import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,14 +17,15 @@ import numpy as np
 from lsweep.errors import LsweepError, SickDevice
 from lsweep.folder import RunFolder
 from lsweep.machine import refuse_foreign
+from lsweep.ranks import Rank, own_rank
 from lsweep.requeue import another_turn, end_of_job
+from lsweep.role import Role
+from lsweep.startup import CROWD, delay, turn
 from lsweep.stopping import Stop, Stopped
 
 if TYPE_CHECKING:
     from lsweep.display import Display
-    from lsweep.launch import Outcome
     from lsweep.problem import Problem
-    from lsweep.ranks import Rank
 
 INTERRUPTED, INCOMPLETE = 130, 3
 SIZES = {"sums": 64, "row": 40}
@@ -124,10 +124,14 @@ def do_run(options: Namespace) -> int:
     code, interrupted = 0, False
     if done < total:
         print(f"{folder.root}: {total - done} of {total} points to evaluate", flush=True)
-        with Display(folder, total, done, sys.stderr) as display:
-            code, interrupted = _evaluate(folder, options, problem, display)
+        before = done
+        with Stop(end_of_job()) as stop, Display(folder, total, done, sys.stderr) as display:
+            code, interrupted = _evaluate(folder, options, problem, display, stop)
         done, total = share_done(folder)
     if interrupted:
+        again = another_turn(stop.reason, done - before)
+        if again:
+            print(f"lsweep: {again}", file=sys.stderr)
         print(f"lsweep: interrupted with {done} of {total} points committed; the same command "
               "goes on", file=sys.stderr)  # fmt: skip
         return INTERRUPTED
@@ -138,7 +142,7 @@ def do_run(options: Namespace) -> int:
 
 
 def _evaluate(
-    folder: RunFolder, options: Namespace, problem: Problem | None, display: Display
+    folder: RunFolder, options: Namespace, problem: Problem | None, display: Display, stop: Stop
 ) -> tuple[int, bool]:
     if options.on == "inline" and (options.workers or 1) > 1:
         raise LsweepError(f"--on inline is one worker: leave out --workers {options.workers}")
@@ -150,30 +154,24 @@ def _evaluate(
 
         gpus = 0 if options.device == "cpu" else torch.cuda.device_count()
         count = default_workers(gpus, options.workers_per_gpu)
+    role = _role(options, Rank(job=own_rank().job))
     if count == 1:
-        from lsweep.worker import Role, work
+        from lsweep.worker import work
 
-        role = Role(device=options.device, threads=options.threads, claims=options.claims,
-                    beat=1.0, trust=options.trust)  # fmt: skip
         try:
-            with Stop(end_of_job()) as stop:
-                work(folder, role, problem, stop)
+            work(folder, role, problem, stop)
         except KeyboardInterrupt:
             return 0, True
         return 0, False
     from lsweep.launch import run_workers
 
-    outcome = run_workers(folder, count, device=options.device, threads=options.threads,
-                          claims=options.claims, trust=options.trust,
-                          on_event=display.say)  # fmt: skip
+    outcome = run_workers(folder, role, count, stop, on_event=display.say)
     return outcome.code, outcome.interrupted
 
 
 def _run_on_mpi(options: Namespace) -> int:
     """Be one rank of several, or alone where no launcher is found."""
     from lsweep import together
-    from lsweep.ranks import own_rank
-    from lsweep.startup import delay, turn
     from lsweep.status import share_done
 
     if options.threads:
@@ -194,8 +192,9 @@ def _run_on_mpi(options: Namespace) -> int:
                 before = share_done(folder)[0]
                 code = together.take_part(
                     folder, rank, rank.of * options.workers_per_gpu,
-                    lambda display, pids: _be_rank(folder, options, rank, problem, stop, display,
-                                                   pids), stop)  # fmt: skip
+                    lambda display, pids: _be_rank(folder, _role(options, rank), problem, stop,
+                                                   options.workers_per_gpu, display, pids),
+                    stop)  # fmt: skip
                 if code or not together.is_closer(folder, rank, stop):
                     return code
                 return _merge_and_draw(folder, draw=not options.no_picture)
@@ -204,48 +203,37 @@ def _run_on_mpi(options: Namespace) -> int:
         except KeyboardInterrupt:
             if rank.index == 0 and folder is not None:
                 done, total = share_done(folder)
-                turn_ = another_turn(stop.reason, done - before)
-                together.say(turn_ or f"interrupted with {done} of {total} points committed; the "
+                again = another_turn(stop.reason, done - before)
+                together.say(again or f"interrupted with {done} of {total} points committed; the "
                              "same command goes on")  # fmt: skip
             return INTERRUPTED
 
 
 def _be_rank(
     folder: RunFolder,
-    options: Namespace,
-    rank: Rank,
+    role: Role,
     problem: Problem | None,
     stop: Stop,
+    per_gpu: int,
     display: Display,
     pids: set[int],
 ) -> None:
     """Evaluate with this rank's workers: itself, or several on its device."""
-    if options.workers_per_gpu == 1:
-        from lsweep.worker import Role, work
+    if per_gpu == 1:
+        from lsweep.worker import work
 
-        work(folder, Role(rank.index, rank.of, rank.local, options.device, options.threads,
-                          options.claims, trust=options.trust), problem, stop)  # fmt: skip
+        work(folder, role, problem, stop)
         return
-    outcome = _run_on_device(folder, options, rank, display.say)
+    from lsweep.launch import run_workers
+
+    outcome = run_workers(folder, role, per_gpu, stop, one_device=True, on_event=display.say,
+                          on_refusal=lambda text: None)  # fmt: skip
     pids |= outcome.pids
     if outcome.interrupted:
-        raise Stopped("SIGTERM")
+        raise Stopped(stop.reason)
     if outcome.code:
         kind = SickDevice if outcome.code == SickDevice.exit_code else LsweepError
         raise kind(outcome.refusal or outcome.events[-1])
-
-
-def _run_on_device(
-    folder: RunFolder, options: Namespace, rank: Rank, on_event: Callable[[str], None]
-) -> Outcome:
-    """Run the workers of one GPU, rank or task as processes of their own."""
-    from lsweep.launch import run_workers
-
-    per = options.workers_per_gpu
-    return run_workers(folder, per, device=options.device, threads=options.threads,
-                       claims=options.claims, trust=options.trust, first=rank.index * per,
-                       of=rank.of * per, local=rank.local, on_event=on_event,
-                       on_refusal=lambda text: None)  # fmt: skip
 
 
 def _merge_and_draw(folder: RunFolder, draw: bool) -> int:
@@ -274,41 +262,60 @@ def _merge_and_draw(folder: RunFolder, draw: bool) -> int:
 
 def _rank_of(options: Namespace) -> Rank:
     """The identity that was given, or else what the launcher says."""
-    from lsweep.ranks import Rank, own_rank
-
     if options.index is None and options.of is None:
         rank = own_rank()
     else:
         index, of = options.index or 0, options.of or 1
-        rank = Rank(index, of, index)
+        rank = Rank(index, of, index, job=own_rank().job)
     return rank if options.local is None else dataclasses.replace(rank, local=options.local)
 
 
+def _role(options: Namespace, rank: Rank, beat: float = 0.0) -> Role:
+    beat = beat or (1.0 if rank.of <= CROWD else 10.0)  # someone looks at a live line
+    return Role(rank.index, rank.of, rank.local, options.device, options.threads, options.claims,
+                beat, options.trust, rank.job)  # fmt: skip
+
+
 def do_work(options: Namespace) -> int:
-    """Be one worker."""
+    """Be one worker, or several on one device."""
     # One thread must be asked for before torch is imported.
     if options.threads:
         os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
-    rank = _rank_of(options)
-    if options.workers_per_gpu > 1:
-        outcome = _run_on_device(RunFolder(options.run), options, rank, lambda text: print(
-            text, file=sys.stderr))  # fmt: skip
-        if outcome.refusal:
-            print(f"lsweep: {outcome.refusal}", file=sys.stderr)
-        return INTERRUPTED if outcome.interrupted else outcome.code
-    with Stop(end_of_job(), options.parent) as stop:  # before torch is imported, which takes long
-        from lsweep.worker import Role, work
+    folder = RunFolder(options.run)
+    role = _role(options, _rank_of(options), options.beat)
+    # Its launcher knows the time limit, and asks for another turn for all its workers.
+    end = None if options.parent else end_of_job()
+    with Stop(end, options.parent) as stop:  # before torch is imported, which takes long
+        if options.workers_per_gpu > 1:
+            return _work_side_by_side(folder, role, options.workers_per_gpu, stop)
+        time.sleep(delay(role.of))
+        from lsweep.worker import work
 
-        role = Role(rank.index, rank.of, rank.local, options.device, options.threads,
-                    options.claims, options.beat, options.trust)  # fmt: skip
         try:
-            work(RunFolder(options.run), role, stop=stop)
+            work(folder, role, stop=stop)
         except Stopped as e:
-            turn = another_turn(stop.reason, e.points)
-            print("lsweep:", turn or f"stopped by {stop.reason}; all that was committed is kept",
-                  file=sys.stderr)  # fmt: skip
+            again = None if options.parent else another_turn(stop.reason, e.points)
+            _say_stopped(again, stop)
             return INTERRUPTED
     return 0
+
+
+def _work_side_by_side(folder: RunFolder, role: Role, count: int, stop: Stop) -> int:
+    from lsweep.launch import run_workers
+    from lsweep.status import share_done
+
+    before = share_done(folder)[0]
+    outcome = run_workers(folder, role, count, stop, one_device=True,
+                          on_event=lambda text: print(text, file=sys.stderr))  # fmt: skip
+    if not outcome.interrupted:
+        return outcome.code
+    _say_stopped(another_turn(stop.reason, share_done(folder)[0] - before), stop)
+    return INTERRUPTED
+
+
+def _say_stopped(again: str | None, stop: Stop) -> None:
+    text = again or f"stopped by {stop.reason}; all that was committed is kept"
+    print(f"lsweep: {text}", file=sys.stderr)
 
 
 def do_init(options: Namespace) -> int:

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from lsweep.errors import LsweepError, nearest
+from lsweep.insist import insist, read
 from lsweep.machine import refuse_foreign
 from lsweep.settings import ProblemSource
 
@@ -31,7 +32,7 @@ def file_digest(path: Path) -> str:
         LsweepError: it cannot be read.
     """
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return hashlib.sha256(read(path)).hexdigest()
     except OSError as e:
         raise LsweepError(f"cannot read {path}: {e.strerror}") from None
 
@@ -53,14 +54,14 @@ def call_factory(
     base = (base or Path()).absolute()
     where, _, name = source.factory.rpartition(":")
     file = code.absolute() if code else factory_file(source, base)
-    if not base.is_dir():
+    if not insist(base.is_dir):
         raise LsweepError(f"the folder {base}, where this run was planned, is gone")
     with _inside(base):
         if file is None:
             _refuse_foreign_module(where, base, trust)
             module = _import(where)
         else:
-            if not file.is_file():
+            if not insist(file.is_file):
                 raise LsweepError(f"no factory file at {file}")
             refuse_foreign(file, trust)
             module = _import_file(file, shown_as=base / Path(where))
@@ -97,12 +98,12 @@ def describe(error: BaseException) -> str:
 def _inside(folder: Path) -> Iterator[None]:
     """Relative paths and sibling modules of the factory are those of the TOML's folder."""
     before, path = Path.cwd(), list(sys.path)
-    os.chdir(folder)
+    insist(lambda: os.chdir(folder))
     sys.path.insert(0, str(folder))
     try:
         yield
     finally:
-        os.chdir(before)
+        insist(lambda: os.chdir(before))
         # The folder stays importable: a network may import its siblings when it is first called.
         sys.path[:] = [*path, str(folder)] if str(folder) not in path else path
 
@@ -130,7 +131,7 @@ def _import_file(file: Path, shown_as: Path) -> ModuleType:
     module.__file__ = str(shown_as)
     sys.modules[name] = module
     try:
-        code: Any = compile(file.read_bytes(), str(shown_as), "exec")
+        code: Any = compile(read(file), str(shown_as), "exec")
         exec(code, module.__dict__)
     except (Exception, SystemExit) as e:
         raise LsweepError(f"cannot import the factory {shown_as.name}: {describe(e)}") from e

@@ -8,17 +8,17 @@ import hashlib
 import itertools
 import json
 import os
-import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lsweep.errors import DamagedFile, LsweepError
+from lsweep.insist import VISIBLE, appears, discard, insist, link, make_folder, read, rename
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
-RENAME_PATIENCE = 5.0  # seconds between an exclusive name and the rename that it announces
+RENAME_PATIENCE = VISIBLE  # seconds between an exclusive name and the rename that it announces
 
 
 def canonical(value: Any) -> bytes:
@@ -59,12 +59,12 @@ def writing(path: Path) -> Iterator[None]:
 
 def sync_folder(folder: Path) -> None:
     """Make names in ``folder`` survive a crash of the node, where the file system can."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some file systems refuse fsync on a directory
+    with contextlib.suppress(OSError):  # some file systems refuse fsync on a directory
+        fd = os.open(folder, os.O_RDONLY)
+        try:
             os.fsync(fd)
-    finally:
-        os.close(fd)
+        finally:
+            os.close(fd)
 
 
 def scratch(path: Path) -> Path:
@@ -85,22 +85,38 @@ def write_new(path: Path, data: bytes, *, sync: bool = True) -> None:
         os.close(fd)
 
 
+def write_scratch(path: Path, data: bytes, *, sync: bool = True) -> Path:
+    """Write a hidden file beside ``path``, and return its name.
+
+    Raises:
+        OSError: the disk does not take it; nothing is left behind.
+    """
+
+    def attempt() -> Path:
+        temporary = scratch(path)
+        try:
+            write_new(temporary, data, sync=sync)
+        except BaseException:
+            discard(temporary)
+            raise
+        return temporary
+
+    # Each try has a name of its own, so "it exists" can only be a lost reply.
+    return insist(attempt, also=(errno.EEXIST,))
+
+
 def link_once(temporary: Path, path: Path) -> bool:
     """Give ``temporary`` the name ``path`` unless that exists; True for exactly one caller.
 
-    link(2) makes name and content appear together, also on NFS; where its reply was lost, or came
-    from a second try, the link count tells whether it happened.
+    link(2) makes name and content appear together, also on NFS.
     """
     try:
-        os.link(temporary, path)
+        link(temporary, path)
+    except FileExistsError:
+        return False
     except OSError as e:
         if e.errno in NO_LINKS:
             return _claim_without_links(temporary, path)
-        with contextlib.suppress(OSError):
-            if temporary.stat().st_nlink == 2:
-                return True
-        if isinstance(e, FileExistsError):
-            return False
         raise
     return True
 
@@ -113,19 +129,21 @@ def _claim_without_links(temporary: Path, path: Path) -> bool:
         try:
             os.close(os.open(name, os.O_CREAT | os.O_EXCL, 0o666))
         except FileExistsError:
-            deadline = time.monotonic() + RENAME_PATIENCE
-            while not path.exists() and time.monotonic() < deadline:
-                time.sleep(0.01)
-            if path.exists():
+            if appears(path, RENAME_PATIENCE):
                 return False
         else:
-            temporary.rename(path)
+            rename(temporary, path)
             return True
     raise AssertionError  # never: counting does not end
 
 
 def publish(path: Path, data: bytes, *, sync: bool = True) -> bool:
     """Publish ``data`` as ``path`` if nobody has yet; the first wins and nobody ever changes it.
+
+    Args:
+        path: what can be read as soon as this returns, if it is synced.
+        data: the whole content.
+        sync: False for what may vanish with a crash of the node.
 
     Returns:
         True when this call published it.
@@ -134,26 +152,26 @@ def publish(path: Path, data: bytes, *, sync: bool = True) -> bool:
         LsweepError: the disk does not take it.
     """
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = scratch(path)
+        make_folder(path.parent)
+        temporary = write_scratch(path, data, sync=sync)
         try:
-            write_new(temporary, data, sync=sync)
             won = link_once(temporary, path)
         finally:
-            temporary.unlink(missing_ok=True)
-        if won and sync:
+            discard(temporary)
+        if sync:
             sync_folder(path.parent)
+            appears(path, VISIBLE)  # this node may still hold it for absent
     return won
 
 
 def replace(path: Path, data: bytes, *, sync: bool = False) -> None:
     """Write ``data`` as ``path``, whole or not at all, over whatever was there."""
-    temporary = scratch(path)
+    temporary = write_scratch(path, data, sync=sync)
     try:
-        write_new(temporary, data, sync=sync)
-        Path(temporary).replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        rename(temporary, path)
+    except BaseException:
+        discard(temporary)
+        raise
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
@@ -211,7 +229,7 @@ def read_json(path: Path) -> dict[str, Any]:
         LsweepError: it is missing or cannot be read.
     """
     try:
-        data = path.read_bytes()
+        data = read(path)
     except OSError as e:
         raise LsweepError(f"cannot read {path}: {e.strerror}") from None
     return unsealed(data, str(path))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from lsweep.insist import insist, names
+
 LEASES_PER_FOLDER = 1024
 
 
@@ -134,17 +136,17 @@ class RunFolder:
 
     def all_parts(self) -> list[Path]:
         """All parts, by name."""
-        return sorted(self.parts.glob("*.h5"))
+        return [self.parts / n for n in names(self.parts) if n.endswith(".h5")]
 
     def all_workers(self) -> list[Path]:
         """All worker files, by name."""
-        return sorted(self.workers.glob("*.json"))
+        return [self.workers / n for n in names(self.workers) if n.endswith(".json")]
 
     def all_devices(self) -> list[Path]:
         """All device files, by name."""
-        return sorted(self.devices.glob("*.json"))
+        return [self.devices / n for n in names(self.devices) if n.endswith(".json")]
 
     @property
     def exists(self) -> bool:
         """True when the folder holds a plan."""
-        return self.plan.is_file()
+        return insist(self.plan.is_file)

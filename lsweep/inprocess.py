@@ -18,10 +18,12 @@ from lsweep.launch import run_workers
 from lsweep.merge import merge
 from lsweep.planning import LIVE, plan_run
 from lsweep.problem import Problem
+from lsweep.role import Role
 from lsweep.settings import AXES, Settings
 from lsweep.status import share_done
+from lsweep.stopping import Stop
 from lsweep.surface import Surface
-from lsweep.worker import Role, work
+from lsweep.worker import work
 
 Range = Sequence[Any]
 
@@ -101,7 +103,9 @@ def sweep(
         done, total = share_done(folder)
         with Display(folder, total, done, sys.stderr if shown else None) as display:
             if workers > 1:
-                outcome = run_workers(folder, workers, device=device, on_event=display.say)
+                with Stop() as stop:
+                    role = Role(device=device, beat=1.0)
+                    outcome = run_workers(folder, role, workers, stop, on_event=display.say)
                 if outcome.interrupted:
                     raise KeyboardInterrupt
                 if outcome.code and share_done(folder)[0] < total:

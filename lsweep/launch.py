@@ -14,10 +14,12 @@ from pathlib import Path
 from lsweep.files import writing
 from lsweep.folder import RunFolder
 from lsweep.machine import cpus
+from lsweep.role import Role
 from lsweep.status import share_done
+from lsweep.stopping import MARGIN, Stop
 
 RESTARTS_WITHOUT_PROGRESS = 6  # more than a poison point needs to be found out
-GRACE = 20.0  # seconds that an interrupted worker has to end
+GRACE = 20.0  # seconds that a worker has to end once it was told
 POLL = 0.2
 PROMPT = "$ "
 
@@ -30,7 +32,7 @@ class Outcome:
         code: 0, or the worst exit code of a worker that could not go on.
         events: what happened to workers, in lines for people.
         refusal: what the last of them said that could not go on.
-        interrupted: True after Ctrl-C or SIGTERM.
+        interrupted: True after Ctrl-C, another signal or a time limit.
         pids: of all workers that ever ran.
     """
 
@@ -52,43 +54,38 @@ def default_workers(gpus: int, per_gpu: int = 1) -> int:
 
 def run_workers(
     folder: RunFolder,
+    role: Role,
     count: int,
+    stop: Stop,
     *,
-    device: str = "auto",
-    threads: int = 1,
-    claims: str = "lease",
-    trust: bool = False,
-    first: int = 0,
-    of: int | None = None,
-    local: int | None = None,
+    one_device: bool = False,
     on_event: Callable[[str], None] = lambda text: None,
     on_refusal: Callable[[str], None] | None = None,
 ) -> Outcome:
-    """Run ``count`` workers to the end.
+    """Run ``count`` workers, which together have one role, to the end.
 
     A worker that dies is reported and replaced; its unit is done by whoever comes first. Workers
     that end with an error of their own (exit 1 or 3) are not replaced.
 
     Args:
         folder: a planned run.
+        role: what they share: worker k of ``role.index`` is ``role.index * count + k``.
         count: number of processes.
-        device: for every worker; with ``auto`` or ``cuda`` GPUs are dealt out in turn.
-        threads: torch threads of each.
-        claims: ``lease`` or ``static``.
-        trust: passed on.
-        first: number of the first of them among all workers of the run.
-        of: how many workers the run has in all; None: these.
-        local: what picks their GPU, the same for all; None: each its own number.
+        stop: asked all the time whether to go on; they are told what it was told.
+        one_device: all take the device of ``role.local``; otherwise GPUs are dealt out in turn.
         on_event: told when a worker dies or refuses.
         on_refusal: told instead when one refuses.
     """
     outcome = Outcome()
-    command = [sys.executable, "-m", "lsweep", "work", str(folder.root), "--of", str(of or count)]
-    command += ["--device", device, "--threads", str(threads), "--claims", claims, "--beat", "1"]
-    command += ["--parent", str(os.getpid()), *(["--trust"] if trust else [])]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    threads = str(role.threads)
+    command = [sys.executable, "-m", "lsweep", "work", str(folder.root)]
+    command += ["--of", str(role.of * count), "--device", role.device, "--threads", threads]
+    command += ["--claims", role.claims, "--beat", str(role.beat), "--parent", str(os.getpid())]
+    command += ["--trust"] if role.trust else []
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
 
     def start(index: int) -> subprocess.Popen[bytes]:
+        local = role.local if one_device else index
         with writing(folder.logs):
             folder.logs.mkdir(parents=True, exist_ok=True)
             with folder.log(index).open("a") as log:
@@ -96,13 +93,7 @@ def run_workers(
                 log.write(f"{PROMPT}{' '.join(command[1:])}\n")
         with folder.log(index).open("ab") as log:
             process = subprocess.Popen(
-                [
-                    *command,
-                    "--index",
-                    str(index),
-                    "--local",
-                    str(index if local is None else local),
-                ],
+                [*command, "--index", str(index), "--local", str(local)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -120,39 +111,37 @@ def run_workers(
             outcome.events.append(text)
             listener(f"lsweep: {text}")
 
-    stop = _Stop()
     running: dict[int, subprocess.Popen[bytes]] = {}
     restarts, seen = 0, done()
-    with stop:
-        try:
-            for index in range(first, first + count):
-                running[index] = start(index)
-            while running and not stop.asked:
-                time.sleep(POLL)
-                for index, process in list(running.items()):
-                    if process.poll() is None:
+    try:
+        for index in range(role.index * count, (role.index + 1) * count):
+            running[index] = start(index)
+        while running:
+            stop.check()
+            time.sleep(POLL)
+            for index, process in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[index]
+                message = _last_line(folder.log(index))
+                if process.returncode < 0:
+                    name = signal.Signals(-process.returncode).name
+                    now = done()
+                    restarts, seen = (1, now) if now > seen else (restarts + 1, seen)
+                    if restarts > RESTARTS_WITHOUT_PROGRESS * count:
+                        tell(f"worker {index} was killed ({name}); too often, it stays down")
+                        outcome.code = max(outcome.code, 1)
                         continue
-                    del running[index]
-                    message = _last_line(folder.log(index))
-                    if process.returncode < 0:
-                        name = signal.Signals(-process.returncode).name
-                        now = done()
-                        restarts, seen = (1, now) if now > seen else (restarts + 1, seen)
-                        if restarts > RESTARTS_WITHOUT_PROGRESS * count:
-                            tell(f"worker {index} was killed ({name}); too often, it stays down")
-                            outcome.code = max(outcome.code, 1)
-                            continue
-                        tell(f"worker {index} was killed ({name}); another takes its unit over")
-                        running[index] = start(index)
-                    elif process.returncode:
-                        outcome.refusal = (
-                            message or f"worker {index} ended with {process.returncode}"
-                        )
-                        tell(outcome.refusal, on_refusal or on_event)
-                        outcome.code = max(outcome.code, process.returncode)
-        finally:
-            outcome.interrupted = stop.asked
-            _end(running)
+                    tell(f"worker {index} was killed ({name}); another takes its unit over")
+                    running[index] = start(index)
+                elif process.returncode:
+                    outcome.refusal = message or f"worker {index} ended with {process.returncode}"
+                    tell(outcome.refusal, on_refusal or on_event)
+                    outcome.code = max(outcome.code, process.returncode)
+    except KeyboardInterrupt:
+        outcome.interrupted = True
+    finally:
+        _end(running, stop)
     return outcome
 
 
@@ -166,37 +155,14 @@ def _last_line(log: Path) -> str:
     return lines[-1].removeprefix("lsweep: ")
 
 
-def _end(running: dict[int, subprocess.Popen[bytes]]) -> None:
+def _end(running: dict[int, subprocess.Popen[bytes]], stop: Stop) -> None:
     for process in running.values():
-        process.terminate()
-    deadline = time.monotonic() + GRACE
+        process.send_signal(signal.SIGTERM if stop.at_once else signal.SIGUSR1)
+    left = MARGIN if stop.end is None else stop.end - time.time() - MARGIN
+    deadline = time.monotonic() + (GRACE if stop.at_once else max(GRACE, left))
     for process in running.values():
         try:
             process.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-class _Stop:
-    """Ctrl-C and SIGTERM ask once, in order; a second Ctrl-C is Python's own."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __enter__(self) -> _Stop:
-        self._before = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._before[number] = signal.signal(number, self._ask)
-            except ValueError:  # not the main thread, such as a notebook's: Ctrl-C is Python's own
-                break
-        return self
-
-    def _ask(self, number: int, frame: object) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from lsweep.errors import LsweepError
 from lsweep.files import publish, read_json, sealed
 from lsweep.folder import RunFolder
+from lsweep.insist import names, there
 
 DEATHS_UNTIL_SINGLE = 3
 KILLS_UNTIL_FAILED = 2
@@ -65,7 +66,8 @@ class Lease:
 def newest(folder: RunFolder, round_: int, number: int) -> Lease | None:
     """Return the newest generation of a lease, or None when nobody has claimed it."""
     generation = -1
-    while folder.lease(round_, number, generation + 1).exists():
+    # A generation seen late costs a claim that loses.
+    while there(folder.lease(round_, number, generation + 1)):
         generation += 1
     if generation < 0:
         return None
@@ -97,6 +99,7 @@ def claim(folder: RunFolder, round_: int, number: int, lease: Lease) -> bool:
 def unclaimed(folder: RunFolder, round_: int, count: int) -> set[int]:
     """Return the leases of a round that nobody has claimed, from one listing."""
     taken = set()
-    for sub in (folder.leases / f"{round_:04d}").glob("[0-9]*"):
-        taken |= {int(p.name[:6]) for p in sub.iterdir() if p.name.endswith(".g0")}
+    round_folder = folder.lease_folder(round_, 0).parent
+    for sub in names(round_folder):
+        taken |= {int(n[:6]) for n in names(round_folder / sub) if n.endswith(".g0")}
     return set(range(count)) - taken

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from typing import Any
 
@@ -11,8 +12,10 @@ from lsweep.errors import LsweepError, SickDevice
 from lsweep.evaluate import Evaluator
 from lsweep.files import writing
 from lsweep.folder import RunFolder
+from lsweep.insist import insist, make_folder
 from lsweep.parts import CAPACITIES, PartWriter, Rows, device_code, row_type
 from lsweep.plan import Plan
+from lsweep.role import Role
 from lsweep.workers import Heartbeat, State
 
 
@@ -25,11 +28,11 @@ class Ledger:
         plan: Plan,
         name: str,
         known: dict[str, Any],
-        beat: float,
+        role: Role,
         ev: Evaluator,
     ) -> None:
         self._folder, self._plan, self.name = folder, plan, name
-        self._class, self._evaluator = known["class"], ev
+        self._class, self._evaluator, self._role = known["class"], ev, role
         self._opaque = " ".join(known["opaque"])
         self._code = device_code(self._class)
         self._part: PartWriter | None = None
@@ -39,11 +42,11 @@ class Ledger:
         self.points = 0
         for path in (folder.parts, folder.workers):
             with writing(path):
-                path.mkdir(parents=True, exist_ok=True)
-        self.heart = Heartbeat(folder, name, beat, self._sync)
+                make_folder(path)
+        self.heart = Heartbeat(folder, name, role.beat, self._sync)
 
     def __enter__(self) -> Ledger:
-        self.heart.tell(device=self._class)
+        self.heart.tell(device=self._class, job=self._role.job)
         return self
 
     def __exit__(
@@ -115,12 +118,16 @@ class Ledger:
             self._part.sync()
             self._part.close()
         capacity = CAPACITIES[min(self._count, len(CAPACITIES) - 1)]
-        self._part = PartWriter(
-            self._folder.part(self.name, self._count),
-            plan=self._plan.digest,
-            variables=len(self._plan.variables),
-            capacity=max(capacity, rows),
-            header=self._header(),
+        # A part that was not made holds nothing yet, so making it may be tried again.
+        self._part = insist(
+            lambda: PartWriter(
+                self._folder.part(self.name, self._count),
+                plan=self._plan.digest,
+                variables=len(self._plan.variables),
+                capacity=max(capacity, rows),
+                header=self._header(),
+            ),
+            also=(errno.EEXIST, errno.EBADF),  # glibc's posix_fallocate calls a stale file so
         )
         self._count += 1
 

@@ -19,10 +19,11 @@ MOST_DPI = 1200
 
 def do_status(options: Namespace) -> int:
     """Print what is done, once or until it is complete."""
-    from lsweep.status import lines, status
+    from lsweep.status import Overview, lines
 
+    overview = Overview(RunFolder(options.run))
     while True:
-        state = status(RunFolder(options.run))
+        state = overview.look()
         text = json.dumps(state) if options.json else "\n".join(lines(state))
         if options.watch and sys.stdout.isatty() and not options.json:
             text = f"\033[2J\033[H{text}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,16 @@ from lsweep.errors import LsweepError
 from lsweep.files import read_json, readable
 from lsweep.folder import RunFolder
 from lsweep.machine import versions
-from lsweep.parts import Kind, Part, device_code
+from lsweep.parts import PartReader, device_code
 from lsweep.plan import Plan
+from lsweep.points import IntArray, Lattice
 from lsweep.rounds import Rounds
-from lsweep.sums import WD, WV, WW, WWD, WWDD, WWV, WWVV, W, standard_error
+from lsweep.sums import SUMS, WD, WV, WW, WWD, WWDD, WWV, WWVV, W, means, standard_error
 from lsweep.surface import Status, Surface, Trajectory
+from lsweep.winners import Winners
 
 FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
+ByteArray = npt.NDArray[np.uint8]
 AUDIT_TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "tf32": 0.1, "bfloat16": 0.5, "float16": 0.5}
 ACROSS_CLASSES = {"float64": 1e-9, "float32": 1e-4, "tf32": 1e-2, "bfloat16": 5e-2, "float16": 5e-2}
 
@@ -82,141 +85,94 @@ class Report:
         return out
 
 
-def merge(folder: RunFolder) -> tuple[Surface, Report]:
+def merge(folder: RunFolder, parts: Sequence[Path] | None = None) -> tuple[Surface, Report]:
     """Merge all that is committed; points without a row are pending.
+
+    Args:
+        folder: the run.
+        parts: merge these only; by default all.
 
     Raises:
         LsweepError: this is no run.
         DamagedFile: its plan or a round was altered.
     """
-    plan, rounds, committed = read_run(folder)
-    report = Report(damaged=damage(committed.parts))
-    best = _best_rows(committed.parts, rounds, plan, report)
-    lattice = rounds.last.lattice
-    numbers = rounds.numbers_of(lattice)
-    sums, status, failed_rows = _combine(best, numbers, plan)
-    shape = lattice.shape
-    opaque = _opaque(folder, committed.parts)
-    values = _variables(sums, plan, opaque)
-    values = {n: np.where(status == Status.FAILED, np.nan, v) for n, v in values.items()}
+    plan = Plan.read(folder)
+    rounds = Rounds.read(folder, plan)
+    winners = Winners(folder, plan, rounds, parts)
+    opaque = _opaque(folder, winners.readers)
+    values: dict[str, FloatArray] = {}
+    for points, sums in winners.totals():
+        for name, found in _variables(sums, plan, opaque).items():
+            values.setdefault(name, np.full(rounds.total, np.nan))[points] = found
+    if not values:
+        nothing = np.empty((0, len(plan.variables), len(SUMS)))
+        values = {n: np.full(rounds.total, np.nan) for n in _variables(nothing, plan, opaque)}
+    status = _whole(winners.status)
     finite = np.logical_and.reduce([np.isfinite(values[n]) for n in plan.variable_names])
     # The value decides, not its slices: one whose labels are all ignored has a mean of 0/0.
     computed = (status == Status.OK) | (status == Status.NONFINITE)
     status[computed] = np.where(finite[computed], Status.OK, Status.NONFINITE)
-    values["weight_sq"] = _weight_squares(plan, lattice.offsets(np.arange(len(lattice))))
-    classes = _classes(committed.parts, best, numbers)
+    for value in values.values():
+        value[~computed] = np.nan
+    trajectory = _trajectory(values, rounds, plan)
+
+    lattice = rounds.last.lattice
+    numbers = rounds.numbers_of(lattice)
+    failed = numbers[(numbers >= 0) & (status[numbers] == Status.FAILED)]
+    status = _gathered(status, numbers, Status.PENDING)
+    for name in values:  # one at a time: of a large surface two copies are not made
+        values[name] = _gathered(values[name], numbers, np.nan)
+    classes = _classes(winners, numbers)
     if len(classes) > 1:
-        values["device_class"] = _class_of_points(best, numbers, sorted(classes))
-    report.points = len(lattice)
-    report.missing = int((status == Status.PENDING).sum())
-    report.nonfinite = int((status == Status.NONFINITE).sum())
-    report.failed = _reasons(failed_rows, best)
-    report.audit = _audit(committed.parts, best, rounds, plan)
+        device = winners.device[:, 0]
+        index = np.searchsorted(sorted(classes), device).astype(np.float64)
+        index[~np.isin(device, list(classes))] = np.nan
+        values["device_class"] = _gathered(index, numbers, np.nan)
+    report = Report(
+        points=len(lattice),
+        missing=int((status == Status.PENDING).sum()),
+        failed=_reasons(winners, failed),
+        nonfinite=int((status == Status.NONFINITE).sum()),
+        conflicts=winners.conflicts(ACROSS_CLASSES[plan.evaluate["precision"]]),
+        damaged=winners.committed.damage,
+        audit=_audit(winners, plan),
+    )
+    provenance = _provenance(folder, plan, winners.seconds, report, classes)
+    del winners, numbers
+    shaped = {n: v.reshape(lattice.shape) for n, v in values.items()}
+    shaped["weight_sq"] = _weight_squares(plan, lattice)
     surface = Surface(
         lattice.axes,
-        {n: v.reshape(shape) for n, v in values.items()},
-        status.reshape(shape),
+        shaped,
+        status.reshape(lattice.shape),
         _attributes(plan, opaque),
-        _trajectory(best, rounds, plan, opaque),
-        _provenance(folder, plan, committed.parts, report, classes),
+        trajectory,
+        provenance,
         title(plan),
         f"lsweep {versions()['lsweep']}: merge of plan {plan.digest[:12]}",
     )
     return surface, report
 
 
-def _opaque(folder: RunFolder, parts: list[Part]) -> set[str]:
+def _opaque(folder: RunFolder, parts: list[PartReader]) -> set[str]:
     """Return the variables that are batch means; recorded twice, as one record may be lost."""
     names = {v for p in parts for v in p.header.get("opaque", "").split()}
     return names.union(*(value["opaque"] for value in readable(folder.all_devices())))
 
 
-def damage(parts: list[Part]) -> dict[str, str]:
-    """Return what is wrong with parts, by name."""
-    out = {}
-    for p in parts:
-        if p.salvaged:
-            out[p.path.name] = f"HDF5 cannot open it; {len(p.rows)} rows were salvaged"
-        elif p.damaged:
-            out[p.path.name] = f"{p.damaged} rows fail their checksum; they count as not computed"
-    return out
+def _whole(slices: ByteArray) -> ByteArray:
+    """Return the outcome of points from that of their slices; one that failed is told first."""
+    status: ByteArray = slices.max(axis=1)
+    status[(slices == Status.PENDING).any(axis=1)] = Status.PENDING
+    status[(slices == Status.FAILED).any(axis=1)] = Status.FAILED
+    return status
 
 
-@dataclass
-class _Best:
-    """One row per (point, slice) that has any: arrays sorted by number."""
-
-    sums: FloatArray  # (points, slices, V, 8); NaN where there is no row
-    status: npt.NDArray[np.uint8]  # (points, slices)
-    device: npt.NDArray[np.uint32]  # (points, slices)
-    reason: dict[int, str]
-
-
-def _best_rows(parts: list[Part], rounds: Rounds, plan: Plan, report: Report) -> _Best:
-    shape = (rounds.total, plan.slices)
-    sums = np.full((*shape, len(plan.variables), 8), np.nan)
-    status = np.zeros(shape, dtype=np.uint8)
-    device = np.zeros(shape, dtype=np.uint32)
-    batch = np.zeros(shape, dtype=np.uint32)
-    best = _Best(sums, status, device, {})
-    conflicts: set[int] = set()
-    tolerance = ACROSS_CLASSES[plan.evaluate["precision"]]
-    for part in parts:
-        rows = part.rows[part.rows["kind"] == Kind.VALUE]
-        rows = rows[(rows["point"] < rounds.total) & (rows["slice"] < plan.slices)]
-        point = rounds.first_asked[rows["point"].astype(np.int64)]
-        slice_ = rows["slice"].astype(np.int64)
-        sizes = device_code(part.header.get("batch_sizes", ""))
-        there, new = status[point, slice_], rows["status"]
-        # ok is 1, nonfinite 2, failed 3: a lower status is the better row; the first part wins.
-        for i in np.flatnonzero((there > 0) & (there < Status.FAILED) & (new < Status.FAILED)):
-            p, s = point[i], slice_[i]
-            same = rows["device"][i] == device[p, s] and batch[p, s] == sizes
-            a, b = sums[p, s], rows["sums"][i]
-            if not (_identical(a, b) if same else _close(a, b, tolerance)):
-                conflicts.add(int(p))
-        better = (there == 0) | (new < there)
-        # Within one part a point may stand twice; the later row of equal status must not win.
-        order = np.flatnonzero(better)[::-1]
-        order = order[np.argsort(-new[order].astype(np.int64), kind="stable")]
-        p, s = point[order], slice_[order]
-        sums[p, s], status[p, s], device[p, s] = (
-            rows["sums"][order],
-            new[order],
-            rows["device"][order],
-        )
-        batch[p, s] = sizes
-        for i in np.flatnonzero(new == Status.FAILED):
-            best.reason.setdefault(int(point[i]), part.reason(rows[i]))
-    report.conflicts = len(conflicts)
-    return best
-
-
-def _identical(a: FloatArray, b: FloatArray) -> bool:
-    return bool(np.array_equal(a, b, equal_nan=True))
-
-
-def _close(a: FloatArray, b: FloatArray, tolerance: float) -> bool:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        x, y = a[:, WV] / a[:, W], b[:, WV] / b[:, W]
-    return bool(np.allclose(x, y, rtol=tolerance, atol=tolerance * 1e-2, equal_nan=True))
-
-
-def _combine(
-    best: _Best, numbers: IntArray, plan: Plan
-) -> tuple[FloatArray, npt.NDArray[np.uint8], IntArray]:
-    """Sum the slices of each point in slice order, so that cutting the data changes nothing."""
-    known = numbers >= 0
-    at = np.where(known, numbers, 0)
-    slices = best.status[at]
-    status = slices.max(axis=1)
-    status[(slices == Status.PENDING).any(axis=1) | ~known] = Status.PENDING
-    status[(slices == Status.FAILED).any(axis=1) & known] = Status.FAILED
-    total = best.sums[at, 0]
-    for s in range(1, plan.slices):
-        total = total + best.sums[at, s]
-    total[(status == Status.PENDING) | (status == Status.FAILED)] = np.nan
-    return total, status, numbers[status == Status.FAILED]
+def _gathered(by_number: Any, numbers: IntArray, missing: Any) -> Any:
+    """Return values in the order of a lattice; ``missing`` where a point was never asked."""
+    found = by_number[numbers]
+    found[numbers < 0] = missing
+    return found
 
 
 def _variables(sums: FloatArray, plan: Plan, opaque: set[str]) -> dict[str, FloatArray]:
@@ -234,35 +190,32 @@ def _variables(sums: FloatArray, plan: Plan, opaque: set[str]) -> dict[str, Floa
     return values | errors
 
 
-def _weight_squares(plan: Plan, offsets: FloatArray) -> FloatArray:
+def _weight_squares(plan: Plan, lattice: Lattice) -> FloatArray:
     """||θ + Σ offset·d||² = ||θ||² + 2 Σ offset <θ, d> + Σ Σ offset offset' <d, d'>."""
     products = plan.facts["weight_sq"]
-    linear, square = np.array(products["linear"]), np.array(products["square"])
-    return np.asarray(
-        products["origin"]
-        + 2 * offsets @ linear
-        + np.einsum("pa,ab,pb->p", offsets, square, offsets)
-    )
+    linear, square = products["linear"], products["square"]
+    offsets = np.meshgrid(*reversed(lattice.axes.values()), indexing="ij", sparse=True)[::-1]
+    total = np.full(lattice.shape, float(products["origin"]))
+    for a, offset in enumerate(offsets):
+        total += 2 * linear[a] * offset
+        for b, other in enumerate(offsets):
+            total += square[a][b] * offset * other
+    return total
 
 
-def _reasons(failed: IntArray, best: _Best) -> dict[str, int]:
-    counted = Counter(best.reason.get(int(n), "reason not recorded") for n in failed)
-    return dict(sorted(counted.items()))
+def _reasons(winners: Winners, failed: IntArray) -> dict[str, int]:
+    codes, counts = np.unique(winners.committed.standing()[1][failed], return_counts=True)
+    texts = winners.committed.reasons
+    return dict(sorted((texts[c], n) for c, n in zip(codes.tolist(), counts.tolist(), strict=True)))
 
 
-def _audit(parts: list[Part], best: _Best, rounds: Rounds, plan: Plan) -> dict[str, float]:
+def _audit(winners: Winners, plan: Plan) -> dict[str, float]:
     """Compare the first variable of audited points with their value."""
-    pairs, failed = [], 0
-    for part in parts:
-        for row in part.rows[part.rows["kind"] == Kind.AUDIT]:
-            if row["point"] >= rounds.total or row["slice"] >= plan.slices:
-                continue
-            failed += int(row["status"] == Status.FAILED)
-            p = rounds.first_asked[int(row["point"])]
-            a, b = best.sums[p, row["slice"], 0], row["sums"][0]
-            with np.errstate(invalid="ignore", divide="ignore"):
-                pairs.append((a[WV] / a[W], b[WV] / b[W], row["status"] == Status.OK))
-    values = np.array([(x, y) for x, y, ok in pairs if ok]).reshape(-1, 2)
+    rows, audits = winners.audits()
+    if not len(audits):
+        return {}
+    pairs = np.stack([means(rows["sums"][:, 0]), means(audits["sums"][:, 0])], axis=1)
+    values = pairs[audits["status"] == Status.OK]
     finite = np.isfinite(values)
     both = values[finite.all(axis=1)]
     difference = np.abs(both[:, 0] - both[:, 1])
@@ -270,11 +223,9 @@ def _audit(parts: list[Part], best: _Best, rounds: Rounds, plan: Plan) -> dict[s
     size = np.abs(both[:, 1])
     floor = max(1e-3 * float(np.median(size)), 1e-300) if len(size) else 1.0
     relative = difference / np.maximum(size, floor)
-    if not pairs:
-        return {}
     return {
         "points": float(len(values)),
-        "failed": float(failed),
+        "failed": float((audits["status"] == Status.FAILED).sum()),
         "one_finite": float((finite[:, 0] != finite[:, 1]).sum()),
         "largest_absolute": float(difference.max(initial=0.0)),
         "largest_relative": float(relative.max(initial=0.0)),
@@ -283,20 +234,11 @@ def _audit(parts: list[Part], best: _Best, rounds: Rounds, plan: Plan) -> dict[s
     }
 
 
-def _classes(parts: list[Part], best: _Best, numbers: IntArray) -> dict[int, str]:
-    used = set(np.unique(best.device[numbers[numbers >= 0]]).tolist()) - {0}
-    names = {
-        device_code(p.header["device_class"]): p.header["device_class"] for p in parts if p.header
-    }
+def _classes(winners: Winners, numbers: IntArray) -> dict[int, str]:
+    used = set(np.unique(winners.device[numbers[numbers >= 0]]).tolist()) - {0}
+    headers = [p.header for p in winners.readers if p.header]
+    names = {device_code(h["device_class"]): h["device_class"] for h in headers}
     return {code: names.get(code, f"unknown {code:08x}") for code in sorted(used)}
-
-
-def _class_of_points(best: _Best, numbers: IntArray, codes: list[int]) -> FloatArray:
-    device = best.device[np.where(numbers >= 0, numbers, 0), 0]
-    out = np.full(len(numbers), np.nan)
-    for i, code in enumerate(codes):
-        out[(device == code) & (numbers >= 0)] = i
-    return out
 
 
 def _attributes(plan: Plan, opaque: set[str]) -> dict[str, dict[str, str]]:
@@ -324,23 +266,22 @@ def _attributes(plan: Plan, opaque: set[str]) -> dict[str, dict[str, str]]:
     return out
 
 
-def _trajectory(best: _Best, rounds: Rounds, plan: Plan, opaque: set[str]) -> Trajectory | None:
+def _trajectory(values: dict[str, FloatArray], rounds: Rounds, plan: Plan) -> Trajectory | None:
     if not plan.steps:
         return None
-    sums, _, _ = _combine(best, rounds.step_numbers(), plan)
-    found = _variables(sums, plan, opaque)
+    numbers = rounds.step_numbers()
     spots = plan.facts["projections"]
     return Trajectory(
         np.array([p["offsets"] for p in spots], dtype=np.float64),
         np.array([p["residual"] for p in spots], dtype=np.float64),
         np.array([p["in_plane"] for p in spots], dtype=np.float64),
-        {n: found[n] for n in plan.variable_names},
+        {n: values[n][numbers] for n in plan.variable_names},
         tuple(s["label"] for s in plan.steps),
     )
 
 
 def _provenance(
-    folder: RunFolder, plan: Plan, parts: list[Part], report: Report, classes: dict[int, str]
+    folder: RunFolder, plan: Plan, seconds: float, report: Report, classes: dict[int, str]
 ) -> dict[str, Any]:
     devices = {}
     for path in folder.all_devices():
@@ -353,7 +294,6 @@ def _provenance(
             k: value[k]
             for k in ("device", "batch_sizes", "threads", "versions", "samples", "centre")
         } | {"batch_norm": value["batch_norm"], "seconds_per_point": value["seconds_per_point"]}
-    seconds = float(sum(p.rows["seconds"].sum() for p in parts))
     return {
         "plan": {f: getattr(plan, f) for f in plan.__dataclass_fields__},
         "plan_sha256": plan.digest,
@@ -377,9 +317,8 @@ def failed_points(folder: RunFolder) -> list[int]:
 
     Several ranks may ask for them again at once: what one of them asked is pending, not failed.
     """
-    plan, rounds, committed = read_run(folder)
-    best = _best_rows(committed.parts, rounds, plan, Report())
-    pending = set(rounds.first_asked[~committed.done.all(axis=1)].tolist())
-    asked = np.unique(rounds.first_asked)
-    bad = [int(p) for p in asked if (best.status[p] == Status.FAILED).any()]
-    return [p for p in bad if p not in pending]
+    _, rounds, committed = read_run(folder)
+    failed = (committed.standing()[0] == Status.FAILED).any(axis=1)
+    if rounds.asked_again:
+        failed[rounds.first_asked[~committed.done.all(axis=1)]] = False
+    return [int(p) for p in np.flatnonzero(failed)]

@@ -4,21 +4,20 @@ A part is a valid HDF5 file from the moment it has its name: structure complete,
 then linked. After that only bytes of preallocated rows change, by ``pwrite`` at the dataset's
 address, so that no crash can harm the structure; a row is a row when its CRC-32 says so. Nothing
 is repaired: a new process writes a new part.
-
-Row: point u64 | slice u32 | kind u8 | status u8 | text u16 | seconds f64 | sums f64[V, 8] |
-device u32 | crc u32, where V variables have the eight sums of `sums.SUMS`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import enum
+import copy
 import errno
 import os
+import time
 import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -26,50 +25,20 @@ import numpy.typing as npt
 
 from lsweep.errors import LsweepError
 from lsweep.files import link_once, scratch, sync_folder
-from lsweep.sums import SUMS
+from lsweep.insist import discard, insist
+from lsweep.rows import KIND_AT, STATUS_AT, is_valid, seed_of, valid_rows
+from lsweep.rows import Kind as Kind  # those who write or read parts need these too
+from lsweep.rows import Rows as Rows
+from lsweep.rows import device_code as device_code
+from lsweep.rows import row_type as row_type
+from lsweep.surface import Status
 
 TEXTS = 64
 TEXT = np.dtype([("text", "S248"), ("spare", "<u4"), ("crc", "<u4")])
 CAPACITIES = (256, 1024, 4096, 16384)
-Rows = npt.NDArray[np.void]
-
-
-class Kind(enum.IntEnum):
-    """What a row is: the value itself, or a second evaluation that audits it."""
-
-    VALUE = 0
-    AUDIT = 1
-
-
-def row_type(variables: int) -> np.dtype[np.void]:
-    """Return the dtype of a row; a multiple of 8 bytes, so that salvage can scan aligned.
-
-    >>> row_type(2).itemsize
-    160
-    """
-    return np.dtype(
-        [
-            ("point", "<u8"),
-            ("slice", "<u4"),
-            ("kind", "u1"),
-            ("status", "u1"),
-            ("text", "<u2"),
-            ("seconds", "<f8"),
-            ("sums", "<f8", (variables, len(SUMS))),
-            ("device", "<u4"),
-            ("crc", "<u4"),
-        ]
-    )
-
-
-def seal(data: bytes | memoryview, plan: str) -> int:
-    """Return the CRC-32 of a record, seeded with the plan, so rows of another run never pass."""
-    return zlib.crc32(data, zlib.crc32(plan.encode()))
-
-
-def device_code(name: str) -> int:
-    """Return the 32-bit code by which rows name their device class."""
-    return zlib.crc32(name.encode())
+FIRST_LOOK, PIECE = 2**14, 2**19  # bytes read at once
+DOUBT = 180.0  # seconds: a shared file system may show a row that long after those behind it
+IntArray = npt.NDArray[np.int64]
 
 
 class PartWriter:
@@ -84,6 +53,7 @@ class PartWriter:
         self.closed = False
         self.dirty = False
         self._size = row_type(variables).itemsize
+        self._seed = seed_of(plan)
         temporary = scratch(path)
         self._fd = -1
         try:
@@ -108,12 +78,14 @@ class PartWriter:
             if not link_once(temporary, path):
                 raise LsweepError(f"part {path} exists: two workers share one name")
             sync_folder(path.parent)
+        except RuntimeError as e:  # so HDF5 calls it when closing fails to write
+            self.close()
+            raise OSError(errno.EIO, str(e)) from None
         except BaseException:
             self.close()
             raise
         finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+            discard(temporary)
 
     @property
     def free(self) -> int:
@@ -126,8 +98,9 @@ class PartWriter:
             return self._texts.get(text, 0)
         record = np.zeros((), TEXT)
         record["text"] = text.encode()[:248]
+        record["crc"] = zlib.crc32(record.tobytes()[:-4], self._seed)
         number = len(self._texts) + 1
-        self._write(_sealed(record, self.plan), self._text_at + number * TEXT.itemsize)
+        self._write(record.tobytes(), self._text_at + number * TEXT.itemsize)
         self._texts[text] = number
         return number
 
@@ -138,8 +111,12 @@ class PartWriter:
             OSError: the disk refused; this part is then closed for good.
         """
         assert len(rows) <= self.free
-        data = b"".join(_sealed(row, self.plan) for row in rows)
-        self._write(data, self._row_at + self.rows * self._size)
+        sealed, size = rows.copy(), self._size
+        view = memoryview(rows.tobytes())
+        sealed["crc"] = [
+            zlib.crc32(view[at : at + size - 4], self._seed) for at in range(0, len(view), size)
+        ]
+        self._write(sealed.tobytes(), self._row_at + self.rows * size)
         self.rows += len(rows)
         self.dirty = True
 
@@ -189,9 +166,210 @@ def _preallocate(f: h5py.File, name: bytes, dtype: np.dtype[Any], count: int) ->
     return offset
 
 
-def _sealed(record: np.ndarray[Any, Any] | np.void, plan: str) -> bytes:
-    body = record.tobytes()[:-4]
-    return body + seal(body, plan).to_bytes(4, "little")
+class _Place(NamedTuple):
+    """Where things lie in a part: bytes from its beginning, and slots."""
+
+    rows: int
+    texts: int
+    capacity: int
+
+
+class PartReader:
+    """Reads a part at any moment of its life and after any damage, and later what was appended.
+
+    Never a wrong value: a row counts when its CRC says so. When HDF5 cannot open the file, its
+    bytes are scanned for rows, which are self-checking and 8-byte aligned.
+
+    Args:
+        path: the part.
+        plan: digest of the plan.
+        variables: how many variables a row has.
+        clock: seconds; for tests.
+
+    Attributes:
+        path: the part.
+        header: worker, device class and the like; empty when it could not be read.
+        salvaged: how many rows were found by scanning; None when HDF5 can open the file.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        plan: str,
+        variables: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.path, self._plan, self._clock = path, plan, clock
+        self.header: dict[str, str] = {}
+        self.salvaged: int | None = None
+        self._type, self._seed = row_type(variables), seed_of(plan)
+        self._size = self._type.itemsize
+        self._place: _Place | None = None
+        self._texts: dict[int, str] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._begun = False
+        self._next = 0  # the slot after the last that held something
+        self._doubts: dict[int, float] = {}  # slots before that without a valid row, since when
+        self._damaged: set[int] = set()  # those, and the given up, that hold something
+        self._scanned: tuple[int, int] | None = None
+        self._found: set[int] = set()  # where the salvaged rows lie
+
+    @property
+    def damaged(self) -> int:
+        """Number of slots that hold something but fail their checksum."""
+        return len(self._damaged)
+
+    def reason(self, text: int) -> str:
+        """Return the text that belongs to a failed row."""
+        return self._texts.get(text, "reason not recorded")
+
+    def news(self) -> Iterator[tuple[IntArray, Rows]]:
+        """Yield the valid rows that were not yielded before, piece by piece, with their slots.
+
+        A full or unchanged part costs next to nothing. A slot that was empty or damaged while
+        later ones were not is read again for `DOUBT` seconds, then given up.
+
+        Raises:
+            LsweepError: the file cannot be read at all.
+        """
+        if self._place is None and self.salvaged is None:
+            self._place = self._open()
+        first, self._begun = not self._begun, True
+        if self._place is None:
+            yield from self._salvage()
+        elif first or self._doubts or self._next < self._place.capacity:
+            with _opened(self.path) as fd:
+                yield from self._retried(fd, self._place)
+                yield from self._appended(fd, self._place, first)
+
+    def again(self) -> Iterator[tuple[IntArray, Rows]]:
+        """Yield all valid rows once more, from the beginning."""
+        other = copy.copy(self)
+        other._forget()
+        return other.news()
+
+    def _open(self) -> _Place | None:
+        try:
+            opened = insist(lambda: h5py.File(self.path, "r", locking="best-effort"))
+            with opened as f:
+                rows, texts = f["rows"], f["texts"]
+                rows_at, texts_at = rows.id.get_offset(), texts.id.get_offset()
+                attributes = {k: v for k, v in f.attrs.items() if isinstance(v, bytes)}
+                header = {k: v.decode().strip() for k, v in attributes.items()}
+                sound = rows.dtype.itemsize == self._size and header.get("plan") == self._plan
+                if sound and rows_at is not None and texts_at is not None:
+                    self.header = header
+                    return _Place(rows_at, texts_at, len(rows))
+        except OSError as e:
+            if not insist(self.path.is_file):
+                raise LsweepError(f"cannot read {self.path}: {e.strerror or e}") from None
+        except Exception:  # HDF5 reports damage as almost any exception
+            pass
+        self.salvaged = 0
+        return None
+
+    def _retried(self, fd: int, place: _Place) -> Iterator[tuple[IntArray, Rows]]:
+        size, now = self._size, self._clock()
+        for slot, since in list(self._doubts.items()):
+            data = os.pread(fd, size, place.rows + slot * size)
+            if len(data) == size and data[STATUS_AT] and is_valid(data, self._seed):
+                del self._doubts[slot]
+                self._damaged.discard(slot)
+                row = np.frombuffer(data, self._type)
+                self._read_texts(fd, place, row)
+                yield np.array([slot]), row
+            elif now - since > DOUBT:
+                del self._doubts[slot]
+
+    def _appended(
+        self, fd: int, place: _Place, to_the_end: bool
+    ) -> Iterator[tuple[IntArray, Rows]]:
+        """Read on; at the first look to the end, for after a power loss there may be holes."""
+        size, at = self._size, self._next
+        piece = PIECE if to_the_end else FIRST_LOOK
+        while at < place.capacity:
+            wanted = min(max(1, piece // size), place.capacity - at)
+            data = os.pread(fd, wanted * size, place.rows + at * size)
+            used = -(-len(data.rstrip(b"\0")) // size)
+            if used:
+                self._doubt(range(self._next, at))
+                self._next = at + used
+                rows = np.frombuffer(data, self._type, min(used, len(data) // size))
+                valid = valid_rows(data[: len(rows) * size], size, self._seed)
+                valid &= rows["status"] > 0
+                wrong = np.flatnonzero(~valid)
+                self._doubt((at + wrong).tolist())
+                self._damaged |= {at + i for i in wrong.tolist() if rows[i].tobytes().strip(b"\0")}
+                if len(wrong) < len(rows):
+                    rows = rows[valid] if len(wrong) else rows
+                    self._read_texts(fd, place, rows)
+                    yield at + np.flatnonzero(valid), rows
+            if len(data) < wanted * size or not (used or to_the_end):
+                return
+            at, piece = at + wanted, PIECE
+
+    def _doubt(self, slots: Iterable[int]) -> None:
+        now = self._clock()
+        self._doubts.update((slot, now) for slot in slots)
+
+    def texts(self) -> dict[int, str]:
+        """Return all reasons that can be read, by number."""
+        if self._place is not None:
+            with _opened(self.path) as fd:
+                self._read_texts(fd, self._place)
+        return dict(self._texts)
+
+    def _read_texts(self, fd: int, place: _Place, rows: Rows | None = None) -> None:
+        """Read the reasons where one is new; they are written before the rows that need them."""
+        if rows is not None and all(n in self._texts for n in set(rows["text"].tolist()) if n):
+            return
+        data = os.pread(fd, TEXTS * TEXT.itemsize, place.texts)
+        for i in range(1, len(data) // TEXT.itemsize):
+            record = data[i * TEXT.itemsize : (i + 1) * TEXT.itemsize]
+            if is_valid(record, self._seed):
+                text = np.frombuffer(record, TEXT)[0]["text"]
+                self._texts[i] = text.decode(errors="replace")
+
+    def _salvage(self) -> Iterator[tuple[IntArray, Rows]]:
+        with _opened(self.path) as fd:
+            stat = os.fstat(fd)
+            if self._scanned == (stat.st_size, stat.st_mtime_ns):
+                return
+            self._scanned = stat.st_size, stat.st_mtime_ns
+            data = b"".join(iter(lambda: os.read(fd, PIECE), b""))
+        size = self._size
+        starts = np.arange(0, max(0, len(data) - size + 1), 8)
+        octets = np.frombuffer(data, np.uint8)
+        # Few places look like a row at all: those are checked.
+        status, kind = octets[starts + STATUS_AT], octets[starts + KIND_AT]
+        likely = starts[(status > 0) & (status < len(Status)) & (kind < len(Kind))]
+        free, found = 0, []
+        for at in likely.tolist():
+            if at >= free and is_valid(data[at : at + size], self._seed):
+                free = at + size
+                if at not in self._found:
+                    found.append(at)
+        self._found.update(found)
+        self.salvaged = len(self._found)
+        if found:
+            joined = b"".join(data[at : at + size] for at in found)
+            yield np.array(found) // 8, np.frombuffer(joined, self._type)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    try:
+        fd = insist(lambda: os.open(path, os.O_RDONLY))
+    except OSError as e:
+        raise LsweepError(f"cannot read {path}: {e.strerror}") from None
+    try:
+        yield fd
+    except OSError as e:
+        raise LsweepError(f"cannot read {path}: {e.strerror}") from None
+    finally:
+        os.close(fd)
 
 
 @dataclass(frozen=True)
@@ -222,68 +400,11 @@ class Part:
 def read_part(path: Path, plan: str, variables: int) -> Part:
     """Read the valid rows of a part, at any moment of its life and after any damage.
 
-    Never a wrong value: each row is checked on its own. When HDF5 cannot open the file, its bytes
-    are scanned for rows, which are self-checking and 8-byte aligned.
-
     Raises:
         LsweepError: the file cannot be read at all.
     """
-    dtype = row_type(variables)
-    try:
-        with h5py.File(path, "r", locking="best-effort") as f:
-            rows_at, texts_at = f["rows"].id.get_offset(), f["texts"].id.get_offset()
-            capacity = len(f["rows"])
-            header = {k: v.decode().strip() for k, v in f.attrs.items() if isinstance(v, bytes)}
-            sound = f["rows"].dtype.itemsize == dtype.itemsize and header.get("plan") == plan
-        data = path.read_bytes()
-    except OSError as e:
-        if not path.is_file():
-            raise LsweepError(f"cannot read {path}: {e.strerror or e}") from None
-        sound = False
-    except Exception:  # HDF5 reports damage as almost any exception
-        sound = False
-    if not sound or rows_at is None or texts_at is None:
-        return _salvage(path, plan, dtype)
-    size = dtype.itemsize
-    block = data[rows_at : rows_at + capacity * size]
-    whole = len(block) // size
-    good, damaged = [], 0
-    view = memoryview(block)
-    status_at = dtype.fields["status"][1]  # type: ignore[index]
-    seed = zlib.crc32(plan.encode())
-    empty = bytes(size)
-    for start in range(0, whole * size, size):
-        slot = view[start : start + size]
-        if zlib.crc32(slot[:-4], seed) == int.from_bytes(slot[-4:], "little") and slot[status_at]:
-            good.append(start // size)
-        elif slot != empty:
-            damaged += 1
-    rows = np.frombuffer(block, dtype, whole)[np.array(good, dtype=np.int64)]
-    texts = {}
-    for i in range(1, TEXTS):
-        record = data[texts_at + i * TEXT.itemsize : texts_at + (i + 1) * TEXT.itemsize]
-        if len(record) == TEXT.itemsize and _valid(record, seed):
-            texts[i] = np.frombuffer(record, TEXT)[0]["text"].decode(errors="replace")
-    return Part(path, rows, header, texts, damaged, False)
-
-
-def _valid(record: bytes, seed: int) -> bool:
-    return zlib.crc32(record[:-4], seed) == int.from_bytes(record[-4:], "little")
-
-
-def _salvage(path: Path, plan: str, dtype: np.dtype[np.void]) -> Part:
-    try:
-        data = path.read_bytes()
-    except OSError as e:
-        raise LsweepError(f"cannot read {path}: {e.strerror}") from None
-    seed, size = zlib.crc32(plan.encode()), dtype.itemsize
-    status_at = dtype.fields["status"][1]  # type: ignore[index]
-    found, at = [], 0
-    while at + size <= len(data):
-        record = data[at : at + size]
-        if record[status_at] and _valid(record, seed):
-            found.append(record)
-            at += size
-        else:
-            at += 8
-    return Part(path, np.frombuffer(b"".join(found), dtype), {}, {}, 0, True)
+    reader = PartReader(path, plan, variables)
+    pieces = [rows for _, rows in reader.news()]
+    rows = np.concatenate(pieces) if pieces else np.empty(0, row_type(variables))
+    salvaged = reader.salvaged is not None
+    return Part(path, rows, reader.header, reader.texts(), reader.damaged, salvaged)

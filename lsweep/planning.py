@@ -20,6 +20,7 @@ from lsweep.errors import DamagedFile, LsweepError, PlanChanged, nearest
 from lsweep.factory import factory_file, file_digest
 from lsweep.files import publish, read_json, readable, replace, sealed, write_whole
 from lsweep.folder import RunFolder
+from lsweep.insist import read, there
 from lsweep.machine import refuse_foreign
 from lsweep.plan import Plan
 from lsweep.preflight import check_expected, probe
@@ -231,7 +232,7 @@ def _keep_base(folder: RunFolder, base: Path) -> None:
 
 def _keep(path: Path, data: bytes) -> None:
     # What is there may be damaged, or left by a plan that was never frozen.
-    if not publish(path, data) and path.read_bytes() != data:
+    if not publish(path, data) and read(path) != data:
         replace(path, data, sync=True)
 
 
@@ -263,7 +264,7 @@ def base_of(folder: RunFolder) -> Path:
     Raises:
         LsweepError: it is gone, or the run's note of it is damaged.
     """
-    if not folder.source.is_file():
+    if not there(folder.source):
         return folder.root.absolute().parent
     source = read_json(folder.source)
     try:
@@ -342,7 +343,7 @@ def load_problem(
         settings = settings_of(folder, plan)
     origin = Origin.of(problem.model)
     directions = make_directions(settings, origin, base_of(folder), plan.facts["axes"])
-    for field, there, here in (
+    for field, planned, here in (
         ("origin.sha256", plan.origin["sha256"], describe(origin.everything)["sha256"]),
         *(
             (
@@ -359,9 +360,9 @@ def load_problem(
         ),
         *_step_fields(plan, directions, origin),
     ):
-        if there != here:
+        if planned != here:
             raise PlanChanged(
-                f"{folder.root}: {field} is {here[:20]}… now, {there[:20]}… was planned: the "
+                f"{folder.root}: {field} is {here[:20]}… now, {planned[:20]}… was planned: the "
                 f"{field.split('.')[0]} changed since; {_REMEDIES.get(field, _RESTORE)}",
                 field,
             )

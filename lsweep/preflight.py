@@ -20,6 +20,7 @@ from lsweep.errors import DamagedFile, LsweepError
 from lsweep.evaluate import Evaluator, Samples, Spot
 from lsweep.files import publish, read_json, sealed
 from lsweep.folder import RunFolder
+from lsweep.insist import there
 from lsweep.plan import Plan
 from lsweep.problem import Problem
 
@@ -35,7 +36,7 @@ def frozen_class(folder: RunFolder, plan: Plan, name: str) -> dict[str, Any] | N
         DamagedFile: it was altered, or belongs to another plan.
     """
     path = folder.device(name)
-    if not path.exists():
+    if not there(path):
         return None
     value = read_json(path)
     if value.get("plan") != plan.digest:

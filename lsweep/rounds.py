@@ -21,6 +21,7 @@ import numpy.typing as npt
 from lsweep.errors import DamagedFile, LsweepError
 from lsweep.files import publish, read_json, sealed
 from lsweep.folder import RunFolder
+from lsweep.insist import names, there
 from lsweep.plan import Plan
 from lsweep.points import IntArray, Lattice
 from lsweep.settings import Axis
@@ -28,7 +29,7 @@ from lsweep.settings import Axis
 FloatArray = npt.NDArray[np.float64]
 MAX_UNIT_POINTS = 16
 UNITS_WANTED = 256
-LEASES_WANTED = 1024
+LEASES_WANTED = 16384
 
 
 @dataclass(frozen=True)
@@ -114,32 +115,69 @@ class Rounds:
     def __init__(self, plan: Plan, rounds: list[Round]) -> None:
         self.plan, self.all = plan, rounds
         self.total = sum(r.points for r in rounds)
-        axes = len(plan.axes)
-        self.offsets: FloatArray = np.zeros((self.total, axes))
-        self.step: IntArray = np.full(self.total, -1, dtype=np.int64)
-        self.first_asked: IntArray = np.arange(self.total, dtype=np.int64)
-        self._orders: list[IntArray] = []
         for r in rounds:
+            if r.again is None and self._count_new(r) + r.steps != r.points:
+                raise DamagedFile(f"round {r.number} asks {r.points} points, its grid has others")
+
+    def _known(self, r: Round) -> npt.NDArray[np.bool_] | None:
+        """Which points of a round's grid an earlier one has; None where there is no earlier one."""
+        known = None
+        for earlier in self.all[: r.number]:
+            if known is None:
+                known = np.zeros(len(r.lattice), dtype=bool)
+            known |= earlier.lattice.find(r.lattice) >= 0
+        return known
+
+    def _count_new(self, r: Round) -> int:
+        known = self._known(r)
+        return len(r.lattice) - (0 if known is None else int(known.sum()))
+
+    # A million points take megabytes and tenths of a second: who only counts needs none of these.
+
+    @functools.cached_property
+    def _orders(self) -> list[IntArray]:
+        """For each round the new points of its grid, in the order in which it asks them."""
+        orders = []
+        for r in self.all:
+            known = self._known(r)
+            order = (
+                np.empty(0, dtype=np.int64) if r.again is not None else r.lattice.coarse_to_fine()
+            )
+            orders.append(order if known is None or r.again is not None else order[~known[order]])
+        return orders
+
+    @functools.cached_property
+    def offsets(self) -> FloatArray:
+        """(points, axes) offsets of every number; not those of a trajectory's steps."""
+        offsets = np.zeros((self.total, len(self.plan.axes)))
+        for r, order in zip(self.all, self._orders, strict=True):
             here = slice(r.first, r.first + r.points)
             if r.again is not None:
-                again = np.array(r.again, dtype=np.int64)
-                self.offsets[here], self.step[here] = self.offsets[again], self.step[again]
-                self.first_asked[here] = self.first_asked[again]
-                self._orders.append(np.empty(0, dtype=np.int64))
-                continue
-            order = self._new_points(r, len(self._orders))
-            if len(order) + r.steps != r.points:
-                raise DamagedFile(f"round {r.number} asks {r.points} points, its grid has others")
-            self._orders.append(order)
-            self.offsets[r.first : r.first + len(order)] = r.lattice.offsets(order)
-            self.step[r.first + len(order) : r.first + r.points] = np.arange(r.steps)
+                offsets[here] = offsets[r.again]
+            else:
+                offsets[r.first : r.first + len(order)] = r.lattice.offsets(order)
+        return offsets
 
-    def _new_points(self, r: Round, before: int) -> IntArray:
-        known = np.zeros(len(r.lattice), dtype=bool)
-        for earlier in self.all[:before]:
-            known |= earlier.lattice.find(r.lattice) >= 0
-        order = r.lattice.coarse_to_fine()
-        return order[~known[order]]
+    @functools.cached_property
+    def step(self) -> IntArray:
+        """(points,) which step of the trajectory a number is, or -1."""
+        step = np.full(self.total, -1, dtype=np.int64)
+        for r in self.all:
+            end = r.first + r.points
+            if r.again is not None:
+                step[r.first : end] = step[r.again]
+            else:
+                step[end - r.steps : end] = np.arange(r.steps)
+        return step
+
+    @functools.cached_property
+    def first_asked(self) -> IntArray:
+        """(points,) the number under which the point of each number was asked first."""
+        first = np.arange(self.total, dtype=np.int64)
+        for r in self.all:
+            if r.again is not None:
+                first[r.first : r.first + r.points] = first[r.again]
+        return first
 
     @classmethod
     def read(cls, folder: RunFolder, plan: Plan) -> Rounds:
@@ -149,10 +187,10 @@ class Rounds:
             LsweepError: there is none.
             DamagedFile: one was altered, is missing in between, or belongs to another plan.
         """
-        # Listed first: what is published while this reads must not look like a gap.
-        listed = len(list(folder.rounds.glob("[0-9]*.json")))
+        # One listing: a node of a shared file system may still hold a listed name for absent.
+        listed = [n for n in names(folder.rounds) if n[0].isdigit() and n.endswith(".json")]
         rounds: list[Round] = []
-        while folder.round(len(rounds)).exists():
+        while folder.round(len(rounds)).name in listed:
             path = folder.round(len(rounds))
             value = read_json(path)
             try:
@@ -164,7 +202,7 @@ class Rounds:
             rounds.append(r)
         if not rounds:
             raise LsweepError(f"{folder.root} has no rounds/0000.json: plan it with 'lsweep plan'")
-        if listed > len(rounds):
+        if len(listed) > len(rounds):
             raise DamagedFile(f"{folder.round(len(rounds))} is missing: later rounds exist")
         return cls(plan, rounds)
 
@@ -184,8 +222,8 @@ class Rounds:
         for r, order in zip(self.all, self._orders, strict=True):
             place = np.full(len(r.lattice) + 1, -1, dtype=np.int64)  # the last entry serves -1
             place[order] = r.first + np.arange(len(order))
-            found = place[r.lattice.find(lattice)]
-            numbers = np.where(numbers < 0, found, numbers)
+            found = place[:-1] if r.lattice is lattice else place[r.lattice.find(lattice)]
+            np.copyto(numbers, found, where=numbers < 0)
         return numbers
 
     def step_numbers(self) -> IntArray:
@@ -226,7 +264,7 @@ def publish_round(
             rounds = Rounds.read(folder, plan)
             before = rounds.all
         except LsweepError:
-            if folder.round(0).exists():
+            if there(folder.round(0)):
                 raise
             before = []
         if after is not None and len(before) != after:
@@ -254,7 +292,7 @@ def publish_round(
             draft,
             points=points,
             unit_points=unit,
-            lease_units=max(1, units // LEASES_WANTED),
+            lease_units=max(1, -(-units // LEASES_WANTED)),
         )
         value: dict[str, Any] = dataclasses.asdict(draft)
         if publish(folder.round(draft.number), sealed(value)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import Counter
 from typing import Any
@@ -9,13 +10,71 @@ from typing import Any
 import numpy as np
 
 from lsweep import slurm
-from lsweep.committed import read_run
+from lsweep.committed import Committed, read_run
 from lsweep.display import duration, speed
 from lsweep.folder import RunFolder
-from lsweep.merge import damage
-from lsweep.parts import Kind
+from lsweep.insist import there
+from lsweep.plan import Plan
+from lsweep.rounds import Rounds
 from lsweep.surface import Status
-from lsweep.workers import Observer, State, Verdict, all_workers
+from lsweep.workers import PATIENCE, UNITS_OF_PATIENCE, Observer, State, Verdict, all_workers
+
+DEAD = "dead"
+SLOW = 2.0  # times the seconds per point that are usual among the others
+LATE, BEATS_LATE = 30.0, 3.0  # seconds, and times its own interval, without a beat
+MOST_NAMED = 20  # workers that are not well, one line each
+
+
+class Overview:
+    """The state of a run, again and again; a second look reads only what is new.
+
+    Args:
+        folder: the run.
+
+    Raises:
+        LsweepError: this is no run.
+        DamagedFile: its plan or a round was altered.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder, self._plan = folder, Plan.read(folder)
+        self._rounds = Rounds.read(folder, self._plan)
+        self._committed = Committed(folder, self._plan, self._rounds)
+        self._observer = Observer(folder)
+
+    def look(self) -> dict[str, Any]:
+        """Return the state as plain values, ready for JSON."""
+        rounds = Rounds.read(self._folder, self._plan)
+        self._committed.look(rounds)
+        outcome, reason = self._committed.standing()
+        texts = self._committed.reasons
+        codes = reason[np.nonzero(outcome == Status.FAILED)[0]]
+        failed = {texts[c]: int((codes == c).sum()) for c in np.unique(codes).tolist()}
+        done = int(np.count_nonzero(self._committed.status))
+        total = int(self._committed.status.size)
+        workers, beat = worker_states(self._folder, self._observer)
+        rate = sum(w["rate"] for w in workers if w["state"] == State.WORKING)
+        tasks, silent = slurm.told(self._folder)
+        return {
+            "run": str(self._folder.root),
+            "plan": self._plan.digest,
+            "rounds": len(rounds.all),
+            "grid": {a: list(v) for a, v in rounds.last.grid.items()},
+            "points": total,
+            "done": done,
+            "missing": total - done,
+            "nonfinite": int(np.count_nonzero(outcome == Status.NONFINITE)),
+            "failed": failed,
+            "interpolated": 0,
+            "rate": rate,
+            "eta": (total - done) / rate if rate else None,
+            "workers": workers,
+            "tasks": tasks,
+            "slurm": silent,
+            "damaged": self._committed.damage,
+            "merged": there(self._folder.surface),
+            "last_beat": beat,
+        }
 
 
 def status(folder: RunFolder) -> dict[str, Any]:
@@ -25,67 +84,65 @@ def status(folder: RunFolder) -> dict[str, Any]:
         LsweepError: this is no run.
         DamagedFile: its plan or a round was altered.
     """
-    plan, rounds, committed = read_run(folder)
-    reasons: dict[tuple[int, int], str] = {}
-    succeeded: set[tuple[int, int]] = set()  # of those that failed and were asked again
-    nonfinite = 0
-    for part in committed.parts:
-        values = part.rows[part.rows["kind"] == Kind.VALUE]
-        values = values[values["point"] < rounds.total]
-        nonfinite += int((values["status"] == Status.NONFINITE).sum())
-        first = rounds.first_asked[values["point"].astype(np.int64)]
-        for point, row in zip(first, values, strict=True) if rounds.asked_again else ():
-            if row["status"] != Status.FAILED:
-                succeeded.add((int(point), int(row["slice"])))
-        bad = values["status"] == Status.FAILED
-        for point, row in zip(first[bad], values[bad], strict=True):
-            reasons[int(point), int(row["slice"])] = part.reason(row)
-    failed = Counter(reason for key, reason in reasons.items() if key not in succeeded)
-    observer = Observer(folder)
+    return Overview(folder).look()
+
+
+def worker_states(
+    folder: RunFolder, observer: Observer
+) -> tuple[list[dict[str, Any]], float | None]:
+    """Return what became of each worker, and how many seconds ago the last of them was heard.
+
+    One that stopped without a word is dead; ``slow`` says why one that works is thought slow.
+    """
+    all_facts, now = all_workers(folder), time.time()
     workers = []
-    for w in all_workers(folder):
-        alive = w["state"] == State.WORKING and observer.verdict(w["worker"]) is Verdict.ALIVE
-        state = w["state"] if w["state"] != State.WORKING or alive else "dead"
-        rate = w["points"] / w["busy"] if w["busy"] else 0.0
+    for w in all_facts:
+        age = now - w["now"]
+        state = str(w["state"])
+        if state == State.WORKING and not _is_alive(w, age, observer):
+            state = DEAD
         workers.append(
             {
                 "worker": w["worker"],
                 "host": w["host"],
-                "state": str(state),
+                "job": w.get("job", ""),
+                "state": state,
+                "slow": _late(w, age) if state == State.WORKING else "",
                 "points": w["points"],
-                "rate": rate,
+                "rate": w["points"] / w["busy"] if w["busy"] else 0.0,
+                "age": age,
                 "message": w["message"],
             }
         )
-    done = int(committed.done.sum())
-    total = int(committed.done.size)
-    rate = sum(w["rate"] for w in workers if w["state"] == State.WORKING)
-    tasks, silent = slurm.told(folder)
-    last = max((w["now"] for w in all_workers(folder)), default=None)
-    return {
-        "run": str(folder.root),
-        "plan": plan.digest,
-        "rounds": len(rounds.all),
-        "grid": {a: list(v) for a, v in rounds.last.grid.items()},
-        "points": total,
-        "done": done,
-        "missing": total - done,
-        "nonfinite": nonfinite,
-        "failed": dict(failed),
-        "interpolated": 0,
-        "rate": rate,
-        "eta": (total - done) / rate if rate else None,
-        "workers": workers,
-        "tasks": tasks,
-        "slurm": silent,
-        "damaged": damage(committed.parts),
-        "merged": folder.surface.is_file(),
-        "last_beat": time.time() - last if last is not None else None,
-    }
+    working = [w for w in workers if w["state"] == State.WORKING and w["rate"]]
+    rates = sorted(w["rate"] for w in working)
+    if len(rates) > 1:
+        usual = statistics.median(rates[1:])  # of the others, for any that may be slow
+        for w in working:
+            if w["rate"] * SLOW < usual and not w["slow"]:
+                times = usual / w["rate"]
+                w["slow"] = f"{times:.1f} times the others' seconds per point"
+    return workers, min((w["age"] for w in workers), default=None)
+
+
+def _is_alive(facts: dict[str, Any], age: float, observer: Observer) -> bool:
+    # Who looks once has nothing to compare a beat with: the clocks of two nodes have to do.
+    patience = max(PATIENCE, UNITS_OF_PATIENCE * facts["longest"])
+    return observer.verdict(facts["worker"]) is Verdict.ALIVE and age <= patience
+
+
+def _late(facts: dict[str, Any], age: float) -> str:
+    usual = (facts["now"] - facts["since"]) / max(1, facts["beat"] - 1)
+    late = age > max(LATE, BEATS_LATE * usual)
+    return f"last heard {duration(age)} ago" if late else ""
 
 
 def lines(state: dict[str, Any]) -> list[str]:
     """Return the state for people, one line a fact."""
+    return [*_progress(state), *_hands(state["workers"]), *_tasks(state), *_ahead(state)]
+
+
+def _progress(state: dict[str, Any]) -> list[str]:
     grid = " x ".join(str(v[2]) for _, v in sorted(state["grid"].items()))
     out = [
         f"{state['run']}: {state['done']}/{state['points']} points done "
@@ -94,20 +151,49 @@ def lines(state: dict[str, Any]) -> list[str]:
     ]
     if state["nonfinite"]:
         out.append(f"  {state['nonfinite']} NaN or infinite")
+    if state["interpolated"]:
+        out.append(f"  {state['interpolated']} interpolated")
     out += [f"  {n} failed: {reason}" for reason, n in state["failed"].items()]
     out += [f"  {name}: {what}" for name, what in state["damaged"].items()]
-    counts = Counter(w["state"] for w in state["workers"])
-    if counts:
-        out.append("  workers: " + ", ".join(f"{n} {s}" for s, n in sorted(counts.items())))
-    for w in state["workers"]:
-        if w["message"] and w["state"] in (State.SICK, State.FAILED):
-            out.append(f"  {w['worker']}: {w['message']}")
-    tasks = [slurm.Task(**t) for t in state["tasks"]]
-    out += [f"  {line}" for line in slurm.lines(tasks)]
-    out += [f"  {state['slurm']}"] if state["slurm"] else []
+    return out
+
+
+def _hands(workers: list[dict[str, Any]]) -> list[str]:
+    """One line for all workers, and one for each that is not well."""
+    if not workers:
+        return []
+    counts = Counter(w["state"] for w in workers)
+    slow = sum(bool(w["slow"]) for w in workers)
+    words = {s: f"{n} {s}" for s, n in sorted(counts.items())}
+    if slow:
+        words[State.WORKING] += f" ({slow} slow)"
+    out = ["  workers: " + ", ".join(words.values())]
+    unwell = [w for w in workers if w["slow"] or w["state"] in (DEAD, State.SICK, State.FAILED)]
+    for w in unwell[:MOST_NAMED]:
+        job = f", job {w['job']}" if w["job"] else ""
+        why = w["slow"] or w["message"]
+        if w["state"] == DEAD:
+            why = f"last heard {duration(w['age'])} ago"
+        state = "slow" if w["slow"] else w["state"]
+        out.append(f"  {w['worker']} on {w['host']}{job}: {state}{f': {why}' if why else ''}")
+    if len(unwell) > MOST_NAMED:
+        out.append(f"  and {len(unwell) - MOST_NAMED} more; --json has all")
+    return out
+
+
+def _tasks(state: dict[str, Any]) -> list[str]:
+    """What Slurm says of the tasks, or why it says nothing."""
+    told = slurm.lines([slurm.Task(**t) for t in state["tasks"]])
+    return [f"  {line}" for line in (*told, *filter(None, [state["slurm"]]))]
+
+
+def _ahead(state: dict[str, Any]) -> list[str]:
+    out = []
     if state["eta"] is not None and state["missing"]:
         out.append(f"  {speed(state['rate'])}, {duration(state['eta'])} left")
-    if state["missing"] and not counts.get("working") and not any(t.active for t in tasks):
+    works = any(w["state"] == State.WORKING for w in state["workers"])
+    works |= any(slurm.Task(**t).active for t in state["tasks"])
+    if state["missing"] and not works:
         out.append(f"  nobody works on it: 'lsweep run {state['run']}' computes what is missing")
     if not state["missing"]:
         out.append("  complete" + (", merged" if state["merged"] else ": 'lsweep merge' it"))
@@ -117,5 +203,4 @@ def lines(state: dict[str, Any]) -> list[str]:
 def share_done(folder: RunFolder) -> tuple[int, int]:
     """Return (done, total) points times slices of a run."""
     _, _, committed = read_run(folder)
-    done = committed.done
-    return int(np.count_nonzero(done)), int(done.size)
+    return int(np.count_nonzero(committed.status)), int(committed.status.size)

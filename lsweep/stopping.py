@@ -15,6 +15,7 @@ from typing import Any
 
 AT_ONCE = ("SIGINT", "SIGTERM")
 AFTER_THE_UNIT = ("SIGUSR1", "SIGUSR2")
+TIME_LIMIT = "the time limit"
 MARGIN = 10.0  # seconds to sync, to write the last heartbeat and to ask for another turn
 CAUTION = 1.5  # a unit may take so much longer than the longest so far
 
@@ -43,6 +44,11 @@ class Stop:
         self._parent = parent
         self._raised = False
         self._before: dict[int, Any] = {}
+
+    @property
+    def at_once(self) -> bool:
+        """True unless the unit in flight may still be finished."""
+        return self.reason not in (*AFTER_THE_UNIT, TIME_LIMIT)
 
     def __enter__(self) -> Stop:
         for name in (*AT_ONCE, *AFTER_THE_UNIT):
@@ -81,4 +87,4 @@ class Stop:
         if self._parent and os.getppid() != self._parent:
             self._raise("the launcher is gone")
         if self.end is not None and time.time() + CAUTION * unit + MARGIN > self.end:
-            self._raise("the time limit")
+            self._raise(TIME_LIMIT)

@@ -7,8 +7,6 @@ import sys
 import time
 from argparse import Namespace
 
-import numpy as np
-
 from lsweep.commands import INCOMPLETE, INTERRUPTED, _folder, _plan
 from lsweep.errors import LsweepError
 from lsweep.folder import RunFolder
@@ -93,15 +91,9 @@ def work_left(folder: RunFolder) -> tuple[int, int]:
     """
     from lsweep.committed import read_run
 
-    plan, rounds, committed = read_run(folder)
-    points = leases = 0
-    for r in rounds:
-        missing = ~committed.done[r.first : r.first + r.points]
-        point, slice_ = np.nonzero(missing)
-        units = point // r.unit_points * plan.slices + slice_
-        points += len(point)
-        leases += len(np.unique(units // r.lease_units))
-    return points, leases
+    _, rounds, committed = read_run(folder)
+    leases = sum(int((committed.first_missing(r) >= 0).sum()) for r in rounds)
+    return int((committed.status == 0).sum()), leases
 
 
 def _complete(folder: RunFolder) -> int:

@@ -11,10 +11,10 @@ from lsweep.committed import Committed
 from lsweep.errors import LsweepError
 from lsweep.files import read_json
 from lsweep.folder import RunFolder
-from lsweep.merge import damage, merge
+from lsweep.merge import merge
 from lsweep.plan import Plan
 from lsweep.rounds import Rounds
-from lsweep.surface import Surface
+from lsweep.surface import Status, Surface
 
 
 @dataclass
@@ -66,12 +66,12 @@ def verify(folder: RunFolder, data: bool = False, trust: bool = False) -> Findin
     _check_code(folder, plan, found)
     _check_directions(folder, plan, found)
     committed = Committed.read(folder, plan, rounds)
-    found.checked += len(committed.parts)
-    for name, what in damage(committed.parts).items():
+    found.checked += len(committed.readers)
+    for name, what in committed.damage.items():
         found.problems.append(f"{name}: {what}; 'lsweep run' computes what is lost")
-    missing = int((~committed.done).sum())
+    missing = int((committed.status == Status.PENDING).sum())
     if missing:
-        found.notes.append(f"{missing} of {committed.done.size} points have no row yet")
+        found.notes.append(f"{missing} of {committed.status.size} points have no row yet")
     merged, report = merge(folder)
     if report.conflicts:
         found.problems.append(

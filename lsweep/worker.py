@@ -6,69 +6,39 @@ Every launcher starts this one function. It needs nobody, and may join or leave 
 from __future__ import annotations
 
 import math
-import random
 import socket
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 
-from lsweep import leases, machine
-from lsweep.committed import Committed
+from lsweep import machine
 from lsweep.device import check_precision, choose_device, device_class, is_out_of_memory
 from lsweep.errors import LsweepError, SickDevice
 from lsweep.evaluate import Evaluator, Spot
 from lsweep.factory import describe
 from lsweep.folder import RunFolder
+from lsweep.leases import Lease
 from lsweep.ledger import Ledger
 from lsweep.parts import Kind, Rows
 from lsweep.plan import Plan
 from lsweep.planning import load_problem
 from lsweep.preflight import frozen_class, preflight
 from lsweep.problem import Problem
-from lsweep.rounds import Round, Rounds
+from lsweep.role import Role
+from lsweep.rounds import Round
+from lsweep.shift import Shift
+from lsweep.startup import turn
 from lsweep.stopping import Stop, Stopped
 from lsweep.sums import means
 from lsweep.surface import Status
-from lsweep.workers import Observer, Verdict
 
 AUDIT_SHARE = 100  # one point in so many is evaluated twice
 LEAST_AUDITED = 3
 CENTRE_TOLERANCE = {"cpu": 0.0, "cuda": 1e-6}
 SAME_CENTRE = {"cpu": (1e-6, 0.0), "gpu": (1e-4, 1e-7)}  # relative, absolute; within a class
-LONGEST_NAP = 2.0  # seconds between looks at what others left
-
-
-@dataclass(frozen=True)
-class Role:
-    """How this worker takes part: worker ``index`` of ``of``, the ``local``-th on its node.
-
-    Attributes:
-        index: picks the shard of a round that it begins with.
-        of: number of workers.
-        local: picks its GPU.
-        device: ``auto``, ``cpu``, ``cuda:1``, ….
-        threads: torch threads; 0 leaves torch's own choice.
-        claims: ``lease``; or ``static``, each worker its shard only, where metadata lies.
-        beat: seconds between heartbeats.
-        trust: import a factory that belongs to another user.
-    """
-
-    index: int = 0
-    of: int = 1
-    local: int = 0
-    device: str = "auto"
-    threads: int = 1
-    claims: str = "lease"
-    beat: float = 10.0
-    trust: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.index < self.of:
-            raise LsweepError(f"--index {self.index}: must be from 0 to {self.of - 1} (--of)")
 
 
 def work(
@@ -92,24 +62,27 @@ def work(
     """
     stop = stop or Stop()
     plan = Plan.read(folder)
-    rounds = Rounds.read(folder, plan)
     if role.threads:
         torch.set_num_threads(role.threads)
     device = choose_device(role.device, role.local)
     check_precision(plan.evaluate["precision"], device)
-    if bool(Committed.read(folder, plan, rounds).done.all()):
-        return 0
-    problem, directions = load_problem(folder, plan, problem, role.trust)
     name = machine.worker_name()
+    shift = Shift(folder, plan, role, name, stop)
+    if shift.complete:
+        return 0
+    with turn(plan.digest):
+        problem, directions = load_problem(folder, plan, problem, role.trust)
     known = frozen_class(folder, plan, device_class(device))
     sizes = known["batch_sizes"] if known else None
     with Evaluator(problem, plan.evaluate, directions, device, sizes) as evaluator:
-        known = known or _preflight(folder, plan, evaluator, rounds.last.expected, name)
+        known = known or _preflight(folder, plan, evaluator, shift.rounds.last.expected, name)
         evaluator.batch_sizes.update(known["batch_sizes"])
         _require_same_centre(evaluator, plan, known)
-        with Ledger(folder, plan, name, known, role.beat, evaluator) as ledger:
+        with Ledger(folder, plan, name, known, role, evaluator) as ledger:
+            bench = _Bench(plan, shift, evaluator, ledger, stop)
             try:
-                _Shift(folder, plan, role, evaluator, ledger, stop).run()
+                for round_, number, lease in shift.leases():
+                    bench.do(round_, number, lease)
             except Stopped as e:
                 e.points = ledger.points
                 raise
@@ -147,108 +120,20 @@ def _require_same_centre(evaluator: Evaluator, plan: Plan, known: dict[str, Any]
             )
 
 
-class _Shift:
-    """One worker's way through the rounds."""
+class _Bench:
+    """Where leases are worked off: units are evaluated, committed, and troubles told apart."""
 
     def __init__(
-        self,
-        folder: RunFolder,
-        plan: Plan,
-        role: Role,
-        evaluator: Evaluator,
-        ledger: Ledger,
-        stop: Stop,
+        self, plan: Plan, shift: Shift, evaluator: Evaluator, ledger: Ledger, stop: Stop
     ) -> None:
-        self._folder, self._plan, self._role = folder, plan, role
-        self._evaluator, self._ledger, self._stop = evaluator, ledger, stop
-        self._observer = Observer(folder)
-        self._rounds = Rounds.read(folder, plan)
-        self._committed = Committed.read(folder, plan, self._rounds)
-        self._jitter = random.Random(ledger.name)  # when to look again, never what to compute
+        self._plan, self._shift, self._stop = plan, shift, stop
+        self._evaluator, self._ledger = evaluator, ledger
 
-    def run(self) -> None:
-        """Work until no round has a missing point."""
-        while True:
-            for round_ in self._rounds:
-                self._round(round_)
-            fresh = Rounds.read(self._folder, self._plan)
-            if fresh.total == self._rounds.total:
-                return
-            self._rounds = fresh
-            self._look()
-
-    def _look(self) -> None:
-        self._committed = Committed.read(self._folder, self._plan, self._rounds)
-
-    def _round(self, round_: Round) -> None:
-        count = round_.leases(self._plan.slices)
-        mine = range(self._role.index, count, self._role.of)
-        if self._role.claims == "static":
-            for number in mine:
-                self._do(round_, number, None)
-            return
-        for number in self._fresh(round_, mine, count):
-            lease = leases.Lease(self._ledger.name, 0, suspect=self._first_missing(round_, number))
-            if leases.claim(self._folder, round_.number, number, lease):
-                self._do(round_, number, lease)
-        nap = 0.05
-        while True:
-            self._look()
-            left = [n for n in range(count) if self._first_missing(round_, n) >= 0]
-            if not left:
-                return
-            self._jitter.shuffle(left)
-            taken = [self._take_over(round_, number) for number in left]
-            if any(taken):
-                nap = 0.05
-            else:
-                self._stop.check()
-                time.sleep(nap * self._jitter.uniform(0.5, 1.0))
-                nap = min(LONGEST_NAP, nap * 1.5)
-
-    def _fresh(self, round_: Round, mine: range, count: int) -> Iterator[int]:
-        """Yield leases to try: first one's shard, coarse to fine; then what the others left."""
-        missing = [n for n in range(count) if self._first_missing(round_, n) >= 0]
-        own = [n for n in missing if n in mine]
-        yield from own
-        free = leases.unclaimed(self._folder, round_.number, count)
-        others = [n for n in missing if n not in mine and n in free]
-        # From the far end: the owner of a shard comes from the near one.
-        yield from reversed(others)
-
-    def _first_missing(self, round_: Round, number: int) -> int:
-        for unit in round_.lease_range(number, self._plan.slices):
-            missing = self._committed.missing(round_, unit, self._plan.slices)
-            if missing:
-                return missing[0]
-        return -1
-
-    def _take_over(self, round_: Round, number: int) -> bool:
-        """Claim the next generation of a lease whose owner is gone; True when it was done."""
-        last = leases.newest(self._folder, round_.number, number)
-        if last is None:
-            lease = leases.Lease(self._ledger.name, 0, suspect=self._first_missing(round_, number))
-        else:
-            verdict = self._observer.verdict(last.worker)
-            if last.worker == self._ledger.name:
-                verdict = Verdict.ENDED  # an earlier lease of its own, lost on a damaged part
-            if verdict is Verdict.ALIVE:
-                return False
-            # Its owner may have committed more since this worker last looked.
-            self._look()
-            suspect = self._first_missing(round_, number)
-            if suspect < 0:
-                return True
-            lease = last.next(self._ledger.name, suspect, verdict is Verdict.DIED)
-        if not leases.claim(self._folder, round_.number, number, lease):
-            return False
-        self._do(round_, number, lease)
-        return True
-
-    def _do(self, round_: Round, number: int, lease: leases.Lease | None) -> None:
+    def do(self, round_: Round, number: int, lease: Lease | None) -> None:
+        """Evaluate and commit what a lease still lacks."""
         slices = self._plan.slices
         for unit in round_.lease_range(number, slices):
-            missing = self._committed.missing(round_, unit, slices)
+            missing = self._shift.committed.missing(round_, unit, slices)
             _, slice_ = round_.unit(unit, slices)
             if lease is not None and lease.single:
                 for point in missing:
@@ -263,7 +148,7 @@ class _Shift:
     # -- one unit -------------------------------------------------------------------------------
 
     def _spots(self, points: Iterable[int]) -> list[Spot]:
-        r = self._rounds
+        r = self._shift.rounds
         return [Spot(tuple(map(float, r.offsets[p])), int(r.step[p])) for p in points]
 
     def _unit(self, points: list[int], slice_: int) -> None:
@@ -311,7 +196,7 @@ class _Shift:
 
     def _is_audited(self, point: int) -> bool:
         """One point in a hundred, at least three: by number, so every worker agrees which."""
-        stride = min(AUDIT_SHARE, max(1, self._rounds.total // LEAST_AUDITED))
+        stride = min(AUDIT_SHARE, max(1, self._shift.rounds.total // LEAST_AUDITED))
         return point % stride == stride // 2
 
     def _audit(self, points: list[int], slice_: int) -> Rows:

@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from lsweep.errors import LsweepError
+from lsweep.errors import DamagedFile, LsweepError
 from lsweep.files import read_json, readable, replace, sealed
 from lsweep.folder import RunFolder
+from lsweep.insist import there
 from lsweep.machine import host_identity, start_time
 
 PATIENCE = 180.0  # seconds
@@ -126,27 +127,34 @@ class Observer:
 
     def __init__(self, folder: RunFolder, clock: Callable[[], float] = time.monotonic) -> None:
         self._folder, self._clock = folder, clock
-        self._seen: dict[str, tuple[int, float]] = {}
+        self._seen: dict[str, tuple[int, float, float]] = {}
         self._here = host_identity()
 
     def verdict(self, worker: str) -> Verdict:
         """Say whether a worker is alive, has ended in order, or died."""
+        path = self._folder.worker(worker)
         try:
-            facts = read_json(self._folder.worker(worker))
+            facts = read_json(path)
+        except DamagedFile:
+            return Verdict.DIED
         except LsweepError:
-            return Verdict.DIED  # damaged, or missing: a worker writes its file before it leases
+            if not there(path):
+                return Verdict.DIED  # a worker writes its file before it leases
+            return self._unchanged(worker)  # the disk's error says nothing about the worker
         if facts.get("state") != State.WORKING:
             return Verdict.ENDED
         if facts.get("identity") == self._here:
             same = start_time(int(facts["pid"])) == facts.get("start")
             return Verdict.ALIVE if same else Verdict.DIED
-        beat, now = int(facts["beat"]), self._clock()
-        before = self._seen.get(worker)
-        if before is None or before[0] != beat:
-            self._seen[worker] = (beat, now)
-            return Verdict.ALIVE
-        patience = max(PATIENCE, UNITS_OF_PATIENCE * float(facts["longest"]))
-        return Verdict.DIED if now - before[1] > patience else Verdict.ALIVE
+        beat = int(facts["beat"])
+        if worker not in self._seen or self._seen[worker][0] != beat:
+            self._seen[worker] = (beat, self._clock(), float(facts["longest"]))
+        return self._unchanged(worker)
+
+    def _unchanged(self, worker: str) -> Verdict:
+        _, since, longest = self._seen.setdefault(worker, (-1, self._clock(), 0.0))
+        patience = max(PATIENCE, UNITS_OF_PATIENCE * longest)
+        return Verdict.DIED if self._clock() - since > patience else Verdict.ALIVE
 
 
 def all_workers(folder: RunFolder) -> list[dict[str, Any]]:

@@ -30,11 +30,12 @@ from lsweep.committed import Committed
 from lsweep.errors import LsweepError
 from lsweep.folder import RunFolder
 from lsweep.merge import Report, merge
-from lsweep.parts import Kind
+from lsweep.parts import Kind, Part, read_part
 from lsweep.plan import Plan
+from lsweep.role import Role
 from lsweep.rounds import Rounds
 from lsweep.surface import Surface
-from lsweep.worker import Role, work
+from lsweep.worker import work
 
 FACTORY = '''\
 import os, pathlib, signal, time
@@ -327,10 +328,20 @@ def finished(toml: Path, **options: Any) -> RunFolder:
     return folder
 
 
-def committed(folder: RunFolder) -> Committed:
+@dataclass(frozen=True)
+class Held:
+    """What a run holds: its parts, by name, and which points and slices are done."""
+
+    parts: list[Part]
+    done: np.ndarray
+
+
+def committed(folder: RunFolder) -> Held:
     """Return what is committed."""
     plan = Plan.read(folder)
-    return Committed.read(folder, plan, Rounds.read(folder, plan))
+    rounds = Rounds.read(folder, plan)
+    parts = [read_part(p, plan.digest, len(plan.variables)) for p in folder.all_parts()]
+    return Held(parts, Committed.read(folder, plan, rounds).done)
 
 
 def evaluated(folder: RunFolder) -> list[tuple[int, int]]:

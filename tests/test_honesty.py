@@ -25,8 +25,9 @@ from lsweep.folder import RunFolder
 from lsweep.measures import nonconvex_fraction
 from lsweep.merge import merge
 from lsweep.plan import Plan
+from lsweep.role import Role
 from lsweep.surface import Surface
-from lsweep.worker import Role, work
+from lsweep.worker import work
 
 LINE = (-1, 1, 5)
 

@@ -38,10 +38,11 @@ from cases import (
 from lsweep.folder import RunFolder
 from lsweep.plan import Plan
 from lsweep.planning import load_problem
+from lsweep.role import Role
 from lsweep.status import share_done
 from lsweep.surface import Surface
 from lsweep.verify import verify
-from lsweep.worker import Role, work
+from lsweep.worker import work
 
 WORKERS = 6
 KILLS = 200

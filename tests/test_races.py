@@ -73,7 +73,7 @@ def test_two_runs_started_at_once_on_one_folder_share_it(tmp_path: Path) -> None
         assert (p.returncode, "Traceback" in out + err) == (0, False), err
     assert len(list(folder.rounds.iterdir())) == 1
     assert evaluated(folder) == [(p, 0) for p in range(105)]  # and nobody did anything twice
-    assert {p.header["worker"] for p in Committed.read(folder, *plan_of(folder)).parts} == {
+    assert {p.header["worker"] for p in Committed.read(folder, *plan_of(folder)).readers} == {
         p.stem for p in folder.all_workers()
     }
     alone = merged(finished(sweep_file(tmp_path / "alone", x=21, y=5)))[0]
@@ -206,7 +206,7 @@ def test_who_dies_between_the_exclusive_name_and_the_rename_blocks_nobody(
 
     def publish_and_die() -> None:
         monkeypatch.setattr(os, "link", no_links)
-        monkeypatch.setattr(Path, "rename", die)
+        monkeypatch.setattr(Path, "replace", die)
         publish(path, b"never")
 
     with pytest.raises(AssertionError, match="without an answer"):

@@ -1,0 +1,194 @@
+"""Winners: which of several rows stands for a point and slice, and their sums over the slices.
+
+Rows are read twice, once to choose and once to sum, because all sums at once are most of what a
+run holds. The best outcome wins, then the first part by name, then the first slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from lsweep.committed import Committed
+from lsweep.folder import RunFolder
+from lsweep.parts import Kind, PartReader, Rows, device_code, row_type
+from lsweep.plan import Plan
+from lsweep.points import IntArray
+from lsweep.rounds import Rounds
+from lsweep.sums import SUMS, WV, W
+from lsweep.surface import Status
+
+FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+MOST_SUMS = 2**25  # bytes of sums held while slices are added up
+PART = 2**32  # a row's number is its part's times this, and its slot
+
+
+class Winners:
+    """The row that stands for each point and slice, by the number under which it was first asked.
+
+    Args:
+        folder: the run.
+        plan: its plan.
+        rounds: its rounds.
+        parts: read these only; by default all.
+
+    Attributes:
+        committed: what is committed.
+        readers: the parts that have rows, in the order of their names.
+        row: (points, slices) int64, the number of the winning row, or -1.
+        status: (points, slices) uint8, its outcome.
+        device: (points, slices) uint32, the code of its device class; known after `totals`.
+        seconds: how long all evaluations took.
+    """
+
+    def __init__(
+        self, folder: RunFolder, plan: Plan, rounds: Rounds, parts: Sequence[Path] | None = None
+    ) -> None:
+        shape = rounds.total, plan.slices
+        self._plan, self._rounds = plan, rounds
+        self.committed = Committed(folder, plan, rounds, parts)
+        self.readers: list[PartReader] = []
+        self.row = np.full(shape, -1, dtype=np.int64)
+        self.status = np.zeros(shape, dtype=np.uint8)
+        self.device = np.zeros(shape, dtype=np.uint32)
+        self._again = np.zeros(shape, dtype=bool)  # evaluated more than once, audits included
+        self._audits: list[Rows] = []
+        self._rivals: list[tuple[IntArray, Rows]] = []
+        nanoseconds = 0  # whole numbers, so that the order of parts does not matter
+        for reader, slots, rows in self.committed.news():
+            if not self.readers or self.readers[-1] is not reader:
+                self.readers.append(reader)
+            nanoseconds += int(np.rint(rows["seconds"] * 1e9).astype(np.int64).sum())
+            audit = rows["kind"] == Kind.AUDIT
+            if audit.any():
+                self._audits.append(rows[audit])
+                self._again[self._key(rows[audit])] = True
+            self._choose(*self._values(len(self.readers) - 1, slots, rows))
+        self.seconds = nanoseconds / 1e9
+
+    def _key(self, rows: Rows) -> tuple[IntArray, IntArray]:
+        point = rows["point"].astype(np.int64)
+        if self._rounds.asked_again:
+            point = self._rounds.first_asked[point]
+        return point, rows["slice"].astype(np.int64)
+
+    def _values(
+        self, part: int, slots: IntArray, rows: Rows
+    ) -> tuple[IntArray, IntArray, IntArray, Rows]:
+        value = (rows["kind"] == Kind.VALUE) & (rows["point"] < self._rounds.total)
+        value &= rows["slice"] < self._plan.slices
+        if not value.all():
+            slots, rows = slots[value], rows[value]
+        return (part * PART + slots, *self._key(rows), rows)
+
+    def _choose(self, number: IntArray, point: IntArray, slice_: IntArray, rows: Rows) -> None:
+        there, new = self.status[point, slice_], rows["status"]
+        better = np.flatnonzero((there == 0) | (new < there))
+        # What is written last stands: ok is 1, nonfinite 2, failed 3; of equals the first row.
+        better = better[::-1]
+        if (new != Status.OK).any():
+            better = better[np.argsort(-new[better].astype(np.int64), kind="stable")]
+        key = point[better], slice_[better]
+        self.row[key], self.status[key] = number[better], new[better]
+        beaten = (there > 0) | (self.row[point, slice_] != number)
+        if beaten.any():
+            self._again[point[beaten], slice_[beaten]] = True
+
+    def pieces(self, part: int) -> Iterator[tuple[IntArray, IntArray, IntArray, Rows, BoolArray]]:
+        """Yield a part's value rows once more: number, point, slice, row, whether it won."""
+        for slots, rows in self.readers[part].again():
+            number, point, slice_, values = self._values(part, slots, rows)
+            yield number, point, slice_, values, self.row[point, slice_] == number
+
+    def totals(self) -> Iterator[tuple[IntArray, FloatArray]]:
+        """Yield numbers of points, each once, and their (n, V, 8) sums over all slices.
+
+        Slices are added in their order, so that cutting the data changes nothing. A point with a
+        slice that is missing has NaN, or is not among them.
+        """
+        if self._plan.slices == 1:
+            for part in range(len(self.readers)):
+                for point, _, rows in self._winning(part, 0, self._rounds.total):
+                    yield point, rows["sums"]
+            return
+        variables, slices = len(self._plan.variables), self._plan.slices
+        size = max(1, MOST_SUMS // (slices * variables * len(SUMS) * 8))
+        for start in range(0, self._rounds.total, size):
+            stop = min(start + size, self._rounds.total)
+            sums = np.full((stop - start, slices, variables, len(SUMS)), np.nan)
+            for part in np.unique(self.row[start:stop] // PART).tolist():
+                for point, slice_, rows in self._winning(part, start, stop) if part >= 0 else ():
+                    sums[point - start, slice_] = rows["sums"]
+            total = sums[:, 0]
+            for s in range(1, slices):
+                total = total + sums[:, s]
+            yield np.arange(start, stop), total
+
+    def _winning(
+        self, part: int, start: int, stop: int
+    ) -> Iterator[tuple[IntArray, IntArray, Rows]]:
+        """Yield the winning rows of points from ``start`` to ``stop``; set rivals aside."""
+        for _, point, slice_, rows, won in self.pieces(part):
+            within = (point >= start) & (point < stop)
+            rival = within & self._again[point, slice_]
+            if rival.any():
+                key = point[rival] * self._plan.slices + slice_[rival]
+                sizes = device_code(self.readers[part].header.get("batch_sizes", ""))
+                code = sizes * PART + rows["device"][rival].astype(np.int64)
+                self._rivals.append((np.stack([key, code, won[rival]]), rows[rival]))
+            won &= within
+            if not won.all():
+                point, slice_, rows = point[won], slice_[won], rows[won]
+            self.device[point, slice_] = rows["device"]
+            yield point, slice_, rows
+
+    def _collected(self) -> tuple[IntArray, IntArray, BoolArray, Rows]:
+        """Return the rivals that were set aside: key, class and batch sizes, won, row."""
+        if not self._rivals:
+            nothing = np.empty(0, dtype=np.int64)
+            return nothing, nothing, nothing > 0, np.empty(0, self._row_type())
+        key, code, won = np.concatenate([facts for facts, _ in self._rivals], axis=1)
+        return key, code, won > 0, np.concatenate([rows for _, rows in self._rivals])
+
+    def conflicts(self, tolerance: float) -> int:
+        """Return how many points have rows that disagree; to be asked after `totals`.
+
+        Rows of one device class and batch sizes must be equal bit for bit, others to a relative
+        ``tolerance``.
+        """
+        key, code, won, rows = self._collected()
+        finite = rows["status"] < Status.FAILED
+        first, rest = np.flatnonzero(won & finite), np.flatnonzero(~won & finite)
+        winner = _lookup(key[first], key[rest])
+        rest, first = rest[winner >= 0], first[winner[winner >= 0]]
+        a, b = rows["sums"][first], rows["sums"][rest]
+        identical = ((a == b) | (np.isnan(a) & np.isnan(b))).all(axis=(1, 2))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            x, y = a[..., WV] / a[..., W], b[..., WV] / b[..., W]
+        close = np.isclose(x, y, rtol=tolerance, atol=tolerance * 1e-2, equal_nan=True)
+        agree = np.where(code[first] == code[rest], identical, close.all(axis=1))
+        return len(np.unique(key[rest][~agree] // self._plan.slices))
+
+    def audits(self) -> tuple[Rows, Rows]:
+        """Return rows that won, and those that audit them; to be asked after `totals`."""
+        key, _, won, rows = self._collected()
+        audits = np.concatenate(self._audits) if self._audits else np.empty(0, self._row_type())
+        point, slice_ = self._key(audits)
+        winner = _lookup(key[won], point * self._plan.slices + slice_)
+        return rows[won][winner[winner >= 0]], audits[winner >= 0]
+
+    def _row_type(self) -> np.dtype[np.void]:
+        return row_type(len(self._plan.variables))
+
+
+def _lookup(keys: IntArray, wanted: IntArray) -> IntArray:
+    """Return for each wanted key its index in ``keys``, or -1."""
+    if not len(keys):
+        return np.full(len(wanted), -1, dtype=np.int64)
+    order = np.argsort(keys, kind="stable")
+    found = order[np.minimum(np.searchsorted(keys[order], wanted), len(keys) - 1)]
+    return np.where(keys[found] == wanted, found, -1)

@@ -1,0 +1,135 @@
+"""Told to end: which signal drops the unit in flight, which lets it finish, and the time limit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cases import evaluated, finished, merged, planned, sweep_file, wait_for, worked
+
+from lsweep.folder import RunFolder
+from lsweep.requeue import another_turn
+from lsweep.stopping import MARGIN, Stop, Stopped
+from lsweep.workers import State, all_workers
+
+UNIT = 4  # points, of 0.25 s each
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return planned(sweep_file(tmp_path, x=41, pause=0.25), unit_points=UNIT)
+
+
+def worker(folder: RunFolder, **environment: str) -> subprocess.Popen[str]:
+    """Start ``lsweep work`` and wait for its first unit."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lsweep", "work", str(folder.root), "--beat", "0.1"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    wait_for(lambda: [w for w in all_workers(folder) if w["points"]] or process.poll() is not None)
+    return process
+
+
+def ended(process: subprocess.Popen[str], folder: RunFolder) -> tuple[int, str, dict[str, object]]:
+    _, err = process.communicate(timeout=60)
+    (facts,) = all_workers(folder)
+    return process.returncode, err, facts
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT"])
+def test_a_signal_ends_a_worker_with_whole_units_and_the_rest_is_done_later(folder, name):
+    process = worker(folder)
+    process.send_signal(getattr(signal, name))
+    code, err, facts = ended(process, folder)
+    assert (code, facts["state"], facts["message"]) == (130, State.STOPPED, name)
+    assert err == f"lsweep: stopped by {name}; all that was committed is kept\n"
+    done = evaluated(folder)
+    assert len(done) == facts["points"] and len(done) % UNIT == 0 and 0 < len(done) < 41
+    assert worked(folder) == 41 - len(done)
+    assert len(evaluated(folder)) == 41
+
+
+def test_usr_lets_the_unit_finish_and_term_drops_it(tmp_path):
+    # One unit of all points: what is committed after the signal tells which it was.
+    for name, points in (("SIGUSR1", 12), ("SIGTERM", 0)):
+        folder = planned(sweep_file(tmp_path / name, x=12, pause=0.25), unit_points=12)
+        process = subprocess.Popen([sys.executable, "-m", "lsweep", "work", str(folder.root)],
+                                   stderr=subprocess.PIPE, text=True)  # fmt: skip
+        wait_for(lambda folder=folder: list(folder.leases.rglob("*.g0")))
+        process.send_signal(getattr(signal, name))
+        code, _, facts = ended(process, folder)
+        # All units done: there was nothing to be stopped from.
+        assert (code, facts["points"]) == ((0 if points else 130), points)
+
+
+def test_no_unit_begins_that_would_run_into_the_time_limit(folder):
+    end = time.time() + MARGIN + 8
+    process = worker(folder, SLURM_JOB_ID="1", SLURM_JOB_END_TIME=str(int(end)))
+    code, err, facts = ended(process, folder)
+    assert time.time() < end
+    assert (code, facts["state"], facts["message"]) == (130, State.STOPPED, "the time limit")
+    # No Slurm answers for this job: said, and nothing else happens.
+    assert err.startswith("lsweep: job 1: the time limit; not requeued: ")
+    assert len(evaluated(folder)) == facts["points"] < 41
+
+
+def test_a_second_term_does_not_disturb_the_end(folder):
+    process = worker(folder)
+    for _ in range(50):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.002)
+        if process.poll() is not None:
+            break
+    _, err, facts = ended(process, folder)
+    assert facts["state"] == State.STOPPED and "Traceback" not in err
+    assert len(evaluated(folder)) == facts["points"]
+
+
+def test_the_values_are_those_of_an_undisturbed_run(tmp_path, folder):
+    process = worker(folder)
+    process.send_signal(signal.SIGTERM)
+    ended(process, folder)
+    worked(folder)
+    calm = merged(finished(sweep_file(tmp_path / "calm", x=41), unit_points=UNIT))[0]
+    there = merged(folder)[0]
+    assert there["train_loss"].tobytes() == calm["train_loss"].tobytes()
+
+
+def test_outside_the_main_thread_signals_are_pythons_own():
+    import threading
+
+    found: list[bool] = []
+
+    def run() -> None:
+        with Stop() as stop:
+            stop.check()
+            found.append(True)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [True]
+
+
+def test_what_is_asked_of_stop():
+    with pytest.raises(Stopped, match="the time limit"):
+        Stop(end=time.time() + MARGIN + 5).check(unit=20.0)
+    with pytest.raises(Stopped, match="the launcher is gone"):
+        Stop(parent=1 if os.getppid() != 1 else 2).check()
+
+
+def test_who_asks_for_another_turn():
+    inside = {"SLURM_JOB_ID": "1"}
+    assert another_turn("SIGINT", 9, inside) is None  # a person's Ctrl-C
+    assert "no unit was finished in this turn: not requeued" in str(
+        another_turn("the time limit", 0, inside)
+    )
+    tired = {**inside, "SLURM_RESTART_COUNT": "10"}
+    assert "after 10 turns: not requeued again" in str(another_turn("SIGUSR2", 9, tired))
