@@ -11,6 +11,8 @@ import dataclasses
 import os
 import select
 import subprocess
+import sys
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 from lsweep.machine import host_identity, short_hash, start_time
 
 PATIENCE = 5.0  # seconds for an answer of a launcher
+GRACE = 2.0
 
 # Who sets which variables for: rank, number of ranks, rank on this node.
 _LAUNCHERS = (
@@ -39,7 +42,7 @@ class Rank:
         local: its number on its node, which picks its GPU.
         source: who said so: ``MPICH``, ``Open MPI``, ``Slurm``, …; "" when nobody did.
         job: the Slurm job as Slurm writes it, ``51_3.0`` for step 0 of task 3; "" outside Slurm.
-        launch: what only the processes of this launch share.
+        launch: what only the processes of this launch share, where MPI itself was asked.
     """
 
     index: int = 0
@@ -79,7 +82,6 @@ def own_rank(environment: Mapping[str, str] = os.environ, ask_mpi: bool = False)
         of=tasks * rank.of,
         source=rank.source or ("Slurm" if tasks > 1 else ""),
         job=_job(environment),
-        launch=rank.launch or (_launch(environment, rank) if rank.source else ""),
     )
 
 
@@ -140,19 +142,28 @@ def _is_of_srun(environment: Mapping[str, str]) -> bool:
     return _in_step(environment) and told is not None and told.of == size
 
 
-def _launch(environment: Mapping[str, str], rank: Rank) -> str:
+def launch_of(rank: Rank, environment: Mapping[str, str] = os.environ) -> str:
+    """Return a name that the processes of this launch share, and no others; "" for one alone.
+
+    After this MPICH's `end_launch` does nothing: who asked its process manager must take leave of
+    it, or dies of its exit.
+    """
+    name = ""
+    if rank.launch or rank.of == 1:
+        return rank.launch
     if _is_of_srun(environment):
         turn = environment.get("SLURM_RESTART_COUNT", "0")
-        name = f"slurm {environment.get('SLURM_JOB_ID')}.{environment['SLURM_STEP_ID']} {turn}"
-    elif rank.source == "Open MPI" and "PMIX_NAMESPACE" in environment:
-        name = environment["PMIX_NAMESPACE"]
+        name = f"{environment.get('SLURM_JOB_ID')}.{environment['SLURM_STEP_ID']} {turn}"
+    elif rank.source == "Open MPI":
+        name = environment.get("PMIX_NAMESPACE", "")
     elif rank.source == "Flux":
         name = environment.get("FLUX_JOB_ID", "")
-    else:
-        # Where not even that is known: one node's processes share a parent.
+    elif rank.source == "MPICH" and "mpi4py.MPI" not in sys.modules:  # else the wire is in use
+        name = _told_by_hydra(environment, "get_my_kvsname").partition("kvsname=")[2]
+        _told_by_hydra(environment, "finalize")
+    if not name:  # then at least the processes of one node share their parent
         parent = os.getppid()
-        beside = f"{host_identity()} {parent} {start_time(parent)}"
-        name = _told_by_hydra(environment, "get_my_kvsname").partition("kvsname=")[2] or beside
+        name = f"{host_identity()} {parent} {start_time(parent)}"
     return short_hash(f"{rank.source} {name.strip()}")
 
 
@@ -184,7 +195,7 @@ def _asked() -> Rank:
 
 
 def end_launch(rank: Rank, code: int, environment: Mapping[str, str] = os.environ) -> None:
-    """Have the launcher end all processes of this launch, this one included, where it can.
+    """Have the launcher end the other processes of this launch, where it can.
 
     Open MPI does so by itself when one exits with another status than 0.
     """
@@ -192,7 +203,10 @@ def end_launch(rank: Rank, code: int, environment: Mapping[str, str] = os.enviro
         return
     if _is_of_srun(environment):
         step = f"{environment.get('SLURM_JOB_ID')}.{environment['SLURM_STEP_ID']}"
+        # Not at once: ranks that fail for the same reason then end by themselves, with its code.
+        time.sleep(GRACE)
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            subprocess.run(["scancel", step], capture_output=True, timeout=PATIENCE, check=False)
+            subprocess.run(["scancel", "--signal=TERM", step], capture_output=True,
+                           timeout=PATIENCE, check=False)  # fmt: skip
     elif rank.source == "MPICH":
         _told_by_hydra(environment, f"abort exitcode={code}")

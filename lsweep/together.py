@@ -22,7 +22,7 @@ from lsweep.errors import LsweepError, SickDevice
 from lsweep.files import publish, read_json, sealed
 from lsweep.folder import RunFolder
 from lsweep.machine import host_identity, start_time
-from lsweep.ranks import Rank, end_launch
+from lsweep.ranks import Rank, end_launch, launch_of
 from lsweep.status import share_done
 from lsweep.stopping import Stop
 from lsweep.workers import PATIENCE, Observer, State, Verdict, all_workers
@@ -153,12 +153,13 @@ def is_closer(folder: RunFolder, rank: Rank, stop: Stop) -> bool:
 
     It need not be the first rank, which may be dead; should it die itself, another takes over.
     """
-    if rank.of == 1 or not rank.launch:
+    launch = launch_of(rank)
+    if not launch:
         return True
     here, generation = host_identity(), 0
     facts = {"identity": here, "pid": os.getpid(), "start": start_time(os.getpid())}
     while True:
-        claim = folder.closing(rank.launch, generation)
+        claim = folder.closing(launch, generation)
         if publish(claim, sealed(facts), sync=False):
             return True
         since = time.monotonic()
