@@ -11,8 +11,9 @@ from lsweep.errors import LsweepError, SickDevice
 from lsweep.evaluate import Evaluator
 from lsweep.files import writing
 from lsweep.folder import RunFolder
-from lsweep.parts import CAPACITIES, PartWriter, Rows, device_code, row_type
+from lsweep.parts import CAPACITIES, PartWriter
 from lsweep.plan import Plan
+from lsweep.rows import Rows, device_code, row_type
 from lsweep.workers import Heartbeat, State
 
 

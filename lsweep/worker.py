@@ -25,12 +25,12 @@ from lsweep.evaluate import Evaluator, Spot
 from lsweep.factory import describe
 from lsweep.folder import RunFolder
 from lsweep.ledger import Ledger
-from lsweep.parts import Kind, Rows
 from lsweep.plan import Plan
 from lsweep.planning import load_problem
 from lsweep.preflight import frozen_class, preflight
 from lsweep.problem import Problem
 from lsweep.rounds import Round, Rounds
+from lsweep.rows import Kind, Rows
 from lsweep.sums import means
 from lsweep.surface import Status
 from lsweep.workers import Observer, Verdict

@@ -30,9 +30,10 @@ from lsweep.committed import Committed
 from lsweep.errors import LsweepError
 from lsweep.folder import RunFolder
 from lsweep.merge import Report, merge
-from lsweep.parts import Kind, Part, read_part
 from lsweep.plan import Plan
+from lsweep.reading import Part, read_part
 from lsweep.rounds import Rounds
+from lsweep.rows import Kind
 from lsweep.surface import Surface
 from lsweep.worker import Role, work
 
