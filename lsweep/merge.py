@@ -235,8 +235,8 @@ def _audit(winners: Winners, plan: Plan) -> dict[str, float]:
 
 def _classes(winners: Winners, numbers: IntArray) -> dict[int, str]:
     used = set(np.unique(winners.device[numbers[numbers >= 0]]).tolist()) - {0}
-    headers = [p.header for p in winners.readers if p.header]
-    names = {device_code(h["device_class"]): h["device_class"] for h in headers}
+    classes = [p.header["device_class"] for p in winners.readers if "device_class" in p.header]
+    names = {device_code(n): n for n in classes}
     return {code: names.get(code, f"unknown {code:08x}") for code in sorted(used)}
 
 

@@ -79,7 +79,7 @@ class PartWriter:
         if text in self._texts or len(self._texts) >= TEXTS - 1:
             return self._texts.get(text, 0)
         record = np.zeros((), TEXT)
-        record["text"] = text.encode()[:248]
+        record["text"] = text.encode()[:248].decode(errors="ignore").encode()
         record["crc"] = zlib.crc32(record.tobytes()[:-4], self._seed)
         number = len(self._texts) + 1
         self._write(record.tobytes(), self._text_at + number * TEXT.itemsize)

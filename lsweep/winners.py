@@ -44,6 +44,7 @@ class Winners:
         row: (points, slices) int64, the number of the winning row, or -1.
         status: (points, slices) uint8, its outcome.
         device: (points, slices) uint32, the code of its device class; known after `totals`.
+        again: (points, slices) bool, True where there are more rows than one, audits included.
         seconds: how long all evaluations took.
     """
 
@@ -57,7 +58,7 @@ class Winners:
         self.row = np.full(shape, -1, dtype=np.int64)
         self.status = np.zeros(shape, dtype=np.uint8)
         self.device = np.zeros(shape, dtype=np.uint32)
-        self._again = np.zeros(shape, dtype=bool)  # evaluated more than once, audits included
+        self.again = np.zeros(shape, dtype=bool)
         self._audits: list[Rows] = []
         self._rivals: list[tuple[IntArray, Rows]] = []
         nanoseconds = 0  # whole numbers, so that the order of parts does not matter
@@ -68,7 +69,7 @@ class Winners:
             audit = rows[rows["kind"] == Kind.AUDIT]
             if len(audit):
                 self._audits.append(audit)
-                self._again[self._key(audit)] = True
+                self.again[self._key(audit)] = True
             outcome = np.where(rows["kind"] == Kind.VALUE, rows["status"], Status.PENDING)
             self._choose((len(self.readers) - 1) * PART + slots, *self._key(rows), outcome)
         self.seconds = nanoseconds / 1e9
@@ -92,7 +93,7 @@ class Winners:
         self.row[key], self.status[key] = number[better], outcome[better]
         beaten = (outcome > 0) & ((there > 0) | (self.row[point, slice_] != number))
         if beaten.any():
-            self._again[point[beaten], slice_[beaten]] = True
+            self.again[point[beaten], slice_[beaten]] = True
 
     def pieces(self, part: int) -> Iterator[tuple[IntArray, IntArray, Rows, BoolArray]]:
         """Yield a part's rows once more: point, slice, row, whether it won."""
@@ -133,7 +134,7 @@ class Winners:
         """Yield the winning rows of points from ``start`` to ``stop``; set rivals aside."""
         for point, slice_, rows, won in self.pieces(part):
             within = (point >= start) & (point < stop)
-            rival = within & self._again[point, slice_] & (rows["kind"] == Kind.VALUE)
+            rival = within & self.again[point, slice_] & (rows["kind"] == Kind.VALUE)
             if rival.any():
                 key = point[rival] * self._plan.slices + slice_[rival]
                 sizes = device_code(self.readers[part].header.get("batch_sizes", ""))
