@@ -82,7 +82,8 @@ def prune(folder: RunFolder) -> Pruned:
         with writing(folder.parts):
             _write(folder, plan, copies, new)
         if copies:
-            _require_same(folder, plan, rounds, winners, surface, new)
+            rows = sum(copy.count for copy in copies)
+            _require_same(folder, plan, rounds, winners, surface, new, rows)
         _refuse_living(folder)
     except BaseException:
         for path in new:
@@ -107,12 +108,14 @@ def _require_same(
     winners: Winners,
     surface: Surface,
     new: list[Path],
+    rows: int,
 ) -> None:
     """Read the new parts, and them alone: they must hold and give the same."""
-    wrong = surface.difference(merge(folder, new)[0])
     held = Committed(folder, plan, rounds, new)
-    held.look()
-    if wrong or not np.array_equal(held.status, winners.committed.status):
+    found = sum(len(piece) for _, _, piece in held.news())
+    same = found == rows and np.array_equal(held.status, winners.committed.status)
+    wrong = surface.difference(merge(folder, new)[0])
+    if wrong or not same:
         raise LsweepError(
             f"{folder.root}: rewritten parts give another {wrong or 'outcome'}: the old ones stay"
         )
