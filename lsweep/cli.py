@@ -269,6 +269,7 @@ _COMMANDS: dict[str, tuple[Command, Callable[[argparse.ArgumentParser], None], s
     "status": (looking.do_status, _add_status, "what is done and who works"),
     "merge": (looking.do_merge, _add_merge, "combine what is committed into surface.h5"),
     "verify": (looking.do_verify, _add_verify, "check every file of a run"),
+    "prune": (looking.do_prune, _takes_run, "few parts and no leases, once a run is merged"),
     "measure": (looking.do_measure, _add_measure, "numbers from surfaces"),
     "render": (looking.do_render, _add_render, "draw runs or surfaces"),
     "convert": (looking.do_convert, _add_convert, "to and from other formats"),

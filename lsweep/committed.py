@@ -10,10 +10,11 @@ import numpy.typing as npt
 
 from lsweep.errors import LsweepError
 from lsweep.folder import RunFolder
-from lsweep.parts import Kind, PartReader, Rows
 from lsweep.plan import Plan
 from lsweep.points import IntArray
+from lsweep.reading import PartReader
 from lsweep.rounds import Round, Rounds
+from lsweep.rows import Kind, Rows
 from lsweep.surface import Status
 
 Piece = tuple[PartReader, IntArray, Rows]
@@ -38,6 +39,7 @@ class Committed:
     ) -> None:
         self._folder, self._plan, self._rounds, self._parts = folder, plan, rounds, parts
         self.status = np.zeros((rounds.total, plan.slices), dtype=np.uint8)
+        self._digest = plan.digest
         self._readers: dict[str, PartReader] = {}
         self._early: list[Piece] = []  # rows of rounds that were published after these
         self._reasons: dict[str, int] = {}
@@ -85,7 +87,7 @@ class Committed:
         for path in self._folder.all_parts() if self._parts is None else self._parts:
             reader = self._readers.get(path.name)
             if reader is None:
-                reader = PartReader(path, self._plan.digest, len(self._plan.variables))
+                reader = PartReader(path, self._digest, len(self._plan.variables))
                 self._readers[path.name] = reader
             try:
                 for slots, rows in reader.news():

@@ -13,9 +13,10 @@ from lsweep.evaluate import Evaluator
 from lsweep.files import writing
 from lsweep.folder import RunFolder
 from lsweep.insist import insist, make_folder
-from lsweep.parts import CAPACITIES, PartWriter, Rows, device_code, row_type
+from lsweep.parts import CAPACITIES, PartWriter
 from lsweep.plan import Plan
 from lsweep.role import Role
+from lsweep.rows import Rows, device_code, row_type
 from lsweep.workers import Heartbeat, State
 
 

@@ -67,6 +67,16 @@ def do_verify(options: Namespace) -> int:
     return 1 if found.problems else 0
 
 
+def do_prune(options: Namespace) -> int:
+    """Rewrite a merged run into few parts."""
+    from lsweep.prune import prune
+
+    done = prune(RunFolder(options.run))
+    parts = f"{done.before} parts are now {done.after}" if done.after else "no part to rewrite"
+    print(f"{options.run}: {parts}; {done.files} files and {done.bytes / 1e6:.1f} MB less")
+    return 0
+
+
 def do_render(options: Namespace) -> int:
     """Draw runs or surfaces into one file."""
     from lsweep.opening import open_surface

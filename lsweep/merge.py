@@ -17,10 +17,11 @@ from lsweep.errors import LsweepError
 from lsweep.files import read_json, readable
 from lsweep.folder import RunFolder
 from lsweep.machine import versions
-from lsweep.parts import PartReader, device_code
 from lsweep.plan import Plan
 from lsweep.points import IntArray, Lattice
+from lsweep.reading import PartReader
 from lsweep.rounds import Rounds
+from lsweep.rows import device_code
 from lsweep.sums import SUMS, WD, WV, WW, WWD, WWDD, WWV, WWVV, W, means, standard_error
 from lsweep.surface import Status, Surface, Trajectory
 from lsweep.winners import Winners
@@ -100,13 +101,11 @@ def merge(folder: RunFolder, parts: Sequence[Path] | None = None) -> tuple[Surfa
     rounds = Rounds.read(folder, plan)
     winners = Winners(folder, plan, rounds, parts)
     opaque = _opaque(folder, winners.readers)
-    values: dict[str, FloatArray] = {}
+    nothing = np.empty((0, len(plan.variables), len(SUMS)))
+    values = {n: np.full(rounds.total, np.nan) for n in _variables(nothing, plan, opaque)}
     for points, sums in winners.totals():
         for name, found in _variables(sums, plan, opaque).items():
-            values.setdefault(name, np.full(rounds.total, np.nan))[points] = found
-    if not values:
-        nothing = np.empty((0, len(plan.variables), len(SUMS)))
-        values = {n: np.full(rounds.total, np.nan) for n in _variables(nothing, plan, opaque)}
+            values[name][points] = found
     status = _whole(winners.status)
     finite = np.logical_and.reduce([np.isfinite(values[n]) for n in plan.variable_names])
     # The value decides, not its slices: one whose labels are all ignored has a mean of 0/0.
@@ -236,8 +235,8 @@ def _audit(winners: Winners, plan: Plan) -> dict[str, float]:
 
 def _classes(winners: Winners, numbers: IntArray) -> dict[int, str]:
     used = set(np.unique(winners.device[numbers[numbers >= 0]]).tolist()) - {0}
-    headers = [p.header for p in winners.readers if p.header]
-    names = {device_code(h["device_class"]): h["device_class"] for h in headers}
+    classes = [p.header["device_class"] for p in winners.readers if "device_class" in p.header]
+    names = {device_code(n): n for n in classes}
     return {code: names.get(code, f"unknown {code:08x}") for code in sorted(used)}
 
 

@@ -16,6 +16,8 @@ import numpy.typing as npt
 from lsweep.sums import SUMS
 
 BLOCK = 8192  # bytes checked at once; over longer ones CRC-32 finds fewer flips for certain
+TEXTS = 64  # reasons that a part has room for, and one more
+TEXT = np.dtype([("text", "S248"), ("spare", "<u4"), ("crc", "<u4")])
 KIND_AT, STATUS_AT = 12, 13  # bytes from the beginning of a row
 Rows = npt.NDArray[np.void]
 

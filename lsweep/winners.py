@@ -14,15 +14,17 @@ import numpy.typing as npt
 
 from lsweep.committed import Committed
 from lsweep.folder import RunFolder
-from lsweep.parts import Kind, PartReader, Rows, device_code, row_type
 from lsweep.plan import Plan
 from lsweep.points import IntArray
+from lsweep.reading import PartReader
 from lsweep.rounds import Rounds
+from lsweep.rows import Kind, Rows, device_code, row_type
 from lsweep.sums import SUMS, WV, W
 from lsweep.surface import Status
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
+ByteArray = npt.NDArray[np.uint8]
 MOST_SUMS = 2**25  # bytes of sums held while slices are added up
 PART = 2**32  # a row's number is its part's times this, and its slot
 
@@ -42,6 +44,7 @@ class Winners:
         row: (points, slices) int64, the number of the winning row, or -1.
         status: (points, slices) uint8, its outcome.
         device: (points, slices) uint32, the code of its device class; known after `totals`.
+        again: (points, slices) bool, True where there are more rows than one, audits included.
         seconds: how long all evaluations took.
     """
 
@@ -55,7 +58,7 @@ class Winners:
         self.row = np.full(shape, -1, dtype=np.int64)
         self.status = np.zeros(shape, dtype=np.uint8)
         self.device = np.zeros(shape, dtype=np.uint32)
-        self._again = np.zeros(shape, dtype=bool)  # evaluated more than once, audits included
+        self.again = np.zeros(shape, dtype=bool)
         self._audits: list[Rows] = []
         self._rivals: list[tuple[IntArray, Rows]] = []
         nanoseconds = 0  # whole numbers, so that the order of parts does not matter
@@ -63,11 +66,12 @@ class Winners:
             if not self.readers or self.readers[-1] is not reader:
                 self.readers.append(reader)
             nanoseconds += int(np.rint(rows["seconds"] * 1e9).astype(np.int64).sum())
-            audit = rows["kind"] == Kind.AUDIT
-            if audit.any():
-                self._audits.append(rows[audit])
-                self._again[self._key(rows[audit])] = True
-            self._choose(*self._values(len(self.readers) - 1, slots, rows))
+            audit = rows[rows["kind"] == Kind.AUDIT]
+            if len(audit):
+                self._audits.append(audit)
+                self.again[self._key(audit)] = True
+            outcome = np.where(rows["kind"] == Kind.VALUE, rows["status"], Status.PENDING)
+            self._choose((len(self.readers) - 1) * PART + slots, *self._key(rows), outcome)
         self.seconds = nanoseconds / 1e9
 
     def _key(self, rows: Rows) -> tuple[IntArray, IntArray]:
@@ -76,33 +80,29 @@ class Winners:
             point = self._rounds.first_asked[point]
         return point, rows["slice"].astype(np.int64)
 
-    def _values(
-        self, part: int, slots: IntArray, rows: Rows
-    ) -> tuple[IntArray, IntArray, IntArray, Rows]:
-        value = (rows["kind"] == Kind.VALUE) & (rows["point"] < self._rounds.total)
-        value &= rows["slice"] < self._plan.slices
-        if not value.all():
-            slots, rows = slots[value], rows[value]
-        return (part * PART + slots, *self._key(rows), rows)
-
-    def _choose(self, number: IntArray, point: IntArray, slice_: IntArray, rows: Rows) -> None:
-        there, new = self.status[point, slice_], rows["status"]
-        better = np.flatnonzero((there == 0) | (new < there))
+    def _choose(
+        self, number: IntArray, point: IntArray, slice_: IntArray, outcome: ByteArray
+    ) -> None:
+        there = self.status[point, slice_]
+        better = np.flatnonzero((outcome > 0) & ((there == 0) | (outcome < there)))
         # What is written last stands: ok is 1, nonfinite 2, failed 3; of equals the first row.
         better = better[::-1]
-        if (new != Status.OK).any():
-            better = better[np.argsort(-new[better].astype(np.int64), kind="stable")]
+        if (outcome > Status.OK).any():
+            better = better[np.argsort(-outcome[better].astype(np.int64), kind="stable")]
         key = point[better], slice_[better]
-        self.row[key], self.status[key] = number[better], new[better]
-        beaten = (there > 0) | (self.row[point, slice_] != number)
+        self.row[key], self.status[key] = number[better], outcome[better]
+        beaten = (outcome > 0) & ((there > 0) | (self.row[point, slice_] != number))
         if beaten.any():
-            self._again[point[beaten], slice_[beaten]] = True
+            self.again[point[beaten], slice_[beaten]] = True
 
-    def pieces(self, part: int) -> Iterator[tuple[IntArray, IntArray, IntArray, Rows, BoolArray]]:
-        """Yield a part's value rows once more: number, point, slice, row, whether it won."""
+    def pieces(self, part: int) -> Iterator[tuple[IntArray, IntArray, Rows, BoolArray]]:
+        """Yield a part's rows once more: point, slice, row, whether it won."""
         for slots, rows in self.readers[part].again():
-            number, point, slice_, values = self._values(part, slots, rows)
-            yield number, point, slice_, values, self.row[point, slice_] == number
+            known = (rows["point"] < self._rounds.total) & (rows["slice"] < self._plan.slices)
+            if not known.all():
+                slots, rows = slots[known], rows[known]
+            point, slice_ = self._key(rows)
+            yield point, slice_, rows, self.row[point, slice_] == part * PART + slots
 
     def totals(self) -> Iterator[tuple[IntArray, FloatArray]]:
         """Yield numbers of points, each once, and their (n, V, 8) sums over all slices.
@@ -132,27 +132,27 @@ class Winners:
         self, part: int, start: int, stop: int
     ) -> Iterator[tuple[IntArray, IntArray, Rows]]:
         """Yield the winning rows of points from ``start`` to ``stop``; set rivals aside."""
-        for _, point, slice_, rows, won in self.pieces(part):
+        for point, slice_, rows, won in self.pieces(part):
             within = (point >= start) & (point < stop)
-            rival = within & self._again[point, slice_]
+            rival = within & self.again[point, slice_] & (rows["kind"] == Kind.VALUE)
             if rival.any():
                 key = point[rival] * self._plan.slices + slice_[rival]
                 sizes = device_code(self.readers[part].header.get("batch_sizes", ""))
-                code = sizes * PART + rows["device"][rival].astype(np.int64)
-                self._rivals.append((np.stack([key, code, won[rival]]), rows[rival]))
+                maker = np.full(len(key), sizes), rows["device"][rival].astype(np.int64)
+                self._rivals.append((np.stack([key, won[rival], *maker]), rows[rival]))
             won &= within
             if not won.all():
                 point, slice_, rows = point[won], slice_[won], rows[won]
             self.device[point, slice_] = rows["device"]
             yield point, slice_, rows
 
-    def _collected(self) -> tuple[IntArray, IntArray, BoolArray, Rows]:
-        """Return the rivals that were set aside: key, class and batch sizes, won, row."""
+    def _collected(self) -> tuple[IntArray, BoolArray, IntArray, Rows]:
+        """Return the rivals that were set aside: key, won, (2, n) batch sizes and class, row."""
         if not self._rivals:
-            nothing = np.empty(0, dtype=np.int64)
-            return nothing, nothing, nothing > 0, np.empty(0, self._row_type())
-        key, code, won = np.concatenate([facts for facts, _ in self._rivals], axis=1)
-        return key, code, won > 0, np.concatenate([rows for _, rows in self._rivals])
+            nothing = np.empty((2, 0), dtype=np.int64)
+            return nothing[0], nothing[0] > 0, nothing, np.empty(0, self._row_type())
+        key, won, *maker = np.concatenate([facts for facts, _ in self._rivals], axis=1)
+        return key, won > 0, np.stack(maker), np.concatenate([rows for _, rows in self._rivals])
 
     def conflicts(self, tolerance: float) -> int:
         """Return how many points have rows that disagree; to be asked after `totals`.
@@ -160,7 +160,7 @@ class Winners:
         Rows of one device class and batch sizes must be equal bit for bit, others to a relative
         ``tolerance``.
         """
-        key, code, won, rows = self._collected()
+        key, won, maker, rows = self._collected()
         finite = rows["status"] < Status.FAILED
         first, rest = np.flatnonzero(won & finite), np.flatnonzero(~won & finite)
         winner = _lookup(key[first], key[rest])
@@ -170,12 +170,13 @@ class Winners:
         with np.errstate(invalid="ignore", divide="ignore"):
             x, y = a[..., WV] / a[..., W], b[..., WV] / b[..., W]
         close = np.isclose(x, y, rtol=tolerance, atol=tolerance * 1e-2, equal_nan=True)
-        agree = np.where(code[first] == code[rest], identical, close.all(axis=1))
+        same = (maker[:, first] == maker[:, rest]).all(axis=0)
+        agree = np.where(same, identical, close.all(axis=1))
         return len(np.unique(key[rest][~agree] // self._plan.slices))
 
     def audits(self) -> tuple[Rows, Rows]:
         """Return rows that won, and those that audit them; to be asked after `totals`."""
-        key, _, won, rows = self._collected()
+        key, won, _, rows = self._collected()
         audits = np.concatenate(self._audits) if self._audits else np.empty(0, self._row_type())
         point, slice_ = self._key(audits)
         winner = _lookup(key[won], point * self._plan.slices + slice_)

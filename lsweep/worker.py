@@ -22,13 +22,13 @@ from lsweep.factory import describe
 from lsweep.folder import RunFolder
 from lsweep.leases import Lease
 from lsweep.ledger import Ledger
-from lsweep.parts import Kind, Rows
 from lsweep.plan import Plan
 from lsweep.planning import load_problem
 from lsweep.preflight import frozen_class, preflight
 from lsweep.problem import Problem
 from lsweep.role import Role
 from lsweep.rounds import Round
+from lsweep.rows import Kind, Rows
 from lsweep.shift import Shift
 from lsweep.startup import turn
 from lsweep.stopping import Stop, Stopped

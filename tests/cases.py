@@ -30,10 +30,11 @@ from lsweep.committed import Committed
 from lsweep.errors import LsweepError
 from lsweep.folder import RunFolder
 from lsweep.merge import Report, merge
-from lsweep.parts import Kind, Part, read_part
 from lsweep.plan import Plan
+from lsweep.reading import Part, read_part
 from lsweep.role import Role
 from lsweep.rounds import Rounds
+from lsweep.rows import Kind
 from lsweep.surface import Surface
 from lsweep.worker import work
 

@@ -25,7 +25,9 @@ import pytest
 from cases import each_in_child
 
 from lsweep.folder import RunFolder
-from lsweep.parts import PartWriter, read_part, row_type
+from lsweep.parts import PartWriter
+from lsweep.reading import read_part
+from lsweep.rows import row_type
 from lsweep.sums import SUMS
 from lsweep.surface import Status
 

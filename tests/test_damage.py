@@ -37,8 +37,8 @@ from lsweep.folder import RunFolder
 from lsweep.machine import versions
 from lsweep.merge import merge
 from lsweep.opening import open_surface
-from lsweep.parts import read_part
 from lsweep.plan import Plan
+from lsweep.reading import read_part
 from lsweep.rounds import Rounds
 from lsweep.status import status
 from lsweep.surface import Status, Surface

@@ -19,9 +19,11 @@ import pytest
 from cases import Done, command, differences, evaluated, finished, merged, planned, sweep_file
 
 from lsweep.folder import RunFolder
-from lsweep.parts import PartWriter, read_part, row_type
+from lsweep.parts import PartWriter
 from lsweep.plan import Plan
+from lsweep.reading import read_part
 from lsweep.rounds import Rounds
+from lsweep.rows import row_type
 from lsweep.status import share_done
 from lsweep.surface import Surface
 from lsweep.verify import verify

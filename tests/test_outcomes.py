@@ -24,9 +24,11 @@ from cases import (
 )
 
 from lsweep.folder import RunFolder
-from lsweep.parts import TEXTS, Kind, PartWriter, read_part
+from lsweep.parts import PartWriter
 from lsweep.plan import Plan
+from lsweep.reading import read_part
 from lsweep.rounds import Rounds
+from lsweep.rows import TEXTS, Kind
 from lsweep.status import share_done, status
 from lsweep.surface import Status, Surface
 from lsweep.workers import all_workers
