@@ -39,7 +39,7 @@ def say(text: str) -> None:
     sys.stderr.flush()
 
 
-def refuse(rank: Rank, error: Exception) -> int:
+def refuse(rank: Rank, error: Exception, stop: Stop) -> int:
     """Say why nothing can begin, once for all ranks, and have the launcher end them.
 
     Ranks fail for one reason as a rule. The first to say it ends all; so the others only speak
@@ -51,8 +51,9 @@ def refuse(rank: Rank, error: Exception) -> int:
     try:
         if rank.index:
             time.sleep(HEAD_START + min(rank.index, 60) * random.uniform(0.5, 1.0))
-        say(str(error))
-        end_launch(rank, _code(error))
+        if not stop.reason:  # not ended yet
+            say(str(error))
+            end_launch(rank, _code(error))
     except KeyboardInterrupt:
         pass  # so it was ended
     return _code(error)
