@@ -199,7 +199,7 @@ def _run_on_mpi(options: Namespace) -> int:
                     return code
                 return _merge_and_draw(folder, draw=not options.no_picture)
             except (LsweepError, OSError) as e:
-                return together.refuse(rank, e)
+                return together.refuse(rank, e, stop)
         except KeyboardInterrupt:
             if rank.index == 0 and folder is not None:
                 done, total = share_done(folder)

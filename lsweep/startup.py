@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lsweep.machine import short_hash
+from lsweep.machine import short_hash, start_time
 
 try:
     import fcntl
@@ -52,8 +52,7 @@ def turn(what: str, patience: float = PATIENCE) -> Iterator[None]:
     >>> with turn("a digest"):
     ...     pass
     """
-    user = os.getuid() if hasattr(os, "getuid") else 0
-    path = Path(tempfile.gettempdir()) / f"lsweep-{user}-{short_hash(what)}.lock"
+    path = _local(what, "lock")
     if fcntl is None:
         yield
         return
@@ -74,6 +73,32 @@ def turn(what: str, patience: float = PATIENCE) -> Iterator[None]:
             path.unlink(missing_ok=True)
     finally:
         os.close(fd)
+
+
+def first_of_siblings(what: str) -> bool:
+    """True for one of the processes that the same parent started, on this node, ever.
+
+    Where the temporary folder takes no file, True for all of them.
+
+    >>> import uuid
+    >>> once = uuid.uuid4().hex
+    >>> first_of_siblings(once), first_of_siblings(once)
+    (True, False)
+    """
+    parent = os.getppid()
+    path = _local(f"{parent} {start_time(parent)} {what}", "once")
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _local(what: str, kind: str) -> Path:
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    return Path(tempfile.gettempdir()) / f"lsweep-{user}-{short_hash(what)}.{kind}"
 
 
 def _lock(fd: int, kind: int) -> bool:

@@ -23,6 +23,7 @@ from lsweep.files import publish, read_json, sealed
 from lsweep.folder import RunFolder
 from lsweep.machine import host_identity, start_time
 from lsweep.ranks import Rank, end_launch, launch_of
+from lsweep.startup import first_of_siblings
 from lsweep.status import share_done
 from lsweep.stopping import Stop
 from lsweep.workers import PATIENCE, Observer, State, Verdict, all_workers
@@ -39,11 +40,11 @@ def say(text: str) -> None:
     sys.stderr.flush()
 
 
-def refuse(rank: Rank, error: Exception) -> int:
+def refuse(rank: Rank, error: Exception, stop: Stop) -> int:
     """Say why nothing can begin, once for all ranks, and have the launcher end them.
 
-    Ranks fail for one reason as a rule. The first to say it ends all; so the others only speak
-    if that did not happen, or theirs is another.
+    Ranks fail for one reason as a rule. The first rank says it at once and ends all; on another
+    node one speaks if that did not happen in time.
 
     Returns:
         The exit code.
@@ -51,8 +52,10 @@ def refuse(rank: Rank, error: Exception) -> int:
     try:
         if rank.index:
             time.sleep(HEAD_START + min(rank.index, 60) * random.uniform(0.5, 1.0))
-        say(str(error))
-        end_launch(rank, _code(error))
+        # Not ended yet, and nobody here said it.
+        if not stop.reason and (rank.of == 1 or first_of_siblings("cannot begin")):
+            say(str(error))
+            end_launch(rank, _code(error))
     except KeyboardInterrupt:
         pass  # so it was ended
     return _code(error)
