@@ -33,7 +33,7 @@ class Ledger:
         ev: Evaluator,
     ) -> None:
         self._folder, self._plan, self.name = folder, plan, name
-        self._class, self._evaluator, self._role = known["class"], ev, role
+        self._class, self._evaluator = known["class"], ev
         self._opaque = " ".join(known["opaque"])
         self._code = device_code(self._class)
         self._part: PartWriter | None = None
@@ -44,10 +44,11 @@ class Ledger:
         for path in (folder.parts, folder.workers):
             with writing(path):
                 make_folder(path)
-        self.heart = Heartbeat(folder, name, role.beat, self._sync)
+        self.heart = Heartbeat(
+            folder, name, role.beat, self._sync, device=self._class, job=role.job
+        )
 
     def __enter__(self) -> Ledger:
-        self.heart.tell(device=self._class, job=self._role.job)
         return self
 
     def __exit__(

@@ -49,7 +49,7 @@ class Heartbeat:
     """A worker's own file, rewritten by a thread that also syncs what the worker committed."""
 
     def __init__(
-        self, folder: RunFolder, name: str, interval: float, sync: Callable[[], None]
+        self, folder: RunFolder, name: str, interval: float, sync: Callable[[], None], **more: Any
     ) -> None:
         self._path, self._interval, self._sync = folder.worker(name), interval, sync
         self._facts: dict[str, Any] = {
@@ -66,6 +66,7 @@ class Heartbeat:
             "longest": 0.0,
             "minimum": None,
             "message": "",
+            **more,
         }
         self._lock = threading.Lock()
         self._over = threading.Event()

@@ -19,7 +19,7 @@ from cluster import Cluster, slurm
 
 from lsweep.files import read_json
 from lsweep.folder import RunFolder
-from lsweep.slurm import Task, queue, view
+from lsweep.slurm import GONE, Task, queue, view
 from lsweep.status import share_done, status
 from lsweep.submission import Submission
 from lsweep.surface import Status, Surface
@@ -228,7 +228,7 @@ def test_a_node_is_cut_off_and_its_task_runs_twice(cluster, mended, tmp_path, un
 
 
 def test_a_waiting_and_a_running_task_are_cancelled(cluster, tmp_path, undisturbed):
-    run = submitted(tmp_path, "--array-parallelism", 2)
+    run = submitted(tmp_path, "--tasks", 4, "--array-parallelism", 2)
     victim = at_work(run, 2)[0]
     job, waiting = task_of(run, victim), Submission.all(run)[0].tasks[2]
     slurm("scancel", waiting)
@@ -236,7 +236,7 @@ def test_a_waiting_and_a_running_task_are_cancelled(cluster, tmp_path, undisturb
     over(cluster)
     said = tasks(run)
     assert said[job].state == "CANCELLED" and said[job].restarts == 0
-    assert said[waiting].state == "GONE"  # no trace of it anywhere, and that is said
+    assert said[waiting].state == GONE  # no trace of it anywhere, and that is said
     is_as_if_nothing_had_been(run, undisturbed)
 
 
