@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from typing import Any
 
@@ -38,7 +39,8 @@ class Ledger:
         self._code = device_code(self._class)
         self._part: PartWriter | None = None
         self._count = 0
-        self._lock = threading.Lock()
+        # Whoever wants both takes them in this order.
+        self._syncing, self._lock = threading.Lock(), threading.Lock()
         self._type = row_type(len(plan.variables))
         self.points = 0
         for path in (folder.parts, folder.workers):
@@ -71,9 +73,22 @@ class Ledger:
             raise late
 
     def _sync(self) -> None:
-        with self._lock:
-            if self._part is not None and self._part.dirty:
-                self._part.sync()
+        """Sync aside, while the worker appends: on a shared file system it may take long."""
+        with self._syncing:
+            with self._lock:
+                part = self._part
+                if part is None or not part.dirty:
+                    return
+                fd = part.duplicate()
+            try:
+                os.fdatasync(fd)
+            except OSError as e:
+                with self._lock:
+                    part.close()
+                    self.heart.disk_error = e
+                raise
+            finally:
+                os.close(fd)
 
     def _header(self) -> dict[str, str]:
         sizes = self._evaluator.batch_sizes
@@ -90,13 +105,16 @@ class Ledger:
         Raises:
             LsweepError: the disk refused, now or when the heartbeat synced.
         """
-        with writing(self._folder.parts), self._lock:
-            if self.heart.disk_error is not None:
-                raise self.heart.disk_error
-            if self._part is not None:
-                self._part.sync()
-                self._part.close()
-                self._part = None
+        with writing(self._folder.parts), self._syncing, self._lock:
+            self._end_part()
+
+    def _end_part(self) -> None:
+        if self.heart.disk_error is not None:
+            raise self.heart.disk_error
+        if self._part is not None:
+            self._part.sync()
+            self._part.close()
+            self._part = None
 
     def commit(self, rows: Rows, reasons: dict[int, str] | None = None) -> None:
         """Write rows, all of them or an error.
@@ -105,20 +123,20 @@ class Ledger:
             LsweepError: the disk refused; what was committed before stays.
         """
         rows["device"] = self._code
-        with writing(self._folder.parts), self._lock:
-            if self.heart.disk_error is not None:
-                raise self.heart.disk_error
+        with writing(self._folder.parts):
             if self._part is None or self._part.free < len(rows):
-                self._open_part(len(rows))
-            assert self._part is not None
-            for i, reason in (reasons or {}).items():
-                rows[i]["text"] = self._part.note(reason)
-            self._part.append(rows)
+                with self._syncing, self._lock:
+                    self._open_part(len(rows))
+            with self._lock:
+                if self.heart.disk_error is not None:
+                    raise self.heart.disk_error
+                assert self._part is not None
+                for i, reason in (reasons or {}).items():
+                    rows[i]["text"] = self._part.note(reason)
+                self._part.append(rows)
 
     def _open_part(self, rows: int) -> None:
-        if self._part is not None:
-            self._part.sync()
-            self._part.close()
+        self._end_part()
         capacity = CAPACITIES[min(self._count, len(CAPACITIES) - 1)]
         # A part that was not made holds nothing yet, so making it may be tried again.
         self._part = insist(

@@ -130,6 +130,11 @@ class PartWriter:
             self.close()
             raise
 
+    def duplicate(self) -> int:
+        """Return another descriptor, to sync what was appended so far while more is appended."""
+        self.dirty = False
+        return os.dup(self._fd)
+
     def close(self) -> None:
         """Close for good."""
         self.closed = True
