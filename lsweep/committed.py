@@ -84,6 +84,7 @@ class Committed:
         yield from self._known(pieces)
 
     def _appended(self) -> Iterator[Piece]:
+        pruned = False
         for path in self._folder.all_parts() if self._parts is None else self._parts:
             reader = self._readers.get(path.name)
             if reader is None:
@@ -95,7 +96,10 @@ class Committed:
             except LsweepError:
                 if path.exists():
                     raise
-                del self._readers[path.name]  # pruned meanwhile: its rows are in another part
+                del self._readers[path.name]
+                pruned = True
+        if pruned:  # meanwhile: what those held is in a part that was not yet listed
+            yield from self._appended()
 
     def _known(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
         for reader, slots, rows in pieces:
