@@ -191,8 +191,8 @@ def _add_work(p: argparse.ArgumentParser) -> None:
                    help="how many workers there are")  # fmt: skip
     p.add_argument("--local", type=_at_least(0), metavar="I",
                    help="its number on this node, which picks its GPU")  # fmt: skip
-    p.add_argument("--beat", type=_duration, default=10.0, metavar="S",
-                   help="seconds between heartbeats")  # fmt: skip
+    p.add_argument("--beat", type=_duration, metavar="S",
+                   help="seconds between heartbeats (default: 10, more in a crowd)")  # fmt: skip
     p.add_argument("--parent", type=int, default=0, metavar="PID",
                    help="end when this process, which started it, is gone")  # fmt: skip
     _takes_device(p)

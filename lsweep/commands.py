@@ -154,7 +154,7 @@ def _evaluate(
 
         gpus = 0 if options.device == "cpu" else torch.cuda.device_count()
         count = default_workers(gpus, options.workers_per_gpu)
-    role = _role(options, Rank(job=own_rank().job))
+    role = _role(options, Rank(job=own_rank().job), 1.0)
     if count == 1:
         from lsweep.worker import work
 
@@ -190,9 +190,11 @@ def _run_on_mpi(options: Namespace) -> int:
                 with turn(str(options.sweep.absolute())):
                     folder, problem = _plan(options)
                 before = share_done(folder)[0]
+                # Someone looks at a live line.
+                role = _role(options, rank, 1.0 if rank.of <= CROWD else None)
                 code = together.take_part(
                     folder, rank, rank.of * options.workers_per_gpu,
-                    lambda display, pids: _be_rank(folder, _role(options, rank), problem, stop,
+                    lambda display, pids: _be_rank(folder, role, problem, stop,
                                                    options.workers_per_gpu, display, pids),
                     stop)  # fmt: skip
                 if code or not together.is_closer(folder, rank, stop):
@@ -270,8 +272,9 @@ def _rank_of(options: Namespace) -> Rank:
     return rank if options.local is None else dataclasses.replace(rank, local=options.local)
 
 
-def _role(options: Namespace, rank: Rank, beat: float = 0.0) -> Role:
-    beat = beat or (1.0 if rank.of <= CROWD else 10.0)  # someone looks at a live line
+def _role(options: Namespace, rank: Rank, beat: float | None = None) -> Role:
+    if beat is None:  # each beat of each worker is three changes of the folder that holds them
+        beat = min(60.0, max(10.0, rank.of / 100))
     return Role(rank.index, rank.of, rank.local, options.device, options.threads, options.claims,
                 beat, options.trust, rank.job)  # fmt: skip
 

@@ -152,8 +152,11 @@ def publish(path: Path, data: bytes, *, sync: bool = True) -> bool:
         LsweepError: the disk does not take it.
     """
     with writing(path):
-        make_folder(path.parent)
-        temporary = write_scratch(path, data, sync=sync)
+        try:
+            temporary = write_scratch(path, data, sync=sync)
+        except FileNotFoundError:  # seldom: its folder is made when it is needed
+            make_folder(path.parent)
+            temporary = write_scratch(path, data, sync=sync)
         try:
             won = link_once(temporary, path)
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,7 @@ class Plan:
     facts: dict[str, Any]
     version: int = VERSION
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """The sha256 that names this plan in every other file of the run."""
         return digest(dataclasses.asdict(self))

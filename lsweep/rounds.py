@@ -28,7 +28,7 @@ from lsweep.settings import Axis
 
 FloatArray = npt.NDArray[np.float64]
 MAX_UNIT_POINTS = 16
-UNITS_WANTED = 256
+UNITS_WANTED = 1024  # so many workers find something to do
 LEASES_WANTED = 16384
 
 

@@ -109,6 +109,7 @@ def test_a_worker_is_killed(cluster, tmp_path, undisturbed):
     is_as_if_nothing_had_been(run, undisturbed)
 
 
+@pytest.mark.full
 def test_a_batch_shell_is_killed(cluster, tmp_path, undisturbed):
     run = submitted(tmp_path)
     job = task_of(run, at_work(run, 3)[0])
@@ -118,6 +119,7 @@ def test_a_batch_shell_is_killed(cluster, tmp_path, undisturbed):
     is_as_if_nothing_had_been(run, undisturbed)
 
 
+@pytest.mark.full
 def test_all_workers_are_killed(cluster, tmp_path, undisturbed):
     run = submitted(tmp_path)
     for worker in at_work(run, 3):
@@ -206,6 +208,7 @@ def test_a_node_crashes(cluster, mended, tmp_path, undisturbed):
     is_as_if_nothing_had_been(run, undisturbed)
 
 
+@pytest.mark.full
 def test_a_node_is_cut_off_and_its_task_runs_twice(cluster, mended, tmp_path, undisturbed):
     run = submitted(tmp_path, "--", "--exclusive", pause=1.5)
     victim = at_work(run, 3)[0]
@@ -240,6 +243,7 @@ def test_a_waiting_and_a_running_task_are_cancelled(cluster, tmp_path, undisturb
     is_as_if_nothing_had_been(run, undisturbed)
 
 
+@pytest.mark.full
 def test_a_task_is_requeued_by_hand(cluster, tmp_path, undisturbed):
     run = submitted(tmp_path, pause=1.0)
     job = task_of(run, at_work(run, 3)[0])
@@ -281,6 +285,7 @@ def test_a_higher_partition_preempts(cluster, tmp_path, undisturbed):
     is_as_if_nothing_had_been(run, undisturbed)
 
 
+@pytest.mark.full
 def test_the_time_is_over_before_the_work(cluster, tmp_path, undisturbed):
     """Tasks of a minute for more than a minute of work: each ends in order and comes again."""
     run = submitted(tmp_path, "--time", 1, "--tasks", 1, pause=2.0)

@@ -108,7 +108,8 @@ def test_from_a_toml_to_a_picture_and_again_from_the_run(toml, undisturbed):
     told = slurm("squeue", "-h", "-t", "all", "-j", one.array, "-r", "-O", form)
     assert told.split("\n")[:2] == ["mine|two words|2|"] * 2
     tasks = {w["job"].partition(".")[0] for w in all_workers(run)}
-    assert len(all_workers(run)) == 4 and tasks == set(one.tasks)
+    # Who came when all was done has left nothing.
+    assert 1 <= len(all_workers(run)) <= 4 and tasks <= set(one.tasks)
     # Complete: nothing is submitted.
     again = command("submit", run.root)
     assert again.code == 0 and "is complete, nothing was submitted" in again.out
