@@ -47,6 +47,7 @@ LOOKING = (
     "render",
     "convert",
     "init",
+    "doctor",
 )  # without torch
 
 
