@@ -119,7 +119,8 @@ def on_two_nodes(folder: RunFolder, slow: str) -> None:
                 env={**os.environ, "LSWEEP_SLOW": slow},
             )
         )  # fmt: skip
-    if any([node.wait() for node in nodes]):
+    codes = [node.wait() for node in nodes]
+    if any(codes):
         sys.exit("two nodes cannot be emulated here: root is needed, and unshare")
 
 

@@ -25,6 +25,7 @@ RACES = 200
 PATIENCE = VISIBLE + 15.0  # seconds for one answer of the other node
 LONGEST_DELAY = 60.0
 POLL = 0.01
+BREATH = 0.5  # seconds: the other node is not later than that at an agreed moment
 RECORD = 4096  # bytes of the file that grows
 
 
@@ -51,8 +52,12 @@ def meet(folder: Path, wait: float, say: Callable[[str], None]) -> list[Finding]
     except Gone as e:
         return [Finding("second node", Level.NOTE, f"{e}: run it again on both nodes")]
     finally:
-        with contextlib.suppress(OSError):
-            root.rmdir()  # unless others meet
+        for _ in range(20):  # the other still clears up, or others meet
+            with contextlib.suppress(OSError):
+                root.rmdir()
+            if not root.exists():
+                break
+            time.sleep(5 * POLL)
 
 
 class _Seat:
@@ -164,11 +169,14 @@ class _Pair:
     # -- what the other node did, and when this one saw it ----------------------------------------
 
     def _late(self) -> list[Finding]:
-        mine = {what: self._path(self._seat.side, what) for what in ("name", "rows", "beat")}
-        path = {what: self._path(self._seat.other, what) for what in ("name", "rows", "beat")}
+        # Each acts in a folder of its own: changing one itself shows a node all of it.
+        mine, path = (
+            {what: self._board / side / what for what in ("name", "rows", "beat")}
+            for side in (self._seat.side, self._seat.other)
+        )
+        make_folder(mine["name"].parent)
         replace(mine["rows"], bytes(RECORD))
         replace(mine["beat"], sealed({"beat": 0, "at": 0.0}))
-        there(path["name"])  # from now on this node may hold it for absent
         self._post("hello", identity=host_identity())
         theirs = self._hear("hello")
         self._delay = self._now() - theirs["at"]
@@ -178,11 +186,14 @@ class _Pair:
             read(path[what])
             insist(path[what].stat)
         self._together("ready", self._delay)
+        names(path["name"].parent)
+        there(path["name"])  # from now on this node may hold it for absent
+        time.sleep(BREATH)
         acted = self._now()
         self._act(mine)
         seen = self._watched(
             {
-                "names in a listing": lambda: path["name"].name in names(self._board),
+                "names in a listing": lambda: path["name"].name in names(path["name"].parent),
                 "names looked for": lambda: there(path["name"]),
                 "rows": lambda: read(path["rows"])[0] > 0,
                 "sizes": lambda: insist(path["rows"].stat).st_size > RECORD,
