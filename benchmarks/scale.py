@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from lsweep import leases
+from lsweep.committed import Committed
 from lsweep.folder import RunFolder
 from lsweep.leases import Lease
 from lsweep.parts import CAPACITIES, PartWriter
@@ -221,7 +222,7 @@ def work(folder: RunFolder) -> None:
 
 
 def _role() -> Any:
-    from lsweep.worker import Role
+    from lsweep.role import Role
 
     return Role(device="cpu")
 
@@ -269,11 +270,29 @@ def commands(base: Path, side: int, parts: int, times: int) -> None:
     row("lsweep status", timed(times, "status", folder.root))
     row("lsweep status --json", timed(times, "status", folder.root, "--json"))
     row("lsweep verify", timed(1, "verify", folder.root))
+    look(folder, times)
     row("lsweep prune", timed(1, "prune", folder.root))
     print(f"after it: {size(folder)}")
     row("lsweep merge", timed(times, "merge", folder.root))
     row("lsweep status", timed(times, "status", folder.root))
     assert surface["train_loss"].tobytes() == Surface.load(folder.surface)["train_loss"].tobytes()
+
+
+def look(folder: RunFolder, times: int) -> None:
+    """Time what an idle worker does again and again: look for news, and for what is missing."""
+    plan = Plan.read(folder)
+    rounds = Rounds.read(folder, plan)
+    committed = Committed.read(folder, plan, rounds)
+    for what, call in (
+        ("an idle look, no news", committed.look),
+        ("what is missing", lambda: committed.first_missing(rounds.last)),
+    ):
+        seconds = []
+        for _ in range(times):
+            start = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start)
+        print(f"{what:24} {statistics.median(seconds):8.3f}", flush=True)
 
 
 def framework(base: Path, side: int) -> None:

@@ -273,7 +273,15 @@ def test_accounting_and_controller_are_gone(cluster, tmp_path, undisturbed):
 # -- time ------------------------------------------------------------------------------------------
 
 
-def test_a_higher_partition_preempts(cluster, tmp_path, undisturbed):
+@pytest.fixture(params=["REQUEUE", pytest.param("CANCEL", marks=pytest.mark.full)])
+def preempted(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[str]:
+    """What the site does with jobs of ``low`` when ``high`` wants their nodes."""
+    slurm("scontrol", "update", "partitionname=low", f"preemptmode={request.param}")
+    yield request.param
+    slurm("scontrol", "update", "partitionname=low", "preemptmode=REQUEUE")
+
+
+def test_a_higher_partition_preempts(cluster, preempted, tmp_path, undisturbed):
     run = submitted(tmp_path, "--partition", "low", "--", "--exclusive", pause=1.0)
     at_work(run, 3)
     urgent = slurm("sbatch", "--parsable", "-p", "high", "-N4", "--exclusive", "-o", "/dev/null",
