@@ -276,8 +276,9 @@ def parse_accounts(text: str) -> dict[str, Task]:
     r"""Read what sacct prints; a step out of memory makes its task so, whatever its script said.
 
     >>> text = "6_1|FAILED|1:0|n1\n6_1.0|OUT_OF_MEMORY|0:125|n1\n6_[2-3%4]|PENDING|0:0|\n"
+    >>> text += "6_2|RUNNING|0:0|n1\n"
     >>> [(t.job, t.state) for t in parse_accounts(text).values()]
-    [('6_1', 'OUT_OF_MEMORY'), ('6_2', 'PENDING'), ('6_3', 'PENDING')]
+    [('6_1', 'OUT_OF_MEMORY'), ('6_2', 'RUNNING'), ('6_3', 'PENDING')]
     """
     tasks: dict[str, Task] = {}
     for line in text.splitlines():
@@ -289,7 +290,8 @@ def parse_accounts(text: str) -> dict[str, Task]:
                 tasks[name] = dataclasses.replace(tasks[name], state=state, exit=status)
             continue
         for one in _expanded(name):
-            restarts = tasks[one].restarts + 1 if one in tasks else 0
+            before = tasks.get(one)  # an earlier turn, or the array when the task still waited
+            restarts = before.restarts + (before.state != "PENDING") if before else 0
             node = "" if node == "None assigned" else node
             tasks[one] = Task(one, state, by, node, restarts, status)
     return tasks
@@ -405,7 +407,7 @@ def lines(tasks: list[Task]) -> list[str]:
         where += ["…"] if n > NAMED else []
         words.append(f"{n} {state} ({', '.join(where)})")
     again = sum(t.restarts for t in work)
-    words += [f"{again} restarts"] if again else []
+    words += [f"{again} restart{'s' if again > 1 else ''}"] if again else []
     out = [f"tasks: {', '.join(words)}"] if words else []
     merges = [t for t in shown if t.merge and t.submission == newest]
     for t in merges:
