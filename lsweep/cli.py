@@ -99,6 +99,10 @@ def _duration(text: str) -> float:
     return value
 
 
+def _waiting(text: str) -> float:
+    return _duration(text) if float(text) else 0.0
+
+
 # -- arguments that several commands share ---------------------------------------------------------
 
 
@@ -177,6 +181,14 @@ def _add_verify(p: argparse.ArgumentParser) -> None:
     _takes_trust(p)
 
 
+def _add_doctor(p: argparse.ArgumentParser) -> None:
+    p.add_argument("folder", metavar="DIR", type=Path, nargs="?", default=Path(),
+                   help="a folder of the file system where runs will be")  # fmt: skip
+    p.add_argument("--wait", type=_waiting, default=10.0, metavar="S",
+                   help="seconds to wait for the same command on another node")  # fmt: skip
+    p.add_argument("--json", action="store_true", help="for programs")
+
+
 def _add_render(p: argparse.ArgumentParser) -> None:
     p.add_argument("source", metavar="RUN|FILE", type=Path, nargs="+", help="runs or surface files")
     p.add_argument("-o", "--output", type=Path, required=True, help=".png, .pdf or .svg")
@@ -226,6 +238,7 @@ _COMMANDS: dict[str, tuple[Command, Callable[[argparse.ArgumentParser], None], s
     "status": (looking.do_status, _add_status, "what is done and who works"),
     "merge": (looking.do_merge, _add_merge, "combine what is committed into surface.h5"),
     "verify": (looking.do_verify, _add_verify, "check every file of a run"),
+    "doctor": (looking.do_doctor, _add_doctor, "whether a file system is safe for runs"),
     "measure": (looking.do_measure, _add_measure, "numbers from surfaces"),
     "render": (looking.do_render, _add_render, "draw runs or surfaces"),
     "convert": (looking.do_convert, _add_convert, "to and from other formats"),

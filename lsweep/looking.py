@@ -121,3 +121,19 @@ def do_measure(options: Namespace) -> int:
         for key, value in row.items():
             print(f"{key:20} {value:.6g}" if isinstance(value, float) else f"{key:20} {value}")
     return 0
+
+
+def do_doctor(options: Namespace) -> int:
+    """Probe a file system, with the same command on another node if it runs there."""
+    from dataclasses import replace
+
+    from lsweep.doctor import diagnose
+    from lsweep.meeting import meet
+
+    found = diagnose(options.folder)
+    if options.wait:
+        said = meet(options.folder, options.wait, lambda text: print(f"lsweep: {text}",
+                                                                     file=sys.stderr))  # fmt: skip
+        found = replace(found, findings=[*found.findings, *said])
+    print(json.dumps(found.as_json()) if options.json else "\n".join(found.lines()))
+    return found.exit_code

@@ -38,7 +38,16 @@ PUBLIC = {
     "causal_lm",
     "load_state",
 }
-LOOKING = ("status", "merge", "verify", "measure", "render", "convert", "init")  # without torch
+LOOKING = (
+    "status",
+    "merge",
+    "verify",
+    "measure",
+    "render",
+    "convert",
+    "init",
+    "doctor",
+)  # without torch
 
 
 def module_name(path: Path) -> str:
