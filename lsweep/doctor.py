@@ -157,7 +157,7 @@ def _probed(probe: Callable[[Path], Finding], place: Path) -> Finding:
         make_folder(own)
         found = probe(own)
     except (OSError, LsweepError) as e:
-        reason = str(e).replace(f"{place}{os.sep}", "")
+        reason = " ".join(str(e).replace(f"{place}{os.sep}", "").split())
         return Finding(name, Level.UNSAFE, f"{name}: {reason}")
     return Finding(name, found.level, found.text, found.figures)
 
@@ -279,8 +279,8 @@ def _parts(place: Path) -> Finding:
             writer.append(_rows(range(i, i + 1)))
             writer.sync()
             part = read_part(path, PLAN, 1)
-            if part.salvaged:  # HDF5 hides a stale handle, which passes, behind other errors
-                part = read_part(path, PLAN, 1)
+            for _ in range(4):  # HDF5 hides a stale handle, which passes, behind other errors
+                part = read_part(path, PLAN, 1) if part.salvaged else part
             if len(part.rows) != i + 1 or part.salvaged or part.damaged:
                 raise LsweepError(
                     f"a part that is written shows {len(part.rows)} of {i + 1} rows to a reader"
@@ -338,11 +338,17 @@ def clock_offset(place: Path) -> float:
     before = time.time()
     path = write_scratch(place / "clock", b"now")
     after = time.time()
-    fd = insist(lambda: os.open(path, os.O_RDONLY))  # what was opened is not remembered
+
+    def modified() -> float:
+        fd = os.open(path, os.O_RDONLY)  # what was opened is not remembered
+        try:
+            return os.fstat(fd).st_mtime
+        finally:
+            os.close(fd)
+
     try:
-        return os.fstat(fd).st_mtime - (before + after) / 2
+        return insist(modified) - (before + after) / 2
     finally:
-        os.close(fd)
         discard(path)
 
 

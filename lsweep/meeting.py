@@ -25,12 +25,17 @@ RACES = 200
 PATIENCE = VISIBLE + 15.0  # seconds for one answer of the other node
 LONGEST_DELAY = 60.0
 POLL = 0.01
-BREATH = 0.5  # seconds: the other node is not later than that at an agreed moment
+LOOK = 0.5  # seconds before a common moment, to look at what is to change
+LONGEST_RACE = 20.0
 RECORD = 4096  # bytes of the file that grows
 
 
 class Gone(LsweepError):
     """The other node no longer answers."""
+
+
+class Twice(LsweepError):
+    """Two nodes hold one name."""
 
 
 def meet(folder: Path, wait: float, say: Callable[[str], None]) -> list[Finding]:
@@ -49,15 +54,13 @@ def meet(folder: Path, wait: float, say: Callable[[str], None]) -> list[Finding]
             return [Finding("second node", Level.NOTE, "none came: what another node sees was not "
                             "probed. Start the same command on two nodes at once")]  # fmt: skip
         return _Pair(seat).findings()
+    except Twice as e:
+        return [Finding("second node", Level.UNSAFE, str(e))]
     except Gone as e:
         return [Finding("second node", Level.NOTE, f"{e}: run it again on both nodes")]
     finally:
-        for _ in range(20):  # the other still clears up, or others meet
-            with contextlib.suppress(OSError):
-                root.rmdir()
-            if not root.exists():
-                break
-            time.sleep(5 * POLL)
+        with contextlib.suppress(OSError):
+            root.rmdir()  # unless others meet
 
 
 class _Seat:
@@ -78,7 +81,11 @@ class _Seat:
                 seat = cls(root, number, "host", me)
                 try:
                     say(f"waiting {wait:g} s for the same command on another node")
-                    if seat._joined(guests, wait) or not publish(guests, sealed(me), sync=False):
+                    alone = {**me, "of": me["token"]}
+                    came = seat._joined(guests, wait)
+                    came = came or not publish(guests, sealed(alone), sync=False)
+                    seat._require_mine(hosts, guests, me["token"])
+                    if came:
                         return seat
                 except BaseException:
                     seat.leave()
@@ -92,7 +99,7 @@ class _Seat:
                 seat = cls(root, number, "guest", host)
                 if age > host["wait"] + 2 * PATIENCE:
                     seat.leave()  # its doctor was killed
-                elif publish(guests, sealed(me), sync=False):
+                elif publish(guests, sealed({**me, "of": host["token"]}), sync=False):
                     return seat
             number += 1
 
@@ -104,11 +111,21 @@ class _Seat:
             time.sleep(POLL)
         return False
 
+    def _require_mine(self, hosts: Path, guests: Path, token: object) -> None:
+        """What was published by link must stand there still."""
+        appears(guests, VISIBLE)
+        if read_json(hosts)["token"] != token or read_json(guests)["of"] != token:
+            raise Twice("two nodes published one name: two workers would hold one lease, or "
+                        "publish one round twice")  # fmt: skip
+
     def leave(self) -> None:
         """Remove the meeting."""
         remove(self.board)
-        discard(self.root / f"{self.number}.guest")
-        discard(self.root / f"{self.number}.host")
+        for side in ("guest", "host"):
+            seat = self.root / f"{self.number}.{side}"
+            for claim in self.root.glob(f".{seat.name}.*"):
+                discard(claim)  # where links are missing
+            discard(seat)
 
 
 class _Pair:
@@ -156,66 +173,55 @@ class _Pair:
             raise Gone(f"{path.name} is listed but cannot be opened")
         return read_json(path)
 
-    def _together(self, what: str, delay: float, **facts: Any) -> dict[str, Any]:
-        """Agree on a moment that both will know of in time, and wait for it."""
-        self._post(what, delay=delay, mine=self._now(), **facts)
+    def _together(self, what: str, look: Callable[[], object]) -> None:
+        """Agree on a moment that both will know of in time, and wait for it.
+
+        Just before, ``look`` at what the other node is about to change: this one may remember it.
+        """
+        self._post(what, delay=self._delay, mine=self._now())
         theirs = self._hear(what)
         mine = read_json(self._path(self._seat.side, what))
         slowest = min(LONGEST_DELAY, max(mine["delay"], theirs["delay"]))
-        start = max(mine["mine"], theirs["mine"]) + 1.5 * slowest + 0.3
+        start = max(mine["mine"], theirs["mine"]) + 1.5 * slowest + 2 * LOOK
+        time.sleep(max(0.0, start - LOOK - self._now()))
+        look()
         time.sleep(max(0.0, start - self._now()))
-        return theirs
 
     # -- what the other node did, and when this one saw it ----------------------------------------
 
     def _late(self) -> list[Finding]:
-        # Each acts in a folder of its own: changing one itself shows a node all of it.
-        mine, path = (
-            {what: self._board / side / what for what in ("name", "rows", "beat")}
-            for side in (self._seat.side, self._seat.other)
-        )
-        make_folder(mine["name"].parent)
+        # A folder for each look: a listing freshens what a node remembers of the names in it, and
+        # so does a change of its own.
+        kinds = ("listed", "looked", "rows", "beat")
+        mine = {kind: self._path(self._seat.side, f"the-{kind}") / kind for kind in kinds}
+        path = {kind: self._path(self._seat.other, f"the-{kind}") / kind for kind in kinds}
+        for own in mine.values():
+            make_folder(own.parent)
         replace(mine["rows"], bytes(RECORD))
-        replace(mine["beat"], sealed({"beat": 0, "at": 0.0}))
+        replace(mine["beat"], sealed({"beat": 0}))
         self._post("hello", identity=host_identity())
         theirs = self._hear("hello")
-        self._delay = self._now() - theirs["at"]
+        self._delay = max(0.0, self._now() - theirs["at"])
         self._one_host = theirs["identity"] == host_identity()
-        for what in ("rows", "beat"):
-            appears(path[what], PATIENCE)
-            read(path[what])
-            insist(path[what].stat)
-        self._together("ready", self._delay)
-        names(path["name"].parent)
-        there(path["name"])  # from now on this node may hold it for absent
-        time.sleep(BREATH)
+        looks: dict[str, Callable[[], bool]] = {
+            "names in a listing": lambda: "listed" in names(path["listed"].parent),
+            "names looked for": lambda: there(path["looked"]),
+            "rows": lambda: read(path["rows"])[0] > 0,
+            "sizes": lambda: insist(path["rows"].stat).st_size > RECORD,
+            "heartbeats": lambda: int(read_json(path["beat"])["beat"]) == 1,
+        }
+        self._together("ready", lambda: [_quietly(look) for look in looks.values()])
         acted = self._now()
-        self._act(mine)
-        seen = self._watched(
-            {
-                "names in a listing": lambda: path["name"].name in names(path["name"].parent),
-                "names looked for": lambda: there(path["name"]),
-                "rows": lambda: read(path["rows"])[0] > 0,
-                "sizes": lambda: insist(path["rows"].stat).st_size > RECORD,
-                "heartbeats": lambda: read_json(path["beat"])["beat"] == 1,
-            }
-        )
+        publish(mine["listed"], sealed({"here": True}), sync=False)
+        publish(mine["looked"], sealed({"here": True}), sync=False)
+        _append(mine["rows"])
+        replace(mine["beat"], sealed({"beat": 1}))
+        seen = self._watched(looks)
         self._post("seen", acted=acted)
         began = self._hear("seen")["acted"]
         delays = {what: max(0.0, at - began) for what, at in seen.items()}
         self._delay = max(delays.values())
         return [self._told(what, delay) for what, delay in delays.items()]
-
-    def _act(self, mine: dict[str, Path]) -> None:
-        publish(mine["name"], sealed({"here": True}), sync=False)
-        fd = insist(lambda: os.open(mine["rows"], os.O_WRONLY))
-        try:
-            os.pwrite(fd, b"row", 0)
-            os.pwrite(fd, b"more", RECORD)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        replace(mine["beat"], sealed({"beat": 1}))
 
     def _told(self, what: str, delay: float) -> Finding:
         name = f"other node's {what}"
@@ -233,9 +239,8 @@ class _Pair:
         deadline = time.monotonic() + VISIBLE
         while time.monotonic() < deadline and float("inf") in seen.values():
             for what, look in looks.items():
-                with contextlib.suppress(LsweepError, OSError):
-                    if seen[what] == float("inf") and look():
-                        seen[what] = self._now()
+                if seen[what] == float("inf") and _quietly(look):
+                    seen[what] = self._now()
             time.sleep(POLL)
         return seen
 
@@ -245,23 +250,28 @@ class _Pair:
         place = self._path("both", "leases")
         make_folder(place)
         leases = [place / f"{n:06d}.g0" for n in range(RACES)]
+        # Workers look first; a node that believes what it remembers would claim it anyway.
+        self._together("race", lambda: [there(lease) for lease in leases])
+        won, tried, deadline = [], 0, time.monotonic() + LONGEST_RACE
         for lease in leases:
-            there(lease)  # as workers do; a node that believes what it remembers claims it anyway
-        self._together("race", self._delay)
-        who = {"side": self._seat.side}
-        won = [n for n, path in enumerate(leases) if publish(path, sealed(who), sync=False)]
-        self._post("won", won=won)
-        theirs = self._hear("won")["won"]
-        both, nobody = set(won) & set(theirs), RACES - len({*won, *theirs})
+            if time.monotonic() > deadline:
+                break
+            if publish(lease, sealed({"side": self._seat.side}), sync=False):
+                won.append(tried)
+            tried += 1
+        self._post("won", won=won, tried=tried)
+        answer = self._hear("won")
+        theirs, tried = answer["won"], max(tried, answer["tried"])
+        both, nobody = set(won) & set(theirs), tried - len({*won, *theirs})
         name = "claims raced by two nodes"
         figures = {"won": float(len(won)), "both": float(len(both)), "nobody": float(nobody)}
         if both:
-            text = f"both nodes won {len(both)} of {RACES} claims: a round might be published twice"
+            text = f"both nodes won {len(both)} of {tried} claims: a round might be published twice"
             return Finding(name, Level.UNSAFE, text, figures)
         if nobody:
-            text = f"nobody won {nobody} of {RACES} claims: leases would stay free"
+            text = f"nobody won {nobody} of {tried} claims: leases would stay free"
             return Finding(name, Level.STATIC, text, figures)
-        text = f"{RACES} leases, one winner each ({len(won)} here, {len(theirs)} there)"
+        text = f"{tried} leases, one winner each ({len(won)} here, {len(theirs)} there)"
         if self._one_host:
             text += "; both doctors ran on one host, so its network was not in between"
         return Finding(name, Level.OK, text, figures)
@@ -274,3 +284,19 @@ _CONSEQUENCES = {
     "sizes": "not used: parts have their size from the start",
     "heartbeats": "a worker counts as dead after 180 s",
 }
+
+
+def _quietly(look: Callable[[], bool]) -> bool:
+    with contextlib.suppress(LsweepError, OSError):
+        return look()
+    return False
+
+
+def _append(path: Path) -> None:
+    fd = insist(lambda: os.open(path, os.O_WRONLY))
+    try:
+        os.pwrite(fd, b"row", 0)
+        os.pwrite(fd, b"more", RECORD)
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -120,6 +120,13 @@ class PartReader:
         return other.news()
 
     def _open(self) -> _Place | None:
+        # HDF5 hides a stale handle behind almost any exception: what is damaged stays so.
+        place = self._tried() or self._tried()
+        if place is None:
+            self.salvaged = 0
+        return place
+
+    def _tried(self) -> _Place | None:
         try:
             opened = insist(lambda: h5py.File(self.path, "r", locking="best-effort"))
             with opened as f:
@@ -135,9 +142,8 @@ class PartReader:
         except OSError as e:
             if not insist(self.path.is_file):
                 raise LsweepError(f"cannot read {self.path}: {e.strerror or e}") from None
-        except Exception:  # HDF5 reports damage as almost any exception
+        except Exception:  # so it reports damage too
             pass
-        self.salvaged = 0
         return None
 
     def _retried(self, source: _Source, place: _Place) -> Iterator[tuple[IntArray, Rows]]:
