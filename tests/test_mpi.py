@@ -131,6 +131,11 @@ def launcher(request: pytest.FixtureRequest) -> Launcher:
 
 
 each_launcher = pytest.mark.parametrize("launcher", LAUNCHERS, indirect=True)
+# Where all behave alike, one every time and the others in .ci/full.
+mostly_mpich = pytest.mark.parametrize(
+    "launcher", ["mpich", *(pytest.param(n, marks=pytest.mark.full) for n in LAUNCHERS[1:])],
+    indirect=True,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +337,7 @@ def test_a_failure_before_the_first_lease_ends_the_launch_with_one_line(
     assert "Traceback" not in done.err
 
 
-@each_launcher
+@mostly_mpich
 def test_a_rank_that_cannot_begin_ends_those_that_have(launcher: Launcher, tmp_path: Path) -> None:
     toml = slow(tmp_path, pause=0.5)
     number = 'os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK"))'
@@ -355,7 +360,7 @@ def begun(folder: RunFolder, ranks: int) -> list[dict[str, object]]:
     return all_workers(folder)
 
 
-@each_launcher
+@mostly_mpich
 def test_a_killed_rank_ends_the_job_and_the_next_does_exactly_the_rest(
     launcher: Launcher, tmp_path: Path, calm: Surface
 ) -> None:
@@ -451,7 +456,7 @@ def test_failed_points_are_the_launchs_exit_status_and_asked_again_once(
     assert len(rounds.all) == 2  # four ranks asked, one round answers
 
 
-@each_launcher
+@mostly_mpich
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_what_an_interrupted_launch_committed_is_kept(
     launcher: Launcher, tmp_path: Path, calm: Surface, how: signal.Signals

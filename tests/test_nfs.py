@@ -132,7 +132,7 @@ def planned_on(nodes: Nodes, node: int = 0, **options: Any) -> RunFolder:
 # -- whole sweeps ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("claims", ["lease", "static"])
+@pytest.mark.parametrize("claims", ["lease", pytest.param("static", marks=pytest.mark.full)])
 @pytest.mark.parametrize("faults", [{}, UNLUCKY], ids=["late", "unlucky"])
 def test_three_nodes_finish_a_sweep(nodes, undisturbed, claims, faults):
     planned_on(nodes)
@@ -156,7 +156,7 @@ def test_a_sick_disk_costs_workers_but_no_rows(nodes, undisturbed):
     assert_whole(nodes, undisturbed, again=len(POINTS))
 
 
-@pytest.mark.parametrize("claims", ["lease", "static"])
+@pytest.mark.parametrize("claims", ["lease", pytest.param("static", marks=pytest.mark.full)])
 def test_killed_workers_are_replaced_from_another_node(nodes, undisturbed, claims):
     planned_on(nodes, pause=0.1)
     nodes.tell(**UNLUCKY)
@@ -178,6 +178,7 @@ def test_killed_workers_are_replaced_from_another_node(nodes, undisturbed, claim
     assert_whole(nodes, undisturbed, again=len(POINTS))
 
 
+@pytest.mark.full
 def test_one_is_killed_and_the_others_do_the_rest(nodes, undisturbed):
     planned_on(nodes, pause=0.1)
     victim = start(nodes.run(0), 0)
