@@ -6,6 +6,7 @@ of its own; Debian's Open MPI 4. Nothing here is imitated but a node: two of tho
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -471,6 +473,77 @@ def test_what_an_interrupted_launch_committed_is_kept(
     before = evaluated(folder)
     assert 0 < len(before) < 231
     done = launcher.run(2, "run", folder.root, "--on", "mpi", "--no-picture")
+    assert done.code == 0, done.err
+    assert evaluated(folder) == [(p, 0) for p in range(231)]
+    require_whole(folder, calm)
+
+
+# -- two nodes -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_nodes(mpich: Launcher, tmp_path: Path) -> Iterator[Launcher]:
+    """MPICH over two emulated nodes, two ranks on each at most; `ssh` enters their namespaces."""
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.skip("emulated nodes need root and iproute2")
+    node = Path(__file__).parent / "two_nodes" / "node"
+    name = f"ls{os.getpid() % 10**6}n"
+    done = subprocess.run([node, name, "up"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        subprocess.run([node, name, "down"], capture_output=True, check=False)
+        pytest.skip(f"no network namespaces here: {done.stderr.strip()}")
+    ssh = tmp_path / "ssh"
+    options = "while [[ $1 == -* ]]; do shift; done; host=$1; shift"
+    ssh.write_text(f'#!/bin/bash\n{options}\nexec {node} {name} ${{host#node}} bash -c "$*"\n')
+    ssh.chmod(0o755)
+    hosts = ("-launcher", "ssh", "-launcher-exec", str(ssh), "-hosts", "node0,node1", "-ppn", "2")
+    yield Launcher((str(node), name, "0", *mpich.words, *hosts))
+    subprocess.run([node, name, "down"], capture_output=True, check=False)
+
+
+def test_two_nodes_share_a_run_and_one_rank_merges(
+    two_nodes: Launcher, tmp_path: Path, calm: Surface
+) -> None:
+    toml = slow(tmp_path)
+    done = two_nodes.run(4, "run", toml, "--on", "mpi", "--no-picture")
+    assert done.code == 0, done.err
+    folder = run_of(toml)
+    require_whole(folder, calm)
+    assert evaluated(folder) == [(p, 0) for p in range(231)]
+    assert Counter(w["host"] for w in all_workers(folder)) == {"node0": 2, "node1": 2}
+    assert len({w["identity"] for w in all_workers(folder)}) == 2
+    assert Counter(done.out.split())["wrote"] == 1
+    assert lines_of(done) == []
+
+
+def rank_process(toml: Path, rank: int) -> int:
+    """Return the pid, here, of a rank that lives in a pid namespace of its own."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            variables = (entry / "environ").read_bytes().split(b"\0")
+            if str(toml).encode() in words and f"PMI_RANK={rank}".encode() in variables:
+                return int(entry.name)
+    raise AssertionError(f"no rank {rank}")
+
+
+def test_a_rank_killed_on_another_node_costs_no_value_and_no_point_twice(
+    two_nodes: Launcher, tmp_path: Path, calm: Surface
+) -> None:
+    toml = slow(tmp_path, pause=0.1)
+    folder = run_of(toml)
+    running = two_nodes.start(4, "run", toml, "--on", "mpi", "--unit-points", 2)
+    begun(folder, 4)
+    os.kill(rank_process(toml, 3), signal.SIGKILL)
+    assert ended(running).code != 0
+    before = evaluated(folder)
+    assert 0 < len(before) < 231
+    # Its namespaces are gone with it: those who resume here cannot ask for its process, and would
+    # wait three minutes for its heartbeat. Its file alone tells that it is not alive.
+    for w in all_workers(folder):
+        if w["state"] == State.WORKING:
+            folder.worker(w["worker"]).unlink()
+    done = two_nodes.run(4, "run", toml, "--on", "mpi", "--no-picture")
     assert done.code == 0, done.err
     assert evaluated(folder) == [(p, 0) for p in range(231)]
     require_whole(folder, calm)
