@@ -178,14 +178,15 @@ def _run_on_mpi(options: Namespace) -> int:
         os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
     with Stop(end_of_job()) as stop:
         rank = own_rank(ask_mpi=True)
-        if not rank.source:
-            together.say("found no launcher (mpiexec, mpirun, srun): this is one worker alone")
         folder, before = None, 0
         try:
             try:
                 if options.workers is not None:
                     raise LsweepError("--on mpi starts no processes: leave out --workers, and give "
                                       f"mpiexec or srun -n {options.workers}")  # fmt: skip
+                if not rank.source:
+                    together.say("found no launcher (mpiexec, mpirun, srun): this is one worker "
+                                 "alone")  # fmt: skip
                 time.sleep(delay(rank.of))
                 with turn(str(options.sweep.absolute())):
                     folder, problem = _plan(options)

@@ -501,7 +501,9 @@ def test_a_device_that_is_not_there_is_refused(refusal, capfd, tmp_path):
     assert "no device 'gpu': use cpu, cuda" in refusal("work", run, "--device", "gpu")
     assert "no device 'cuda:99': torch sees" in refusal("work", run, "--device", "cuda:99")
     assert "must be from 0 to 1 (--of)" in refusal("work", run, "--index", "2", "--of", "2")
-    assert "--on mpi is not built yet" in refusal("run", run, "--on", "mpi")
+    assert "starts no processes: leave out --workers" in refusal(
+        "run", run, "--on", "mpi", "--workers", 4
+    )
 
 
 # -- folders that cannot be written ----------------------------------------------------------------
