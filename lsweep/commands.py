@@ -172,6 +172,7 @@ def _evaluate(
 def _run_on_mpi(options: Namespace) -> int:
     """Be one rank of several, or alone where no launcher is found."""
     from lsweep import together
+    from lsweep.shift import STANDING_BY
     from lsweep.status import share_done
 
     if options.threads:
@@ -197,7 +198,9 @@ def _run_on_mpi(options: Namespace) -> int:
                     folder, rank, rank.of * options.workers_per_gpu,
                     lambda display, pids: _be_rank(folder, role, problem, stop,
                                                    options.workers_per_gpu, display, pids),
-                    stop)  # fmt: skip
+                    stop, may_leave=role.claims == "lease" and rank.of > STANDING_BY)  # fmt: skip
+                if code is None:
+                    return 0
                 if code or not together.is_closer(folder, rank, stop):
                     return code
                 return _merge_and_draw(folder, draw=not options.no_picture)

@@ -31,6 +31,7 @@ from lsweep.workers import PATIENCE, Observer, State, Verdict, all_workers
 HEAD_START = 3.0  # seconds that the first rank has to say why nothing can begin
 QUIET = 60.0  # seconds that the others may take to begin
 NAP = (1.0, 3.0)  # seconds between looks, by chance
+CROWDED = 64  # workers; more of them look less often
 CROWD = 60.0  # seconds within which one launcher's processes begin
 
 
@@ -71,7 +72,8 @@ def take_part(
     workers: int,
     evaluate: Callable[[Display, set[int]], None],
     stop: Stop,
-) -> int:
+    may_leave: bool = False,
+) -> int | None:
     """Evaluate with the others until the run is complete, or nobody is left who goes on.
 
     Args:
@@ -80,9 +82,11 @@ def take_part(
         workers: how many workers all ranks have.
         evaluate: works, and notes the pids of its workers.
         stop: asked while this waits.
+        may_leave: one of a crowd may go home when nothing is left to take; others stand by.
 
     Returns:
-        0 when the run is complete; else the exit code of what stopped this rank.
+        0 when the run is complete; None when others complete it; else the exit code of what
+        stopped this rank.
 
     Raises:
         LsweepError: nothing could begin.
@@ -119,6 +123,8 @@ def take_part(
         look_for_singletons()
         if share_done(folder)[0] == total:
             return 0
+        if may_leave and not code:
+            return None
         complete = rank.of > 1 and _stay(folder, begun, pids, workers, stop)
     return 0 if complete else code or 3
 
@@ -148,7 +154,7 @@ def _stay(folder: RunFolder, begun: float, pids: set[int], workers: int, stop: S
         if not alive and (began >= workers or time.monotonic() - last > QUIET):
             return False
         stop.check()
-        time.sleep(random.uniform(*NAP))
+        time.sleep(random.uniform(*NAP) * max(1.0, workers / CROWDED))
 
 
 def is_closer(folder: RunFolder, rank: Rank, stop: Stop) -> bool:

@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from cases import process, sweep_file, wait_for
+from cases import planned, process, sweep_file, wait_for
 
 from lsweep.files import replace, sealed
 from lsweep.folder import RunFolder
 from lsweep.machine import host_identity, start_time
+from lsweep.status import share_done
 from lsweep.workers import PATIENCE, Observer, State, Verdict, all_workers
 
 
@@ -112,3 +113,15 @@ def test_workers_end_when_their_launcher_is_killed(tmp_path):
     launcher.communicate()
     wait_for(lambda: {w["state"] for w in all_workers(folder)} == {State.STOPPED})
     wait_for(lambda: all(start_time(w["pid"]) is None for w in all_workers(folder)))
+
+
+def test_of_a_crowd_who_finds_nothing_left_goes_home(tmp_path):
+    # One lease for all: whoever is second has nothing to do, and only some stand by for deaths.
+    folder = planned(sweep_file(tmp_path, x=9, pause=2.0), unit_points=9)
+    first = process("work", folder.root, "--index", 0, "--of", 200)
+    wait_for(lambda: list(folder.leases.rglob("*.g0")))
+    second = process("work", folder.root, "--index", 1, "--of", 200)
+    _, err = second.communicate()
+    assert (second.returncode, err, share_done(folder)[0]) == (0, "", 0)
+    first.communicate()
+    assert (first.returncode, share_done(folder)[0]) == (0, 9)
