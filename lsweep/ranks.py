@@ -185,6 +185,8 @@ def _asked() -> Rank:
         from mpi4py import MPI
     except (ImportError, RuntimeError):  # none is installed, or it finds no libmpi
         return Rank()
+    if MPI.Is_finalized():  # asked before, by this process
+        return Rank()
     world = MPI.COMM_WORLD
     here = world.Split_type(MPI.COMM_TYPE_SHARED)
     launch = world.bcast(uuid.uuid4().hex[:8], root=0)

@@ -38,7 +38,7 @@ from cases import (
 )
 from weak_filesystem import forget, mounted, tell
 
-from lsweep import leases, worker, workers
+from lsweep import leases, shift, workers
 from lsweep.files import link_once, write_scratch
 from lsweep.folder import RunFolder
 from lsweep.leases import Lease
@@ -107,7 +107,7 @@ def ended(process: subprocess.Popen[str]) -> Done:
 
 def patient_work(folder: RunFolder, index: int = 0) -> int:
     """Be a worker for whom a minute of waiting is a second."""
-    worker.Observer = lambda f: Observer(f, lambda: 60 * time.monotonic())
+    shift.Observer = lambda f: Observer(f, lambda: 60 * time.monotonic())
     return work(folder, Role(index, NODES, device="cpu", beat=1.0))
 
 
