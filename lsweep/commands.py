@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from lsweep.problem import Problem
 
 INTERRUPTED, INCOMPLETE = 130, 3
-SIZES = {"sums": 64, "row": 40}
 
 
-def _folder(options: Namespace) -> RunFolder:
+def run_of(options: Namespace) -> RunFolder:
+    """Return the run that a command line means; it need not exist."""
     if options.run is not None:
         return RunFolder(options.run)
     if options.sweep.is_dir():
@@ -39,14 +39,14 @@ def _folder(options: Namespace) -> RunFolder:
     return RunFolder(options.sweep.with_name(f"{options.sweep.stem}.run"))
 
 
-def _plan(options: Namespace) -> tuple[RunFolder, Problem | None]:
+def planned(options: Namespace) -> tuple[RunFolder, Problem | None]:
     """Freeze the plan of a TOML, or take the run as it is; ask again for what failed.
 
     Returns the problem too where it had to be made, so that this process need not make it twice.
     """
     from lsweep.plan import Plan
 
-    folder = _folder(options)
+    folder = run_of(options)
     problem = None
     if folder.exists:
         refuse_foreign(folder.plan, options.trust)
@@ -80,12 +80,13 @@ def do_plan(options: Namespace) -> int:
     """Freeze the plan, publish the first round, print cost and promises."""
     from lsweep.plan import Plan
     from lsweep.rounds import Rounds
+    from lsweep.rows import row_type
 
-    folder, _ = _plan(options)
+    folder, _ = planned(options)
 
     plan = Plan.read(folder)
     rounds = Rounds.read(folder, plan)
-    row = SIZES["row"] + SIZES["sums"] * len(plan.variables)
+    row = row_type(len(plan.variables)).itemsize
     last = rounds.last
     units = sum(r.units(plan.slices) for r in rounds)
     leases = sum(r.leases(plan.slices) for r in rounds)
@@ -119,7 +120,7 @@ def do_run(options: Namespace) -> int:
     from lsweep.display import Display
     from lsweep.status import share_done
 
-    folder, problem = _plan(options)
+    folder, problem = planned(options)
     done, total = share_done(folder)
     code, interrupted = 0, False
     if done < total:
@@ -190,7 +191,7 @@ def _run_on_mpi(options: Namespace) -> int:
                                  "alone")  # fmt: skip
                 time.sleep(delay(rank.of))
                 with turn(str(options.sweep.absolute())):
-                    folder, problem = _plan(options)
+                    folder, problem = planned(options)
                 before = share_done(folder)[0]
                 # Someone looks at a live line.
                 role = _role(options, rank, 1.0 if rank.of <= CROWD else None)

@@ -27,7 +27,7 @@ from lsweep.workers import Observer, Verdict
 STANDING_BY = 64  # of a crowd so many wait for deaths; the others free their devices
 EXAMINED = 16  # leases that one look of an idle worker examines
 SHORTEST_NAP, LONGEST_NAP = 0.05, 2.0  # seconds between looks of an idle worker
-CROWD = 100  # so many workers lengthen the longest nap by a second
+WORKERS_A_SECOND = 100  # so many lengthen the longest nap by a second
 Claimed = tuple[Round, int, Lease | None]
 
 
@@ -109,7 +109,7 @@ class Shift:
 
     def _left(self, round_: Round) -> Generator[Claimed, None, bool]:
         """Yield what owners that are gone left; return True when the round is complete."""
-        nap, longest = SHORTEST_NAP, LONGEST_NAP + self._role.of / CROWD
+        nap, longest = SHORTEST_NAP, LONGEST_NAP + self._role.of / WORKERS_A_SECOND
         while True:
             self.committed.look()
             left = np.flatnonzero(self.committed.first_missing(round_) >= 0).tolist()

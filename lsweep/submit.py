@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from lsweep.errors import LsweepError
 from lsweep.folder import RunFolder
-from lsweep.slurm import Site, complaint, minutes, require_time
+from lsweep.limits import Site, minutes, require_time
+from lsweep.slurm import complaint
 from lsweep.submission import Options
 
 if TYPE_CHECKING:

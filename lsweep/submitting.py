@@ -7,7 +7,7 @@ import sys
 import time
 from argparse import Namespace
 
-from lsweep.commands import INCOMPLETE, INTERRUPTED, _folder, _plan
+from lsweep.commands import INCOMPLETE, INTERRUPTED, planned, run_of
 from lsweep.errors import LsweepError
 from lsweep.folder import RunFolder
 from lsweep.machine import refuse_foreign
@@ -18,15 +18,15 @@ LOOKS = (1.0, 15.0)  # seconds between looks at the queue, first and last
 
 def do_submit(options: Namespace) -> int:
     """Submit an array of workers and a merge after it."""
-    from lsweep.slurm import Site
+    from lsweep.limits import Site
     from lsweep.submit import Order, check, objection, require_slurm, scripts, submit
 
-    folder = _folder(options)
+    folder = run_of(options)
     wanted = _options(folder, options)
     site: Site = require_slurm()
     limit = check(site, wanted)
     if not options.dry_run:
-        folder, _ = _plan(options)
+        folder, _ = planned(options)
     most, why = site.array, f"MaxArraySize allows {site.array}"
     if folder.exists:
         points, leases = work_left(folder)

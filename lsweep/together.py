@@ -23,7 +23,7 @@ from lsweep.files import publish, read_json, sealed
 from lsweep.folder import RunFolder
 from lsweep.machine import host_identity, start_time
 from lsweep.ranks import Rank, end_launch, launch_of
-from lsweep.startup import first_of_siblings
+from lsweep.startup import CROWD, first_of_siblings
 from lsweep.status import share_done
 from lsweep.stopping import Stop
 from lsweep.workers import PATIENCE, Observer, State, Verdict, all_workers
@@ -31,8 +31,7 @@ from lsweep.workers import PATIENCE, Observer, State, Verdict, all_workers
 HEAD_START = 3.0  # seconds that the first rank has to say why nothing can begin
 QUIET = 60.0  # seconds that the others may take to begin
 NAP = (1.0, 3.0)  # seconds between looks, by chance
-CROWDED = 64  # workers; more of them look less often
-CROWD = 60.0  # seconds within which one launcher's processes begin
+ONE_LAUNCH = 60.0  # seconds within which one launcher's processes begin
 
 
 def say(text: str) -> None:
@@ -105,7 +104,7 @@ def take_part(
             for text in told:
                 say(text)
 
-    soon = threading.Timer(CROWD / 4, look_for_singletons)
+    soon = threading.Timer(ONE_LAUNCH / 4, look_for_singletons)
     soon.daemon = True
     code = 0
     with Display(folder, total, done, sys.stderr if rank.index == 0 else None) as display:
@@ -150,11 +149,11 @@ def _stay(folder: RunFolder, begun: float, pids: set[int], workers: int, stop: S
                 return True
         if alive:
             last = time.monotonic()
-        began = sum(w["since"] > begun - CROWD for w in seen) + 1
+        began = sum(w["since"] > begun - ONE_LAUNCH for w in seen) + 1
         if not alive and (began >= workers or time.monotonic() - last > QUIET):
             return False
         stop.check()
-        time.sleep(random.uniform(*NAP) * max(1.0, workers / CROWDED))
+        time.sleep(random.uniform(*NAP) * max(1.0, workers / CROWD))
 
 
 def is_closer(folder: RunFolder, rank: Rank, stop: Stop) -> bool:
@@ -209,7 +208,7 @@ def singletons(folder: RunFolder, begun: float, pids: set[int]) -> list[str]:
         begun: when this process began.
         pids: of its workers.
     """
-    crowd = sorted(w["worker"] for w in all_workers(folder) if abs(w["since"] - begun) < CROWD)
+    crowd = sorted(w["worker"] for w in all_workers(folder) if abs(w["since"] - begun) < ONE_LAUNCH)
     mine = {w["worker"] for w in _own(folder, pids)}
     if len(crowd) <= len(mine) or crowd[0] not in mine:
         return []

@@ -44,7 +44,7 @@ SAME_CENTRE = {"cpu": (1e-6, 0.0), "gpu": (1e-4, 1e-7)}  # relative, absolute; w
 def work(
     folder: RunFolder, role: Role, problem: Problem | None = None, stop: Stop | None = None
 ) -> int:
-    """Be one worker, until every round of the run is complete.
+    """Be one worker, until nothing of the run is left for it to do.
 
     Args:
         folder: the run.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -305,3 +306,37 @@ def test_the_time_is_over_before_the_work(cluster, tmp_path, undisturbed):
     assert task.state == "COMPLETED" and task.restarts >= 1
     assert len(evaluated(run)) == POINTS  # nothing was in flight when a turn ended
     is_as_if_nothing_had_been(run, undisturbed)
+
+
+# -- the disk --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """An empty disk of 4 MiB, the same on all nodes."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place]
+    if os.geteuid() or subprocess.run(words, capture_output=True, check=False).returncode:
+        pytest.skip("only root can mount a small disk")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+@pytest.mark.full
+def test_the_run_folder_is_full(cluster, disk, tmp_path):
+    calm = merged(finished(sweep_file(tmp_path / "calm", x=41, y=33)))[0]
+    toml = sweep_file(tmp_path / "full", x=41, y=33, pause=0.02)
+    run = planned(toml, run=disk / "a.run", unit_points=16)
+    assert command("submit", run.root, "--tasks", 3).code == 0
+    at_work(run, 3)
+    space = os.statvfs(disk)
+    ballast = disk / "ballast"
+    with ballast.open("wb") as f:  # each worker's next part finds no room
+        os.posix_fallocate(f.fileno(), 0, space.f_bavail * space.f_frsize)
+    over(cluster)
+    done, total = share_done(run)
+    assert 0 < done < total
+    ballast.unlink()
+    is_as_if_nothing_had_been(run, calm)
+    assert evaluated(run) == [(p, 0) for p in range(total)]

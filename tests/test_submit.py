@@ -21,7 +21,8 @@ from tiny import contents
 
 from lsweep.errors import LsweepError
 from lsweep.folder import RunFolder
-from lsweep.slurm import GONE, UNKNOWN, Site, lines, require_time, view
+from lsweep.limits import Site, require_time
+from lsweep.slurm import GONE, UNKNOWN, lines, view
 from lsweep.status import share_done, status
 from lsweep.submission import Options, Submission
 from lsweep.submit import check
