@@ -25,6 +25,9 @@ CROWD = 64  # so many may begin at once
 LONGEST_DELAY = 10.0  # seconds
 PATIENCE = 120.0  # seconds; a holder that hangs delays nobody for longer
 POLL = 0.05
+# Asked at once: when a launch is being ended, the parent of those that are left is another one.
+PARENT = os.getppid()
+START_OF_PARENT = start_time(PARENT)
 
 
 def delay(of: int, chance: random.Random | None = None) -> float:
@@ -85,8 +88,7 @@ def first_of_siblings(what: str) -> bool:
     >>> first_of_siblings(once), first_of_siblings(once)
     (True, False)
     """
-    parent = os.getppid()
-    path = _local(f"{parent} {start_time(parent)} {what}", "once")
+    path = _local(f"{PARENT} {START_OF_PARENT} {what}", "once")
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     except FileExistsError:
