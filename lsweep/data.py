@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, Subset, default_collate
 
 from lsweep.errors import LsweepError
 from lsweep.takeover import generators_kept
@@ -76,6 +79,12 @@ class Split:
     A tuple or dict of tensors and a dataset are cut into batches of the size asked for; a
     re-iterable of batches (a DataLoader, a list) keeps its own.
 
+    Attributes:
+        data: as it was given, arrays as tensors.
+        whole: the split that this one was cut from, as long as somebody needs it; or None.
+        indices: which of its samples these are, sorted; or None.
+        classes: over how many classes they were drawn in proportion; 0 when plainly at random.
+
     >>> split = Split("train", (torch.arange(5.0), torch.zeros(5)))
     >>> [samples_in(b) for b in split.batches(2)], split.samples
     ([2, 2, 1], 5)
@@ -83,7 +92,11 @@ class Split:
 
     def __init__(self, name: str, data: Any) -> None:
         self.name = name
+        self.whole: Split | None = None
+        self.indices: npt.NDArray[np.int64] | None = None
+        self.classes = 0
         data = _as_tensors(data)
+        self.data = data
         self._tensors: Batch | None = None
         self._dataset: Dataset[Any] | None = None
         self._stream: IterableDataset[Any] | None = None
@@ -122,6 +135,50 @@ class Split:
         if self._dataset is not None:
             return len(self._dataset)  # type: ignore[arg-type]
         return None
+
+    @functools.cached_property
+    @generators_kept()
+    def bytes(self) -> float:
+        """How large the split is, from its first sample; infinite where nobody knows its length.
+
+        >>> Split("train", (torch.zeros(5, 3), torch.zeros(5))).bytes
+        80.0
+        """
+        first = next(iter(self.batches(1)))
+        size = sum(t.numel() * t.element_size() for t in tensors_of(first))
+        if self.samples is not None:
+            return float(self.samples * size)
+        try:
+            return float(len(self._iterable) * size)  # type: ignore[arg-type]
+        except TypeError:
+            return math.inf
+
+    def cut(self, indices: npt.NDArray[np.int64], classes: int = 0) -> Split:
+        """Return some of the samples as a split of its own, that remembers the whole.
+
+        Args:
+            indices: which, sorted.
+            classes: over how many classes they were drawn in proportion.
+
+        Raises:
+            LsweepError: the data is batches of its own, which cannot be cut.
+
+        >>> split = Split("train", (torch.arange(5), torch.zeros(5))).cut(np.array([1, 4]))
+        >>> split.samples, next(split.batches(8))[0]
+        (2, tensor([1, 4]))
+        """
+        if self._tensors is not None:
+            rows = torch.from_numpy(indices)
+            part = Split(self.name, map_tensors(self._tensors, lambda t: t[rows.to(t.device)]))
+        elif self._dataset is not None:
+            part = Split(self.name, Subset(self._dataset, indices.tolist()))
+        else:
+            raise LsweepError(
+                f"data[{self.name!r}] is batches of its own, which cannot be cut: give tensors or "
+                "a Dataset"
+            )
+        part.whole, part.indices, part.classes = self, indices, classes
+        return part
 
     @property
     def sizable(self) -> bool:
@@ -192,7 +249,8 @@ class Split:
         if once != twice:
             raise LsweepError(
                 f"the {self.name} data differs between two passes: a loader that shuffles, or an "
-                "augmentation; use shuffle=False and the transforms of evaluation"
+                "augmentation; use shuffle=False and the transforms of evaluation (other samples "
+                "at each point draw dozens of minima that are not there)"
             )
 
     def _fingerprint(self) -> str:

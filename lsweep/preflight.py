@@ -6,6 +6,7 @@ in ``devices/`` fixes the batch sizes; the first worker of the class writes it, 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -45,12 +46,25 @@ def frozen_class(folder: RunFolder, plan: Plan, name: str) -> dict[str, Any] | N
 
 
 def preflight(
-    folder: RunFolder, plan: Plan, evaluator: Evaluator, expected: dict[str, float], worker: str
+    folder: RunFolder,
+    plan: Plan,
+    evaluator: Evaluator,
+    expected: dict[str, float],
+    worker: str,
+    over_all: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Check the problem at the centre and publish the device class, or return what is there.
 
     Each split's data is read twice and must come the same; the centre is evaluated twice and each
     sample must give the same value; the loss must be what the user expects, where that is given.
+
+    Args:
+        folder: the run.
+        plan: its plan.
+        evaluator: on this worker's device.
+        expected: values that the user expects at the centre.
+        worker: its name.
+        over_all: values at the centre over all data, where the plan takes a subset.
 
     Raises:
         LsweepError: with the reason: a loader that shuffles, a dropout left on, another loss.
@@ -79,6 +93,11 @@ def preflight(
         "versions": machine.versions(),
         "worker": worker,
         "centre": {v: c if c == c and abs(c) != float("inf") else None for v, c in centre.items()},
+        "anchor": {
+            v: {"whole": whole, "subset": centre[v]}
+            for v, whole in (over_all or {}).items()
+            if math.isfinite(centre[v])
+        },
         "opaque": [v for v, s in zip(plan.variable_names, first, strict=True) if s.opaque],
         "samples": {
             s: len(first[i * len(evaluator.metrics)].values) for i, s in enumerate(evaluator.splits)

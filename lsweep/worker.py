@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from lsweep import machine
+from lsweep.anchor import anchored
 from lsweep.device import check_precision, choose_device, device_class, is_out_of_memory
 from lsweep.errors import LsweepError, SickDevice
 from lsweep.evaluate import Evaluator, Spot
@@ -74,8 +75,10 @@ def work(
         problem, directions = load_problem(folder, plan, problem, role.trust)
     known = frozen_class(folder, plan, device_class(device))
     sizes = known["batch_sizes"] if known else None
+    over_all = {} if known else anchored(problem, plan.evaluate, device)
     with Evaluator(problem, plan.evaluate, directions, device, sizes) as evaluator:
-        known = known or _preflight(folder, plan, evaluator, shift.rounds.last.expected, name)
+        expected = shift.rounds.last.expected
+        known = known or _preflight(folder, plan, evaluator, expected, name, over_all)
         evaluator.batch_sizes.update(known["batch_sizes"])
         _require_same_centre(evaluator, plan, known)
         with Ledger(folder, plan, name, known, role, evaluator) as ledger:
@@ -90,12 +93,17 @@ def work(
 
 
 def _preflight(
-    folder: RunFolder, plan: Plan, evaluator: Evaluator, expected: dict[str, float], name: str
+    folder: RunFolder,
+    plan: Plan,
+    evaluator: Evaluator,
+    expected: dict[str, float],
+    name: str,
+    over_all: dict[str, float],
 ) -> dict[str, Any]:
     """Run the pre-flight: the first place where memory is too small, or the user's code fails."""
     while True:
         try:
-            return preflight(folder, plan, evaluator, expected, name)
+            return preflight(folder, plan, evaluator, expected, name, over_all)
         except LsweepError:
             raise
         except Exception as e:
