@@ -27,6 +27,7 @@ from lsweep.plan import Plan
 from lsweep.planning import load_problem
 from lsweep.preflight import frozen_class, preflight
 from lsweep.problem import Problem
+from lsweep.residence import resident
 from lsweep.role import Role
 from lsweep.rounds import Round
 from lsweep.rows import Kind, Rows
@@ -71,12 +72,16 @@ def work(
     shift = Shift(folder, plan, role, name, stop)
     if shift.complete:
         return 0
+    live = problem is not None
     with turn(plan.digest):
         problem, directions = load_problem(folder, plan, problem, role.trust)
     known = frozen_class(folder, plan, device_class(device))
     sizes = known["batch_sizes"] if known else None
     over_all = {} if known else anchored(problem, plan.evaluate, device)
-    with Evaluator(problem, plan.evaluate, directions, device, sizes) as evaluator:
+    with (
+        resident(problem, plan, 1 if live else role.of) as problem,
+        Evaluator(problem, plan.evaluate, directions, device, sizes) as evaluator,
+    ):
         expected = shift.rounds.last.expected
         known = known or _preflight(folder, plan, evaluator, expected, name, over_all)
         evaluator.batch_sizes.update(known["batch_sizes"])
