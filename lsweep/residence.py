@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from lsweep import machine
 from lsweep.data import Batch, Split, map_tensors, moved, tensors_of
@@ -211,7 +212,7 @@ class _File:
                 _write_all(fd, t, int(str(fact["at"])) + done * one)
             done += len(tensors[0])
         header = {"key": self._key, "samples": samples, "size": at, "leaves": leaves}
-        header["digest"] = own.full_digest(size)
+        header["digest"] = "" if isinstance(own.data, Dataset) else own.full_digest(size)
         text = json.dumps(header).encode()
         if len(text) > HEADER or done != samples:
             raise _Unfit
