@@ -16,7 +16,7 @@ import torch
 from lsweep.device import is_out_of_memory
 from lsweep.directions import Directions
 from lsweep.errors import LsweepError
-from lsweep.evaluate import Evaluator, Samples, Spot
+from lsweep.evaluate import Evaluator, Spot
 from lsweep.factory import describe
 from lsweep.problem import Problem
 
@@ -47,18 +47,20 @@ def anchored(problem: Problem, evaluate: dict[str, Any], device: torch.device) -
     if evaluate["precision"] != "float64":
         plain["precision"] = "float32"
     there = dataclasses.replace(problem, data=wholes)
-    with Evaluator(there, plain, Directions({}, (), {}), device) as evaluator:
-        samples = _at_centre(evaluator)
     names = [f"{s}_{m}" for s in wholes for m in evaluate["metrics"]]
-    means = [float((s.weights * s.values).sum() / s.weights.sum()) for s in samples]
-    found = zip(names, means, samples, strict=True)
-    return {n: mean for n, mean, s in found if not s.opaque and math.isfinite(mean)}
+    with Evaluator(there, plain, Directions({}, (), {}), device) as evaluator:
+        means = _at_centre(evaluator)
+    return {n: mean for n, mean in zip(names, means, strict=True) if math.isfinite(mean)}
 
 
-def _at_centre(evaluator: Evaluator) -> list[Samples]:
+def _at_centre(evaluator: Evaluator) -> list[float]:
+    """Return each variable's mean over all data; NaN of an opaque one."""
     while True:
         try:
-            return evaluator.whole(Spot(()))
+            return [
+                math.nan if s.opaque else float((s.weights * s.values).sum() / s.weights.sum())
+                for s in evaluator.whole(Spot(()))
+            ]
         except LsweepError:
             raise
         except Exception as e:

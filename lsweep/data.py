@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import itertools
@@ -23,6 +24,7 @@ Batch = Any
 """A tensor, a tuple or list of tensors, or a dict of tensors; dimension 0 counts samples."""
 
 FINGERPRINT_SAMPLES = 32
+ALIGNMENT = 64  # bytes, of torch's own tensors; kernels may round differently on others
 
 
 def tensors_of(batch: Batch) -> list[Tensor]:
@@ -95,6 +97,8 @@ class Split:
         self.whole: Split | None = None
         self.indices: npt.NDArray[np.int64] | None = None
         self.classes = 0
+        self._source: Split | None = None
+        self._digest = ""
         data = _as_tensors(data)
         self.data = data
         self._tensors: Batch | None = None
@@ -180,6 +184,18 @@ class Split:
         part.whole, part.indices, part.classes = self, indices, classes
         return part
 
+    def residing(self, tensors: Batch, digest: str) -> Split:
+        """Return this split with its samples in other memory, its own copy let go of.
+
+        Args:
+            tensors: all samples as one batch, as they are evaluated.
+            digest: the `full_digest` of the samples as they were given.
+        """
+        out = copy.copy(self)
+        out.data, out._tensors, out._dataset, out._digest = None, tensors, None, digest
+        out._source = None if self._dataset is None else self
+        return out
+
     @property
     def sizable(self) -> bool:
         """True when batches are cut here, so that the batch size is free."""
@@ -216,7 +232,10 @@ class Split:
         for a in range(start, stop, size):
             b = min(a + size, stop)
             if self._tensors is not None:
-                yield map_tensors(self._tensors, lambda t, a=a, b=b: t[a:b])
+                aligned = self._source is not None  # as samples that are collated anew are
+                yield map_tensors(
+                    self._tensors, lambda t, a=a, b=b, c=aligned: _aligned(t[a:b]) if c else t[a:b]
+                )
             else:
                 yield default_collate([self._dataset[i] for i in range(a, b)])  # type: ignore[index]
 
@@ -259,18 +278,27 @@ class Split:
             for batch in itertools.islice(self.batches(1), 2):
                 _hash_batch(h, batch)
             return h.hexdigest()
+        h.update(str(self.samples).encode())
+        for _, sample in self.probes():
+            _hash_batch(h, sample)
+        return h.hexdigest()
+
+    def probes(self) -> Iterator[tuple[int, Batch]]:
+        """Yield a few samples, spread over the split, with their numbers."""
         n = self.samples
         assert n is not None
-        h.update(str(n).encode())
         for i in np.unique(np.linspace(0, n - 1, min(n, FINGERPRINT_SAMPLES)).astype(int)).tolist():
             if self._tensors is not None:
-                _hash_batch(h, map_tensors(self._tensors, lambda t, i=i: t[i : i + 1]))
+                yield i, map_tensors(self._tensors, lambda t, i=i: t[i : i + 1])
             else:
-                _hash_batch(h, default_collate([self._dataset[i]]))  # type: ignore[index]
-        return h.hexdigest()
+                yield i, default_collate([self._dataset[i]])  # type: ignore[index]
 
     def full_digest(self, size: int) -> str:
         """Return the sha256 over every sample in order, whatever the batch size."""
+        if self._source is not None:  # a file of samples that were augmented once would not show it
+            return self._source.full_digest(size)
+        if self._digest:
+            return self._digest
         hashes: dict[int, Any] = {}
         for batch in self.batches(size):
             for i, t in enumerate(tensors_of(batch)):
@@ -307,6 +335,10 @@ def _is_bundle(data: Any) -> bool:
         and all(isinstance(v, Tensor) and v.dim() for v in values)
         and len({len(v) for v in values}) == 1
     )
+
+
+def _aligned(t: Tensor) -> Tensor:
+    return t.clone() if t.data_ptr() % ALIGNMENT else t
 
 
 def _bytes(t: Tensor) -> bytes:

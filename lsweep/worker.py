@@ -28,6 +28,7 @@ from lsweep.plan import Plan
 from lsweep.planning import load_problem
 from lsweep.preflight import frozen_class, preflight
 from lsweep.problem import Problem
+from lsweep.residence import resident
 from lsweep.role import Role
 from lsweep.rounds import Round, Rounds
 from lsweep.rows import Kind, Rows
@@ -73,12 +74,16 @@ def work(
     shift = Shift(folder, plan, role, name, stop)
     if shift.complete:
         return 0
+    live = problem is not None
     with turn(plan.digest):
         problem, directions = load_problem(folder, plan, problem, role.trust)
     class_ = device_class(device)
     known = frozen_class(folder, plan, class_)
     over_all = {} if known else anchored(problem, plan.evaluate, device)
-    with Evaluator(problem, plan.evaluate, directions, device) as evaluator:
+    with (
+        resident(problem, plan, 1 if live else role.of) as problem,
+        Evaluator(problem, plan.evaluate, directions, device) as evaluator,
+    ):
         if known is None:
             # Its choice takes time: others of the class wait for it instead of choosing too.
             with turn(f"{plan.digest} {class_}", CHOOSING):
