@@ -18,6 +18,7 @@ from lsweep.directions import Directions
 from lsweep.errors import LsweepError
 from lsweep.evaluate import Evaluator, Spot
 from lsweep.factory import describe
+from lsweep.packed import Spot
 from lsweep.problem import Problem
 
 
