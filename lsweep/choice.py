@@ -202,11 +202,12 @@ class _Trials:
         counts = {s: ev.problem.splits[s].samples for s in self._default}
         for factor in (*FACTORS, math.inf):
             sizes = {
-                s: max(1, int(min(counts[s] or n * 4, n * factor if factor < math.inf else WHOLE)))
+                s: max(1, int(min(counts[s] or 4 * n, min(n, counts[s] or n) * factor)))
                 for s, n in self._default.items()
             }
-            large = factor == math.inf and not all((counts[s] or math.inf) <= WHOLE for s in sizes)
-            if large or sizes[self._split] > 2 * self._samples or self._left <= 0:
+            if factor == math.inf and not all((counts[s] or math.inf) <= WHOLE for s in sizes):
+                continue
+            if sizes[self._split] > 2 * self._samples or self._left <= 0:
                 continue
             tried = [t.batch_sizes for t in self._done if t.backend == name]
             if any(all(min(n, counts[s] or n) == sizes[s] for s, n in t.items()) for t in tried):
@@ -231,6 +232,8 @@ class _Trials:
             trial.error = max(trial.error, error)
         if trial.error > tolerance and trial.backend != "eager":
             trial.why_not = f"disagrees with eager by {trial.error:.2g}"
+        if math.isinf(trial.error):
+            trial.error = None  # a number where eager has none, or none where it has
 
     def _time(self, trial: Trial) -> None:
         """Time one pass over the samples; a trial's seconds are the median of its passes."""
