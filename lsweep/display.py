@@ -118,7 +118,7 @@ def preflight_line(found: dict[str, Any], points: int) -> str:
     seconds = float(found["seconds_per_point"])
     backend = found.get("backend", "eager")
     if found.get("speed"):
-        backend += f", {found['speed']:.3g} x eager, off by {found['error']:.1g},"
+        backend += f" ({found['speed']:.3g} x eager, off by {found['error'] or 0.0:.1g})"
     return (
         f"pre-flight on {found['device']}: {centre} at the centre; {backend}: "
         f"{1e3 * seconds:.3g} ms a point, {found['memory'] / 2**20:.0f} MiB; {points} points take "

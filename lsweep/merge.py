@@ -310,6 +310,7 @@ def _provenance(
             k: value[k]
             for k in ("device", "batch_sizes", "threads", "versions", "samples", "centre")
         } | {"batch_norm": value["batch_norm"], "seconds_per_point": value["seconds_per_point"]}
+        devices[value["class"]] |= {k: value.get(k) for k in ("backend", "error", "tried")}
     return {
         "plan": {f: getattr(plan, f) for f in plan.__dataclass_fields__},
         "plan_sha256": plan.digest,

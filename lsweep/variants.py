@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lsweep import weights
 from lsweep.backends import Eager, Ground, Seat
@@ -112,11 +113,12 @@ class Vmapped:
 
 @contextlib.contextmanager
 def _no_fast_path() -> Iterator[None]:
-    """Attention as single operations: torch's own for eval mode cannot be stacked."""
+    """Attention as plain operations: what torch fuses of it cannot be stacked."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
