@@ -16,6 +16,7 @@ from lsweep.committed import read_run
 from lsweep.errors import LsweepError
 from lsweep.files import read_json, readable
 from lsweep.folder import RunFolder
+from lsweep.gaps import fill_gaps
 from lsweep.machine import versions
 from lsweep.plan import Plan
 from lsweep.points import IntArray, Lattice
@@ -38,6 +39,8 @@ class Report:
 
     Attributes:
         points: how many points the surface has.
+        evaluated: how many of them count as evaluated: the others are pending or interpolated.
+        refined: how the refinement ended, or what it still lacks; "" without one.
         missing: how many of them are pending.
         failed: reason -> how many points.
         nonfinite: how many are NaN or infinite, a result like others.
@@ -47,6 +50,8 @@ class Report:
     """
 
     points: int = 0
+    evaluated: int = 0
+    refined: str = ""
     missing: int = 0
     failed: dict[str, int] = field(default_factory=dict)
     nonfinite: int = 0
@@ -62,6 +67,8 @@ class Report:
     def lines(self) -> list[str]:
         """Return the report as lines for people; empty when there is nothing to tell."""
         out = []
+        if self.refined:
+            out.append(f"{self.evaluated} of {self.points} points evaluated, {self.refined}")
         if self.missing:
             out.append(f"{self.missing} of {self.points} points are missing")
         for reason, count in self.failed.items():
@@ -117,6 +124,8 @@ def merge(folder: RunFolder, parts: Sequence[Path] | None = None) -> tuple[Surfa
 
     lattice = rounds.last.lattice
     numbers = rounds.numbers_of(lattice)
+    # What was evaluated ahead and never asked for is there by chance.
+    numbers[(numbers >= 0) & ~rounds.required[numbers]] = -1
     failed = numbers[(numbers >= 0) & (status[numbers] == Status.FAILED)]
     status = _gathered(status, numbers, Status.PENDING)
     for name in values:  # one at a time: of a large surface two copies are not made
@@ -127,8 +136,11 @@ def merge(folder: RunFolder, parts: Sequence[Path] | None = None) -> tuple[Surfa
         index = np.searchsorted(sorted(classes), device).astype(np.float64)
         index[~np.isin(device, list(classes))] = np.nan
         values["device_class"] = _gathered(index, numbers, np.nan)
+    gaps = fill_gaps(values, status, numbers, rounds, plan)
     report = Report(
         points=len(lattice),
+        evaluated=int(((status > 0) & (status < Status.INTERPOLATED)).sum()),
+        refined=gaps.words,
         missing=int((status == Status.PENDING).sum()),
         failed=_reasons(winners, failed),
         nonfinite=int((status == Status.NONFINITE).sum()),
@@ -137,6 +149,9 @@ def merge(folder: RunFolder, parts: Sequence[Path] | None = None) -> tuple[Surfa
         audit=_audit(winners, plan),
     )
     provenance = _provenance(folder, plan, winners.seconds, report, classes)
+    if rounds.last.refine is not None:
+        provenance["refinement"] = gaps.facts
+        provenance["caption"] += gaps.caption
     del winners, numbers
     shaped = {n: v.reshape(lattice.shape) for n, v in values.items()}
     shaped["weight_sq"] = _weight_squares(plan, lattice)
@@ -144,7 +159,7 @@ def merge(folder: RunFolder, parts: Sequence[Path] | None = None) -> tuple[Surfa
         lattice.axes,
         shaped,
         status.reshape(lattice.shape),
-        _attributes(plan, opaque),
+        _attributes(plan, opaque) | gaps.attributes,
         trajectory,
         provenance,
         title(plan),
@@ -317,7 +332,7 @@ def failed_points(folder: RunFolder) -> list[int]:
     Several ranks may ask for them again at once: what one of them asked is pending, not failed.
     """
     _, rounds, committed = read_run(folder)
-    failed = (committed.standing()[0] == Status.FAILED).any(axis=1)
+    failed = (committed.standing()[0] == Status.FAILED).any(axis=1) & rounds.required
     if rounds.asked_again:
         failed[rounds.first_asked[~committed.done.all(axis=1)]] = False
     return [int(p) for p in np.flatnonzero(failed)]

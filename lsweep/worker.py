@@ -68,7 +68,7 @@ def work(
     check_precision(plan.evaluate["precision"], device)
     name = machine.worker_name()
     shift = Shift(folder, plan, role, name, stop)
-    if shift.complete:
+    if not shift.open():
         return 0
     with turn(plan.digest):
         problem, directions = load_problem(folder, plan, problem, role.trust)
@@ -195,9 +195,14 @@ class _Bench:
                 self._ledger.new_part()  # its header names the batch sizes
 
     def _is_audited(self, point: int) -> bool:
-        """One point in a hundred, at least three: by number, so every worker agrees which."""
-        stride = min(AUDIT_SHARE, max(1, self._shift.rounds.total // LEAST_AUDITED))
-        return point % stride == stride // 2
+        """One point in a hundred, at least three of the first round's, none that may not count.
+
+        By number, so every worker agrees which.
+        """
+        first = self._shift.rounds.all[0].points
+        few = first // LEAST_AUDITED if point < first else AUDIT_SHARE
+        stride = min(AUDIT_SHARE, max(1, few))
+        return point % stride == stride // 2 and bool(self._shift.rounds.required[point])
 
     def _audit(self, points: list[int], slice_: int) -> Rows:
         rows = self._ledger.empty(len(points))
