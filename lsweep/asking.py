@@ -24,6 +24,7 @@ from lsweep.settings import Axis, Refinement
 
 MAX_UNIT_POINTS = 16
 UNITS_WANTED = 1024  # so many workers find something to do
+LARGE_UNITS_WANTED = 16  # where a unit reads much data, which serves all its points
 LEASES_WANTED = 16384
 
 
@@ -180,7 +181,8 @@ def _draft(plan: Plan, before: Rounds | None, ask: Ask, unit_points: int | None)
         lattice = lattice_of(ask.grid)
         numbers = before.numbers_of(lattice) if before else np.full(len(lattice), -1)
         points = int((numbers < 0).sum()) + steps
-    unit = unit_points or max(1, min(MAX_UNIT_POINTS, points // UNITS_WANTED))
+    wanted = LARGE_UNITS_WANTED if plan.facts.get("large") else UNITS_WANTED
+    unit = unit_points or max(1, min(MAX_UNIT_POINTS, points // wanted))
     if unit > 1:  # a unit is required or optional; and there is work enough for all
         likely = []
     units = -(-(points + len(likely)) // unit) * plan.slices

@@ -72,7 +72,7 @@ def fill_gaps(
     attributes, worst = {}, {}
     for (split, metric), name in zip(plan.variables, plan.variable_names, strict=True):
         known = Evaluated(indices, values[name][indices], held_out)
-        found = fill(lattice, known, log=metric == "loss")
+        found = fill(lattice, known, log=name.endswith("_loss"))
         values[name][gaps] = found.values[gaps]
         for suffix, error, units, what in (
             ("error", found.error, "1", "as a share of the range on the log scale"),

@@ -11,19 +11,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lsweep import variates
 from lsweep.caption import caption, describe_recipe, title
 from lsweep.committed import read_run
 from lsweep.errors import LsweepError
-from lsweep.files import read_json, readable
+from lsweep.estimates import estimate
+from lsweep.files import read_json
 from lsweep.folder import RunFolder
 from lsweep.gaps import fill_gaps
 from lsweep.machine import versions
 from lsweep.plan import Plan
 from lsweep.points import IntArray, Lattice
-from lsweep.reading import PartReader
 from lsweep.rounds import Rounds
 from lsweep.rows import device_code
-from lsweep.sums import SUMS, WD, WV, WW, WWD, WWDD, WWV, WWVV, W, means, standard_error
+from lsweep.sums import means
 from lsweep.surface import Status, Surface, Trajectory
 from lsweep.winners import Winners
 
@@ -107,19 +108,8 @@ def merge(folder: RunFolder, parts: Sequence[Path] | None = None) -> tuple[Surfa
     plan = Plan.read(folder)
     rounds = Rounds.read(folder, plan)
     winners = Winners(folder, plan, rounds, parts)
-    opaque = _opaque(folder, winners.readers)
-    nothing = np.empty((0, len(plan.variables), len(SUMS)))
-    values = {n: np.full(rounds.total, np.nan) for n in _variables(nothing, plan, opaque)}
-    for points, sums in winners.totals():
-        for name, found in _variables(sums, plan, opaque).items():
-            values[name][points] = found
-    status = _whole(winners.status)
-    finite = np.logical_and.reduce([np.isfinite(values[n]) for n in plan.variable_names])
-    # The value decides, not its slices: one whose labels are all ignored has a mean of 0/0.
-    computed = (status == Status.OK) | (status == Status.NONFINITE)
-    status[computed] = np.where(finite[computed], Status.OK, Status.NONFINITE)
-    for value in values.values():
-        value[~computed] = np.nan
+    found = estimate(folder, plan, rounds, winners)
+    values, status, opaque, sampling = found.values, found.status, found.opaque, found.sampling
     trajectory = _trajectory(values, rounds, plan)
 
     lattice = rounds.last.lattice
@@ -148,7 +138,8 @@ def merge(folder: RunFolder, parts: Sequence[Path] | None = None) -> tuple[Surfa
         damaged=winners.committed.damage,
         audit=_audit(winners, plan),
     )
-    provenance = _provenance(folder, plan, winners.seconds, report, classes)
+    provenance = _provenance(folder, plan, winners.seconds, report, classes, sampling)
+    attributes = variates.annotate(_attributes(plan, opaque), sampling) | gaps.attributes
     if rounds.last.refine is not None:
         provenance["refinement"] = gaps.facts
         provenance["caption"] += gaps.caption
@@ -159,7 +150,7 @@ def merge(folder: RunFolder, parts: Sequence[Path] | None = None) -> tuple[Surfa
         lattice.axes,
         shaped,
         status.reshape(lattice.shape),
-        _attributes(plan, opaque) | gaps.attributes,
+        attributes,
         trajectory,
         provenance,
         title(plan),
@@ -168,40 +159,11 @@ def merge(folder: RunFolder, parts: Sequence[Path] | None = None) -> tuple[Surfa
     return surface, report
 
 
-def _opaque(folder: RunFolder, parts: list[PartReader]) -> set[str]:
-    """Return the variables that are batch means; recorded twice, as one record may be lost."""
-    names = {v for p in parts for v in p.header.get("opaque", "").split()}
-    return names.union(*(value["opaque"] for value in readable(folder.all_devices())))
-
-
-def _whole(slices: ByteArray) -> ByteArray:
-    """Return the outcome of points from that of their slices; one that failed is told first."""
-    status: ByteArray = slices.max(axis=1)
-    status[(slices == Status.PENDING).any(axis=1)] = Status.PENDING
-    status[(slices == Status.FAILED).any(axis=1)] = Status.FAILED
-    return status
-
-
 def _gathered(by_number: Any, numbers: IntArray, missing: Any) -> Any:
     """Return values in the order of a lattice; ``missing`` where a point was never asked."""
     found = by_number[numbers]
     found[numbers < 0] = missing
     return found
-
-
-def _variables(sums: FloatArray, plan: Plan, opaque: set[str]) -> dict[str, FloatArray]:
-    values, errors = {}, {}
-    for k, name in enumerate(plan.variable_names):
-        s = sums[:, k]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            values[name] = s[:, WV] / s[:, W]
-        if name in opaque:
-            continue
-        errors[f"{name}_se"] = standard_error(s[:, W], s[:, WW], s[:, WV], s[:, WWV], s[:, WWVV])
-        errors[f"{name}_diff_se"] = standard_error(
-            s[:, W], s[:, WW], s[:, WD], s[:, WWD], s[:, WWDD]
-        )
-    return values | errors
 
 
 def _weight_squares(plan: Plan, lattice: Lattice) -> FloatArray:
@@ -295,7 +257,12 @@ def _trajectory(values: dict[str, FloatArray], rounds: Rounds, plan: Plan) -> Tr
 
 
 def _provenance(
-    folder: RunFolder, plan: Plan, seconds: float, report: Report, classes: dict[int, str]
+    folder: RunFolder,
+    plan: Plan,
+    seconds: float,
+    report: Report,
+    classes: dict[int, str],
+    sampling: dict[str, Any],
 ) -> dict[str, Any]:
     devices = {}
     for path in folder.all_devices():
@@ -322,7 +289,8 @@ def _provenance(
         "seconds": f"{seconds:.3f}",
         "audit": report.audit,
         "failures": report.failed,
-        "caption": caption(plan, devices),
+        "sampling": sampling,
+        "caption": caption(plan, devices, variates.words(sampling)),
     }
 
 

@@ -11,14 +11,13 @@ import math
 import numpy as np
 
 from lsweep.asking import Ask, publish_round, split
+from lsweep.estimates import estimate
 from lsweep.files import readable
 from lsweep.folder import RunFolder
 from lsweep.plan import Plan
 from lsweep.points import IntArray
 from lsweep.refine import Decision, Evaluated, decide
-from lsweep.rounds import FloatArray, Goal, Refining, Rounds
-from lsweep.sums import means
-from lsweep.surface import Status
+from lsweep.rounds import Goal, Refining, Rounds
 from lsweep.winners import Winners
 
 CHEAP = 1.0  # seconds of one worker; below it the whole grid costs less than deciding
@@ -56,8 +55,8 @@ def _next(folder: RunFolder, plan: Plan, rounds: Rounds) -> Ask:
         why = f"all {left} points that are left take {left * seconds:.2g} s, less than deciding"
         return _dense(rounds, goal, None, why)
     found = [
-        decide(lattice, goal.tolerance, evaluated)
-        for evaluated in evaluations(plan, rounds, Winners(folder, plan, rounds), numbers)
+        decide(lattice, goal.tolerance, evaluated, log=name.endswith("_loss"))
+        for name, evaluated in evaluations(folder, plan, rounds, numbers).items()
     ]
     error = max((_finite(d.error) for d in found), default=0.0)
     if any(d.state == "dense" for d in found):
@@ -111,23 +110,21 @@ def losses(plan: Plan) -> list[str]:
     return [name for (_, metric), name in names if metric == "loss"] or [plan.variable_names[0]]
 
 
-def evaluations(plan: Plan, rounds: Rounds, winners: Winners, numbers: IntArray) -> list[Evaluated]:
+def evaluations(
+    folder: RunFolder, plan: Plan, rounds: Rounds, numbers: IntArray
+) -> dict[str, Evaluated]:
     """Return what is known of each loss on a lattice, at required points alone.
 
     A point that failed has NaN: it was asked for, and has no value.
 
     Args:
+        folder: the run.
         plan: of the run.
         rounds: of the run.
-        winners: whose sums were not yet read.
         numbers: for each point of the lattice its number, or -1.
     """
-    columns = [plan.variable_names.index(name) for name in losses(plan)]
-    values: FloatArray = np.full((rounds.total, len(columns)), np.nan)
-    for points, sums in winners.totals():
-        values[points] = means(sums[:, columns])
-    values[(winners.status == Status.FAILED).any(axis=1)] = np.nan
+    known = estimate(folder, plan, rounds, Winners(folder, plan, rounds))
     indices = np.flatnonzero((numbers >= 0) & rounds.required[numbers])
     at = numbers[indices]
     held_out = np.isin(at, rounds.last.refine.held_out if rounds.last.refine else [])
-    return [Evaluated(indices, values[at, k], held_out) for k in range(len(columns))]
+    return {n: Evaluated(indices, known.values[n][at], held_out) for n in losses(plan)}

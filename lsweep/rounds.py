@@ -32,6 +32,7 @@ from lsweep.settings import Axis
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
+FORESEEN = 3  # times the points of its first round are what a refinement usually takes
 
 
 class Goal(enum.StrEnum):
@@ -249,6 +250,12 @@ class Rounds:
         for r in self.all:
             required[r.adopted] = True
         return required
+
+    @property
+    def foreseen(self) -> int:
+        """How many points there will be, as far as can be told before a refinement is done."""
+        more = FORESEEN if self.refining else 1
+        return min(more * self.total, max(self.total, len(self.last.lattice)))
 
     @property
     def refining(self) -> bool:

@@ -75,7 +75,7 @@ def flat(shape="bowl", pause=0.003):
         if shape == "raise" and x > 0.7 and (HERE / "broken").exists():
             raise ValueError("no value out there")
         loss = s * (x * x + 3 * y * y) + t
-        if shape == "nan" and x + y > 1.5:
+        if shape == "nan" and x + y > 1.54:
             loss = loss * math.nan
         if shape == "chaos":
             loss = s + math.sin(1e4 * x + 3e3 * y * y) / 2
@@ -432,7 +432,7 @@ def test_what_is_not_finite_is_refined_around(tmp_path: Path) -> None:
     assert isinstance(worked(folder), int) and is_complete(folder)
     surface, report = merged(folder)
     assert report.clean and report.nonfinite == (surface.status == Status.NONFINITE).sum() > 0
-    outside = np.abs(surface.x) + np.abs(surface.y[:, None]) > 1.5
+    outside = np.abs(surface.x) + np.abs(surface.y[:, None]) > 1.54
     assert (surface.status[outside] != Status.OK).all()
     inside = ~outside & surface.evaluated
     assert np.allclose(surface["train_loss"][inside], truth(surface)[inside], rtol=1e-5)
