@@ -16,8 +16,9 @@ import torch
 from lsweep.device import is_out_of_memory
 from lsweep.directions import Directions
 from lsweep.errors import LsweepError
-from lsweep.evaluate import Evaluator, Spot
+from lsweep.evaluate import Evaluator
 from lsweep.factory import describe
+from lsweep.packed import Spot
 from lsweep.problem import Problem
 
 

@@ -64,9 +64,10 @@ class Packed:
         self.origin = self.row(origin)
         self.axes = [self.row(d) for d in directions]
         self.theta = self.origin.clone()
-        self.views = self._views(self.theta)
+        self.views = self.views_of(self.theta)
 
-    def _views(self, row: Tensor) -> dict[str, Tensor]:
+    def views_of(self, row: Tensor) -> dict[str, Tensor]:
+        """Return a row as tensors by name, which share its memory."""
         return {
             name: row.as_strided(shape, stride, start)
             for name, (start, shape, stride) in self._layout.items()
@@ -75,7 +76,7 @@ class Packed:
     def row(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return tensors as one vector; 0 where a name is missing."""
         flat = torch.zeros(self._size, dtype=self._dtype, device=self._device)
-        for name, view in self._views(flat).items():
+        for name, view in self.views_of(flat).items():
             if name in tensors:
                 view.copy_(tensors[name].detach())
         return flat
@@ -92,3 +93,14 @@ class Packed:
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Set the weights to a whole checkpoint; names that are not packed are left out."""
         self.theta.copy_(self.row(tensors))
+
+    def stack(self, offsets: Sequence[Sequence[float]]) -> dict[str, Tensor]:
+        """Return tensors [K, …] of the weights at K spots at once, without moving to any."""
+        at = torch.tensor(offsets, dtype=self._dtype, device=self._device)
+        rows = self.origin.repeat(len(offsets), 1)
+        for k, direction in enumerate(self.axes):
+            rows += at[:, k, None] * direction
+        return {
+            name: rows.as_strided((len(rows), *shape), (self._size, *stride), start)
+            for name, (start, shape, stride) in self._layout.items()
+        }

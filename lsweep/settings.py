@@ -20,6 +20,7 @@ KINDS = ("random", "to", "plane", "pca", "hessian", "gradient", "file")
 NORMALIZATIONS = ("filter", "layer", "weight", "none")
 BATCH_NORMS = ("eval", "batch", "recalibrate")
 PRECISIONS = ("float64", "float32", "tf32", "bfloat16", "float16")
+BACKENDS = ("auto", "eager", "channels_last", "fused", "vmap", "cudagraph", "compiled")
 AXES = ("x", "y", "z")
 LARGEST_GRID = 10**8  # points; beyond it the index arrays alone outgrow a node
 LARGEST_OFFSET = 10**6
@@ -146,7 +147,7 @@ class Evaluation:
     def __post_init__(self) -> None:
         _one_of("batch_norm", self.batch_norm, BATCH_NORMS)
         _one_of("precision", self.precision, PRECISIONS)
-        _one_of("backend", self.backend, ("auto", "eager"))
+        _one_of("backend", self.backend, BACKENDS)
         for what in ("metrics", "splits"):
             names = getattr(self, what)
             if not names or len(set(names)) != len(names):
