@@ -17,11 +17,12 @@ import torch
 from lsweep import machine
 from lsweep.device import check_precision, choose_device, device_class, is_out_of_memory
 from lsweep.errors import LsweepError, SickDevice
-from lsweep.evaluate import Evaluator, Spot
+from lsweep.evaluate import Evaluator
 from lsweep.factory import describe
 from lsweep.folder import RunFolder
 from lsweep.leases import Lease
 from lsweep.ledger import Ledger
+from lsweep.packed import Spot
 from lsweep.plan import Plan
 from lsweep.planning import load_problem
 from lsweep.preflight import frozen_class, preflight
