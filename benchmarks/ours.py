@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 import lsweep
-from lsweep.evaluate import Evaluator, Spot
+from lsweep.evaluate import Evaluator
 from lsweep.folder import RunFolder
+from lsweep.packed import Spot
 from lsweep.planning import load_problem, plan_run
 from lsweep.preflight import preflight
 from lsweep.settings import Settings

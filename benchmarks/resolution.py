@@ -1,4 +1,4 @@
-"""How much resolution a minute buys: whole sweeps with [refine], against the reference's dense grid.
+"""How much resolution a minute buys: whole sweeps with [refine] against the reference's grid.
 
 ``python benchmarks/resolution.py --reference CHECKOUT`` runs ``lsweep run`` as a user would, one
 worker a CPU, and takes the seconds of the whole command: pre-flight, the timing of backends, audit,
@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,9 @@ from lsweep.folder import RunFolder
 from lsweep.machine import cpu_model
 from lsweep.pictures import render, save
 from lsweep.plan import Plan
-from lsweep.planning import load_problem
+from lsweep.planning import load_problem, plan_run
+from lsweep.problem import make_problem
+from lsweep.settings import Settings
 from lsweep.surface import Status, Surface
 
 TOLERANCE = 0.01
@@ -88,7 +90,7 @@ GOALS = {
     "resnet20-bfloat16": Goal("ResNet-20, bfloat16", "resnet20", 1797, "bfloat16", 60, False),
     "mlp12": Goal("12-layer MLP", "mlp12", 1797, "float32", None, True),
 }
-QUICK = {"mlp": Goal("MLP, untrained", "mlp", 64, "float32", None, True)}
+QUICK = {"mlp": Goal("MLP, untrained", "mlp", 64, "float32", None, False)}
 
 
 @dataclass(frozen=True)
@@ -129,19 +131,31 @@ def child(command: Sequence[str]) -> tuple[float, int]:
     return time.perf_counter() - start, usage.ru_maxrss * 1024
 
 
-def swept(place: Path, goal: Goal, count: int, refine: bool, *options: str) -> Swept:
-    """Run one sweep from nothing to surface and picture."""
-    place.mkdir()
+def written(place: Path, goal: Goal, count: int, refine: bool) -> Path:
+    """Write sweep.toml and the factory beside it."""
+    place.mkdir(parents=True)
     shutil.copy(networks.__file__, place)
-    checkpoint = checkpoint_of(goal.network)
     text = TOML.format(
-        network=goal.network, samples=goal.samples, checkpoint=checkpoint,
+        network=goal.network, samples=goal.samples, checkpoint=checkpoint_of(goal.network),
         precision=goal.precision, count=count,
     )  # fmt: skip
     if refine:
         text += f"[refine]\ntolerance = {TOLERANCE}\n"
     (place / "sweep.toml").write_text(text)
-    seconds, peak = lsweep("run", place / "sweep.toml", *options)
+    return place / "sweep.toml"
+
+
+def planned(place: Path, goal: Goal, count: int) -> RunFolder:
+    """Plan a dense sweep here and now."""
+    toml = written(place, goal, count, refine=False)
+    settings, folder = Settings.from_file(toml), RunFolder(place / "sweep.run")
+    plan_run(settings, make_problem(settings.problem, place), place, folder)
+    return folder
+
+
+def swept(place: Path, goal: Goal, count: int, refine: bool, *options: str) -> Swept:
+    """Run one sweep from nothing to surface and picture."""
+    seconds, peak = lsweep("run", written(place, goal, count, refine), *options)
     folder = RunFolder(place / "sweep.run")
     return Swept(folder, Surface.load(folder.surface), seconds, peak)
 
@@ -151,9 +165,9 @@ def checkpoint_of(network: str) -> str:
     return str(networks.trained(network)) if network in {t.network for t in GOALS.values()} else ""
 
 
-def case_of(sweep: Swept, points: Sequence[peers.Point], large: bool) -> peers.Case:
+def case_of(folder: RunFolder, points: Sequence[peers.Point], large: bool) -> peers.Case:
     """Return what the peers need to evaluate the sweep's own plane at points of it."""
-    problem, directions = load_problem(sweep.folder, Plan.read(sweep.folder), trust=True)
+    problem, directions = load_problem(folder, Plan.read(folder), trust=True)
     x, y = problem.data["train"]
     raw, _ = networks.images(large, len(y))
     return peers.Case(
@@ -207,9 +221,8 @@ def compare(goal: Goal, place: Path, options: argparse.Namespace, count: int) ->
     """Sweep with [refine], time the peers before and after, and print one line."""
     large = networks.NETWORKS[goal.network].large
     tiny = ("--on", "inline") if options.quick else ()
-    probe = swept(place / "probe", goal, 2, False, "--on", "inline", "--no-picture")
     corners = [(-1.0, -1.0), (0.5, -0.5), (0.25, 1.0)]
-    case = case_of(probe, corners, large)
+    case = case_of(planned(place / "plan", goal, count), corners, large)
     rivals: dict[str, peers.Evaluate] = {"plain": peers.plain(case, peers.BATCH)}
     if options.reference is not None:
         rivals["reference"] = peers.reference(case, options.reference)
@@ -228,7 +241,7 @@ def compare(goal: Goal, place: Path, options: argparse.Namespace, count: int) ->
     else:
         index = some(sweep, 60)
         points = [(float(sweep.surface.x[i]), float(sweep.surface.y[j])) for i, j in index]
-        case = case_of(sweep, points, large)
+        case = case_of(sweep.folder, points, large)
         evaluate = peers.plain(case, 64)
         error = true_error(sweep, index, [evaluate(k) for k in range(len(points))])
         where = f"{len(index)} points"
@@ -260,10 +273,10 @@ def compare(goal: Goal, place: Path, options: argparse.Namespace, count: int) ->
 def large_grid(place: Path, options: argparse.Namespace, picture: Path, count: int) -> None:
     """Sweep count x count points of ResNet-20, draw loss and error, print what it took."""
     goal = GOALS["resnet20"]
-    sweep = swept(place / "large", goal, count, True)
+    sweep = swept(place, goal, count, True)
     index = some(sweep, 40)
     points = [(float(sweep.surface.x[i]), float(sweep.surface.y[j])) for i, j in index]
-    case = case_of(sweep, points, True)
+    case = case_of(sweep.folder, points, True)
     evaluate = peers.plain(case, 64)
     error = true_error(sweep, index, [evaluate(k) for k in range(len(points))])
     stated = float(np.nanmax(sweep.surface["train_loss_error"]))
@@ -310,28 +323,20 @@ def two_pictures(dense: Surface, refined: Surface, picture: Path) -> None:
 
 def memory(place: Path, goal: Goal) -> None:
     """Print a worker's peak above a process that has imported torch and run one batch."""
-    place.mkdir()
-    shutil.copy(networks.__file__, place)
-    checkpoint = checkpoint_of(goal.network)
-    text = BASELINE.format(network=goal.network, checkpoint=checkpoint)
+    folder = planned(place, goal, 5)
+    text = BASELINE.format(network=goal.network, checkpoint=checkpoint_of(goal.network))
     (place / "baseline.py").write_text(text)
     _, baseline = child([sys.executable, str(place / "baseline.py")])
     problem = networks.problem(goal.network, goal.samples)
     data = sum(t.numel() * t.element_size() for t in problem.data["train"])
     parameters = sum(p.numel() * p.element_size() for p in problem.model.parameters())
-    text = TOML.format(
-        network=goal.network, samples=goal.samples, checkpoint=checkpoint,
-        precision=goal.precision, count=5,
-    )  # fmt: skip
-    (place / "sweep.toml").write_text(text)
-    lsweep("plan", place / "sweep.toml")
-    _, peak = lsweep("work", place / "sweep.run", "--index", 0, "--of", 1)
-    backend = next(iter(readable(RunFolder(place / "sweep.run").all_devices())))["backend"]
+    _, peak = lsweep("work", folder.root, "--index", 0, "--of", 1)
+    backend = next(iter(readable(folder.all_devices())))["backend"]
     above, most = (peak - baseline) / 2**20, (1.5 * data + 6 * parameters) / 2**20
     word = "meets" if above <= most else "above"
-    print(f"peak memory, {goal.title} ({backend}): {above:.0f} MiB above the {baseline / 2**20:.0f} "
-          f"of a process with torch and one batch, {word} {most:.0f} = 1.5 x {data / 2**20:.0f} "
-          f"(data) + 6 x {parameters / 2**20:.1f} (parameters)", flush=True)  # fmt: skip
+    print(f"peak memory, {goal.title} ({backend}): {above:.0f} MiB above the "
+          f"{baseline / 2**20:.0f} of a process with torch and one batch, {word} {most:.0f} = "
+          f"1.5 x {data / 2**20:.0f} (data) + 6 x {parameters / 2**20:.1f} (parameters)", flush=True)  # fmt: skip
 
 
 def main() -> None:
@@ -357,3 +362,20 @@ def main() -> None:
         for name in chosen:
             if name in goals:
                 sweeps[name] = compare(goals[name], Path(base, name), options, count)
+        if "large" in chosen:
+            large_grid(Path(base, "large"), options, options.figures / "thousand.png", 1001)
+        if "memory" in chosen or options.quick:
+            print()
+            for name, goal in goals.items():
+                memory(Path(base, f"memory-{name}"), goal)
+        if "picture" in chosen:
+            goal = GOALS["mlp12"]
+            place = Path(base, "picture")
+            dense = swept(place / "dense", goal, count, False).surface
+            refined = sweeps.get("mlp12") or swept(place / "refined", goal, count, True)
+            two_pictures(dense, refined.surface, options.figures / "refined.png")
+            print("wrote refined.png")
+
+
+if __name__ == "__main__":
+    main()
