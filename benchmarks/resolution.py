@@ -336,7 +336,8 @@ def memory(place: Path, goal: Goal) -> None:
     word = "meets" if above <= most else "above"
     print(f"peak memory, {goal.title} ({backend}): {above:.0f} MiB above the "
           f"{baseline / 2**20:.0f} of a process with torch and one batch, {word} {most:.0f} = "
-          f"1.5 x {data / 2**20:.0f} (data) + 6 x {parameters / 2**20:.1f} (parameters)", flush=True)  # fmt: skip
+          f"1.5 x {data / 2**20:.0f} (data) + 6 x {parameters / 2**20:.1f} (parameters)",
+          flush=True)  # fmt: skip
 
 
 def main() -> None:
