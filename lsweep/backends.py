@@ -1,12 +1,12 @@
 """Backends: ways to compute a problem's metrics at spots, all of which must agree with eager.
 
-Those here move the network itself; whatever makes something else of it has a module of its own.
+Here is what they are built on, and eager itself, which moves the network as it is.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -139,10 +139,13 @@ class Moving:
     Args:
         ground: whose steps they are.
         packed: the rows.
+        pack: a whole state -> what the rows hold, where that is not the state itself.
     """
 
-    def __init__(self, ground: Ground, packed: Packed) -> None:
-        self._ground, self.packed = ground, packed
+    def __init__(
+        self, ground: Ground, packed: Packed, pack: Callable[[weights.State], weights.State] = dict
+    ) -> None:
+        self._ground, self.packed, self._pack = ground, packed, pack
         self._read: tuple[int, Tensor] | None = None
 
     def move(self, spot: Spot) -> None:
@@ -154,9 +157,6 @@ class Moving:
         else:
             self.packed.load(self._pack(self._ground.step(spot.step)))
             self._read = (spot.step, self.packed.theta.clone())
-
-    def _pack(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return state
 
 
 class Eager:
@@ -174,7 +174,7 @@ class Eager:
     def __init__(self, ground: Ground, seat: Seat, packed: Packed, plain: bool = False) -> None:
         self._ground, self._seat, self._plain = ground, seat, plain
         self._moving = Moving(ground, packed)
-        self._network: Any = ground.problem.model
+        self._network: Callable[..., Any] = ground.problem.model
 
     def move(self, spot: Spot) -> None:
         """Set the network to a spot."""

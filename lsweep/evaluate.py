@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lsweep import batchnorm
+from lsweep import batchnorm, catalogue
 from lsweep.backends import Backend, Eager, Ground, Seat
 from lsweep.data import Batch, Split, map_tensors, moved, samples_in, tensors_of
 from lsweep.device import free_memory, synchronize
@@ -84,6 +84,7 @@ class Evaluator:
         self.dtype = torch.float64 if settings["precision"] == "float64" else torch.float32
         self._resident: dict[tuple[str, int], list[Batch] | None] = {}
         self._centre: dict[int, list[list[list[Reference]]]] = {}
+        self._builder: catalogue.Builder | None = None
         self._stack = contextlib.ExitStack()
 
     def _calibration_splits(self) -> tuple[str, ...]:
@@ -136,9 +137,35 @@ class Evaluator:
             packed.views_of(packed.origin),
         )
         self.seat.take(packed)
+        self._packed = packed
         self.eager = Eager(self.ground, self.seat, packed)
         self.plain = Eager(self.ground, self.seat, packed, plain=True)
         self.backend: Backend = self.eager
+
+    # -- backends -------------------------------------------------------------------------------
+
+    def builder(self) -> catalogue.Builder:
+        """Return what builds backends; the same one until a backend is taken into use."""
+        if self._builder is None:
+            split = self.splits[0]
+            example = next(self.fresh(split, self.batch_sizes[split]))
+            self._builder = catalogue.Builder(
+                self.ground, self.seat, self.eager, self._packed, example
+            )
+        return self._builder
+
+    def use(self, name: str, batch_sizes: Mapping[str, int]) -> None:
+        """Evaluate with a backend and batch sizes from now on.
+
+        Raises:
+            LsweepError: the backend is not for this problem, or does not build here.
+        """
+        backend = catalogue.build(name, self.builder()) if name != "eager" else self.eager
+        if backend is not self.backend or self.batch_sizes != batch_sizes:
+            self.batch_sizes |= batch_sizes
+            self._resident.clear()
+            self._centre.clear()
+        self.backend, self._builder = backend, None
 
     # -- data -----------------------------------------------------------------------------------
 
@@ -157,9 +184,7 @@ class Evaluator:
             for b in batches or ()
             for t in tensors_of(b)
         )
-        source = self.problem.splits[split].batches(self.batch_sizes[split], slice_, self.slices)
-        for batch in source:
-            there = map_tensors(batch, lambda t: moved(t, self.device, self.dtype))
+        for there in self.fresh(split, self.batch_sizes[split], slice_):
             if keeping is not None:
                 used += sum(t.numel() * t.element_size() for t in tensors_of(there))
                 if used <= free:
@@ -168,6 +193,11 @@ class Evaluator:
                     keeping = None
             yield there
         self._resident[key] = keeping
+
+    def fresh(self, split: str, size: int, slice_: int = 0) -> Iterator[Batch]:
+        """Yield batches of a size on the device, without keeping them."""
+        for batch in self.problem.splits[split].batches(size, slice_, self.slices):
+            yield map_tensors(batch, lambda t: moved(t, self.device, self.dtype))
 
     def _is_resident(self, slice_: int) -> bool:
         return all(self._resident.get((s, slice_)) for s in self.splits)

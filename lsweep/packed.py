@@ -93,3 +93,14 @@ class Packed:
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Set the weights to a whole checkpoint; names that are not packed are left out."""
         self.theta.copy_(self.row(tensors))
+
+    def stack(self, offsets: Sequence[Sequence[float]]) -> dict[str, Tensor]:
+        """Return tensors [K, …] of the weights at K spots at once, without moving to any."""
+        at = torch.tensor(offsets, dtype=self._dtype, device=self._device)
+        rows = self.origin.repeat(len(offsets), 1)
+        for k, direction in enumerate(self.axes):
+            rows += at[:, k, None] * direction
+        return {
+            name: rows.as_strided((len(rows), *shape), (self._size, *stride), start)
+            for name, (start, shape, stride) in self._layout.items()
+        }

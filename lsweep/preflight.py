@@ -6,13 +6,15 @@ in ``devices/`` fixes the batch sizes; the first worker of the class writes it, 
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from lsweep import batchnorm, machine
+from lsweep.choice import choose
 from lsweep.data import map_tensors, tensors_of
 from lsweep.device import device_class, human, memory_used
 from lsweep.directions import Directions
@@ -49,13 +51,30 @@ def frozen_class(folder: RunFolder, plan: Plan, name: str) -> dict[str, Any] | N
 
 
 def preflight(
-    folder: RunFolder, plan: Plan, evaluator: Evaluator, expected: dict[str, float], worker: str
+    folder: RunFolder,
+    plan: Plan,
+    evaluator: Evaluator,
+    expected: dict[str, float],
+    worker: str,
+    spots: Sequence[Spot] = (),
+    points: float = 0.0,
+    over_all: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Check the problem at the centre and publish the device class, or return what is there.
 
     Each split's data is read twice and must come the same; the centre is evaluated, some of it
     twice, and each sample must give the same value; the loss must be what the user expects, where
-    that is given.
+    that is given. Then a backend is chosen and its centre is what all workers compare with.
+
+    Args:
+        folder: the run.
+        plan: its plan.
+        evaluator: on this worker's device, with eager.
+        expected: values that the user expects at the centre.
+        worker: its name.
+        spots: where backends are compared.
+        points: how many one worker would evaluate, about.
+        over_all: values at the centre over all data, where the plan takes a subset.
 
     Raises:
         LsweepError: with the reason: a loader that shuffles, a dropout left on, another loss.
@@ -76,16 +95,30 @@ def preflight(
         if not bool((s.weights >= 0).all()) or not bool(torch.isfinite(s.weights).all()):
             raise LsweepError(f"{label}: a weight is negative or not finite")
     check_expected(centre, expected)
+    changes = _batch_norm_check(evaluator)
+    choice = choose(evaluator, [evaluator.origin, *spots], seconds, points)
+    if (choice.backend, choice.batch_sizes) != ("eager", evaluator.batch_sizes):
+        evaluator.use(choice.backend, choice.batch_sizes)
+        slices.clear()
+        seconds = evaluator.timed(
+            lambda: slices.extend(evaluator.centre(s) for s in range(evaluator.slices))
+        )
+        first = [Samples.joined(parts) for parts in zip(*slices, strict=True)]
+        centre = {v: s.mean for v, s in zip(plan.variable_names, first, strict=True)}
     value = {
         "plan": plan.digest,
         "class": name,
         "device": human(evaluator.device),
-        "backend": "eager",
-        "batch_sizes": evaluator.batch_sizes,
+        **choice.record(),
         "threads": torch.get_num_threads(),
         "versions": machine.versions(),
         "worker": worker,
         "centre": {v: c if c == c and abs(c) != float("inf") else None for v, c in centre.items()},
+        "anchor": {
+            v: {"whole": whole, "subset": centre[v]}
+            for v, whole in (over_all or {}).items()
+            if math.isfinite(centre[v])
+        },
         "opaque": [v for v, s in zip(plan.variable_names, first, strict=True) if s.opaque],
         "samples": {
             s: len(first[i * len(evaluator.metrics)].values) for i, s in enumerate(evaluator.splits)
@@ -93,7 +126,7 @@ def preflight(
         "data": data,
         "seconds_per_point": seconds,
         "memory": memory_used(evaluator.device),
-        "batch_norm": _batch_norm_check(evaluator),
+        "batch_norm": changes,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     publish(folder.device(name), sealed(value))

@@ -78,7 +78,8 @@ class Problem:
             )
         if "loss" in self.metrics:
             raise LsweepError("metrics must not contain 'loss': that is loss=…")
-        object.__setattr__(self, "splits", {n: Split(n, d) for n, d in self.data.items()})
+        splits = {n: d if isinstance(d, Split) else Split(n, d) for n, d in self.data.items()}
+        object.__setattr__(self, "splits", splits)
         if self.loss is not None:
             functions = {"loss": self.loss, **self.metrics}
             found = {n: per_sample(f) for n, f in functions.items()}
