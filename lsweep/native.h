@@ -60,19 +60,7 @@ static INLINE vec vtanh(vec x) {
                         .0021052621f}, z);
   return a < .625f ? small : x < 0 ? -big : big;
 }
-static INLINE vec verf(vec x) {  // erfc = exp(polynomial) from 1 to 4, where it is below half an ulp
-  vec a = vabs(x), z = x * x, t = a > 4 ? vec{} + 4 : a;
-  vec small = x * poly({1.12837917f, -.376126269f, .112835975f, -.0268543288f, .00518931194f,
-                        -8.01885499e-4f, 7.88249711e-5f}, z);
-  vec big = 1 - vexp(poly({-7.56968624e-4f, -1.12592595f, -.639093319f, -.10331898f, .0226219859f,
-                           -.0034368676f, 3.17572035e-4f, -1.33093904e-5f}, t));
-  return a < 1 ? small : x < 0 ? -big : big;
-}
 static INLINE vec sigmoid(vec x) { return 1 / (1 + vexp(-x)); }
-static INLINE vec gelu_none(vec x) { return .5f * x * (1 + verf(x * .707106781f)); }
-static INLINE vec gelu_tanh(vec x) {
-  return .5f * x * (1 + vtanh(.797884561f * (x + .044715f * x * x * x)));
-}
 
 // ---- products -----------------------------------------------------------------------------------
 
@@ -239,23 +227,10 @@ static INLINE void winograd(const float* u, const vec* in, vec* scratch, F end) 
 
 // ---- rows and windows ---------------------------------------------------------------------------
 
-static INLINE vec row_sum(const vec* x, int n) {
+static INLINE vec mean(const vec* x, int n) {
   vec s[4] = {};  // four sums, so that an addition need not wait for the one before
   for (int i = 0; i < n; i++) s[i % 4] += x[i];
-  return (s[0] + s[1]) + (s[2] + s[3]);
-}
-static INLINE void softmax(const vec* x, vec* out, int n, bool logarithm) {
-  vec top = x[0], sum = vec{};
-  for (int i = 1; i < n; i++) top = vmax(top, x[i]);
-  for (int i = 0; i < n; i++) sum += out[i] = vexp(x[i] - top);
-  if (logarithm) sum = each(logf, sum) + top;
-  for (int i = 0; i < n; i++) out[i] = logarithm ? x[i] - sum : out[i] / sum;
-}
-static INLINE void normalize(const vec* x, vec* out, int n, float eps) {
-  vec mean = row_sum(x, n) / (float)n;
-  for (int i = 0; i < n; i++) out[i] = (x[i] - mean) * (x[i] - mean);
-  vec scale = 1 / each(sqrtf, row_sum(out, n) / (float)n + eps);
-  for (int i = 0; i < n; i++) out[i] = (x[i] - mean) * scale;
+  return ((s[0] + s[1]) + (s[2] + s[3])) / (float)n;
 }
 // Where window number i of `outs` begins and ends; a stride of 0 shares `size` out evenly.
 struct Window {

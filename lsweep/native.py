@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lsweep.graph import Graph
-from lsweep.lowering import Lowered
+from lsweep.lowering import Lowering
 from lsweep.tracing import Unsupported
 
 SECONDS = 60.0  # a compilation that takes longer is given up
@@ -66,7 +66,7 @@ class NativeNetwork:
         values = [n.meta.get("val") for n in graph.module.graph.nodes if n.op == "call_function"]
         flat = all(not isinstance(v, Tensor) or v.dim() <= 2 for v in values)
         self._groups = 4 if flat else 1
-        self._fast = _Function(Lowered(graph, self._groups, winograd=True), threads)
+        self._fast = _Function(Lowering(graph, self._groups, winograd=True), threads)
         self._careful: _Function | None = None if self._fast.packed.numel() else self._fast
         with torch.no_grad():
             self._width = tuple(
@@ -77,10 +77,10 @@ class NativeNetwork:
         """Return the output at the present weights for a batch of any length."""
         weights = [self._views[n].detach().contiguous() for n in self._graph.names]
         leaves = [t.detach().contiguous() for t in self._graph.leaves(inputs)]
-        out = torch.empty(len(leaves[0]), *self._width)
+        out = torch.empty(len(leaves[0]) * self._fast.shape[0] // self._groups, *self._fast.shape[1:])
         if not self._fast(weights, leaves, out) and self._careful is not self._fast:
             if self._careful is None:
-                self._careful = _Function(Lowered(self._graph, self._groups, False), self._threads)
+                self._careful = _Function(Lowering(self._graph, self._groups, False), self._threads)
             self._careful(weights, leaves, out)
         return out
 
@@ -88,8 +88,8 @@ class NativeNetwork:
 class _Function:
     """Compiled source with the memory that it works in."""
 
-    def __init__(self, lowered: Lowered, threads: int) -> None:
-        self.threads = threads
+    def __init__(self, lowered: Lowering, threads: int) -> None:
+        self.threads, self.shape = threads, lowered.shape
         self.packed = torch.empty(lowered.packed)
         self.memory = torch.empty(lowered.memory * threads * LANES)
         self.constants = [t.contiguous() for t in lowered.constants]
