@@ -103,7 +103,7 @@ def _left_alone(model: nn.Module) -> Iterator[None]:
 
 def _exported(called: _Called, leaves: list[Tensor]) -> ExportedProgram:
     batch = torch.export.Dim("batch")
-    shapes = tuple({0: batch} if len(t) == len(leaves[0]) else None for t in leaves)
+    shapes = tuple({0: batch} for _ in leaves)
     try:
         with _Tracing():
             exported = torch.export.export(

@@ -175,6 +175,9 @@ def test_graph_and_fused_network_are_the_network(name):
         leaves = [t.double() if t.is_floating_point() else t for t in graph.leaves(batch)]
         want = call(net, dict(zip(graph.keys, leaves, strict=True)) if graph.keys else leaves[0])
         assert (module(*state.values(), *leaves) - want).abs().max() <= 1e-12 * want.abs().max()
+        if graph.keys is None:  # what is not fused: channels last and plain operations
+            plain = FusedNetwork(graph, state, leaves[0], CPU, torch.float64, 2)
+            assert (plain(leaves[0]) - want).abs().max() <= 1e-12 * want.abs().max()
 
 
 @pytest.mark.parametrize("name", ["residual", "odd", "tied"])
@@ -287,6 +290,20 @@ def test_what_cannot_be_a_graph_says_why(forward, reason):
     with pytest.raises(Unsupported, match=reason) as caught:
         traced(Forward(forward), torch.ones(6, 4), frozenset({"weight"}))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
+
+
+def test_inputs_by_name_may_come_in_any_order_but_not_in_another_shape():
+    net = nn.Bilinear(3, 4, 2)
+    batch = {"input1": torch.randn(5, 3), "input2": torch.randn(5, 4)}
+    graph = traced(net, batch, frozenset({"weight"}))
+    turned = dict(reversed(batch.items()))
+    views = {n: p.detach() for n, p in net.named_parameters()}
+    fused = FusedNetwork(graph, views, turned, CPU, torch.float32, 2)
+    torch.testing.assert_close(fused(turned), net(**batch))
+    with pytest.raises(Unsupported, match=r"differ in more than length: \(4, 1\), \(4,\)"):
+        fused(batch | {"input2": torch.randn(5, 4, 1)})
+    with pytest.raises(Unsupported, match=r"does not trace|batch length is fixed"):
+        traced(net, batch | {"input2": torch.randn(1, 4)}, frozenset())
 
 
 def test_a_trace_that_takes_too_long_is_given_up(monkeypatch):
