@@ -91,13 +91,15 @@ def do_plan(options: Namespace) -> int:
     units = sum(r.units(plan.slices) for r in rounds)
     leases = sum(r.leases(plan.slices) for r in rounds)
     samples = sum(d["samples"] or 0 for d in plan.data.values())
+    whole = sum(d.get("of", d["samples"]) or 0 for d in plan.data.values())
+    drawn = f"{samples or 'all'} of {whole}" if whole > samples else f"{samples or 'all'}"
     grid = " x ".join(str(c) for _, (_, _, c) in sorted(last.grid.items()))
     print(f"{folder.root}: plan {plan.digest[:12]}, grid {grid}, {rounds.total} points in "
           f"{len(rounds.all)} rounds")  # fmt: skip
     if last.refine is not None:
         more = f"; at most all {len(last.lattice)} points" if rounds.refining else ""
         print(f"  refinement: {describe_refining(last.refine)}{more}")
-    print(f"  each point: {samples or 'all'} samples in {', '.join(plan.evaluate['splits'])}; "
+    print(f"  each point: {drawn} samples in {', '.join(plan.evaluate['splits'])}; "
           f"metrics {', '.join(plan.evaluate['metrics'])}")  # fmt: skip
     print(f"  {units} units of {last.unit_points} points, {leases} leases; {plan.slices} slices")
     print(f"  on disk: about {rounds.total * row * plan.slices / 2**20:.1f} MiB of rows, at most "

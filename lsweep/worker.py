@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from lsweep import machine
-from lsweep.anchor import anchored
+from lsweep.anchor import anchored, let_go
 from lsweep.device import check_precision, choose_device, device_class, is_out_of_memory
 from lsweep.errors import LsweepError, SickDevice
 from lsweep.evaluate import Evaluator
@@ -79,7 +79,6 @@ def work(
         problem, directions = load_problem(folder, plan, problem, role.trust)
     class_ = device_class(device)
     known = frozen_class(folder, plan, class_)
-    over_all = {} if known else anchored(problem, plan.evaluate, device)
     with (
         resident(problem, plan, 1 if live else role.of) as problem,
         Evaluator(problem, plan.evaluate, directions, device) as evaluator,
@@ -87,9 +86,13 @@ def work(
         if known is None:
             # Its choice takes time: others of the class wait for it instead of choosing too.
             with turn(f"{plan.digest} {class_}", CHOOSING):
-                known = frozen_class(folder, plan, class_) or _preflight(
-                    folder, plan, evaluator, shift.rounds, role.of, name, over_all
-                )
+                known = frozen_class(folder, plan, class_)
+                if known is None:
+                    over_all = anchored(problem, plan.evaluate, device)
+                    known = _preflight(
+                        folder, plan, evaluator, shift.rounds, role.of, name, over_all
+                    )
+        let_go(problem)
         _use(evaluator, known)
         _require_same_centre(evaluator, plan, known)
         with Ledger(folder, plan, name, known, role, evaluator) as ledger:
