@@ -72,7 +72,7 @@ def work(
     check_precision(plan.evaluate["precision"], device)
     name = machine.worker_name()
     shift = Shift(folder, plan, role, name, stop)
-    if shift.complete:
+    if not shift.open():
         return 0
     live = problem is not None
     with turn(plan.digest):
@@ -126,7 +126,7 @@ def _preflight(
     """Run the pre-flight: the first place where memory is too small, or the user's code fails."""
     axes = rounds.last.lattice.axes.values()
     corners = [Spot(tuple(float(a[end]) for a in axes)) for end in (0, -1)]
-    points, expected = rounds.total / workers, rounds.last.expected
+    points, expected = rounds.foreseen / workers, rounds.last.expected
     while True:
         try:
             return preflight(folder, plan, evaluator, expected, name, corners, points, over_all)
@@ -229,9 +229,14 @@ class _Bench:
                 self._ledger.new_part()  # its header names the batch sizes
 
     def _is_audited(self, point: int) -> bool:
-        """One point in a hundred, at least three: by number, so every worker agrees which."""
-        stride = min(AUDIT_SHARE, max(1, self._shift.rounds.total // LEAST_AUDITED))
-        return point % stride == stride // 2
+        """One point in a hundred, at least three of the first round's, none that may not count.
+
+        By number, so every worker agrees which.
+        """
+        first = self._shift.rounds.all[0].points
+        few = first // LEAST_AUDITED if point < first else AUDIT_SHARE
+        stride = min(AUDIT_SHARE, max(1, few))
+        return point % stride == stride // 2 and bool(self._shift.rounds.required[point])
 
     def _audit(self, points: list[int], slice_: int) -> Rows:
         rows = self._ledger.empty(len(points))

@@ -144,8 +144,12 @@ WRONG_TOML = [
     ('"random"', '"file"\nfile = "no.h5"', "no file "),
     ("[evaluate]", '[trajectory]\ncheckpoints = ["no.pt"]\n[evaluate]', "no checkpoint matches"),
     ("[evaluate]", "[trajectory]\ncheckpoints = []\n[evaluate]", "checkpoints = []: give at least"),
+    ("[evaluate]", "[refine]\ntolerance = 0\n[evaluate]", "tolerance = 0: a share of the loss's"),
+    ("[evaluate]", "[refine]\ntolerance = 1\n[evaluate]", "from 1e-06 to below 1, such as 0.01"),
+    ("[evaluate]", "[refine]\ntolerance = nan\n[evaluate]", "tolerance = nan: a share of the"),
+    ("[evaluate]", "[refine]\n[evaluate]", "refine: tolerance is missing"),
+    ("[evaluate]", "[refine]\ntolerances = 1\n[evaluate]", "did you mean 'tolerance'?"),
     # what is not built
-    ("[evaluate]", "[refine]\ntolerance = 0.01\n[evaluate]", "not built yet: leave [refine] out"),
     ('"random"', '"hessian"', 'kind = "hessian" is not built yet'),
     ("seed = 0", 'gauge = "equi"', "gauge = 'equi' is not built yet"),
     # no TOML at all
