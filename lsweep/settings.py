@@ -20,7 +20,9 @@ KINDS = ("random", "to", "plane", "pca", "hessian", "gradient", "file")
 NORMALIZATIONS = ("filter", "layer", "weight", "none")
 BATCH_NORMS = ("eval", "batch", "recalibrate")
 PRECISIONS = ("float64", "float32", "tf32", "bfloat16", "float16")
-BACKENDS = ("auto", "eager", "channels_last", "fused", "vmap", "cudagraph", "compiled")
+BACKENDS = (
+    "auto", "eager", "channels_last", "fused", "native", "vmap", "cudagraph", "compiled"
+)  # fmt: skip
 AXES = ("x", "y", "z")
 LARGEST_GRID = 10**8  # points; beyond it the index arrays alone outgrow a node
 LARGEST_OFFSET = 10**6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -104,9 +105,20 @@ class Vmapped:
             opaque.update({m: s.opaque for m, s in found.items()})
             return {m: (s.values, s.weights) for m, s in found.items()}
 
-        with ground.context():
+        with ground.context(), _no_fast_path():
             found = torch.func.vmap(one)({self._raw[n]: t for n, t in stack.items()})
         return {m: (v, w, opaque[m]) for m, (v, w) in found.items()}
+
+
+@contextlib.contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Attention as single operations: torch's own for eval mode cannot be stacked."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 class Replayed(Eager):
