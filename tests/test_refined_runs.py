@@ -224,11 +224,13 @@ def test_the_error_and_the_evaluated_points_can_be_drawn(calm: RunFolder, tmp_pa
 # -- whoever does it -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("of", [3, 400])  # of 400 the others never come, and these do not stand by
 def test_three_workers_ask_the_same_and_evaluate_ahead(
-    base: Path, calm: RunFolder, reference: Surface
+    base: Path, calm: RunFolder, reference: Surface, of: int
 ) -> None:
-    folder = fresh(base, "three")
-    pids = [start(folder, index=i, of=3) for i in range(3)]
+    folder = fresh(base, f"three-of-{of}")
+    first = 0 if of == 3 else 1
+    pids = [start(folder, index=first + i, of=of) for i in range(3)]
     assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0, 0]
     assert differences(merged(folder)[0], reference) == []
     assert [(r.asked, r.adopted) for r in rounds_of(folder)] == [
