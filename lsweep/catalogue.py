@@ -141,8 +141,8 @@ def _is_small_on_gpu(ground: Ground) -> bool:
 KINDS = {
     "eager": Kind(lambda b: b.eager, lambda ground: None),
     "channels_last": Kind(lambda b: ChannelsLast(b.ground, b.seat), _why_no_channels_last),
-    "fused": Kind(lambda b: b.network("fused", "fused", "FusedNetwork"), _why_not_fused, 5.0),
-    "native": Kind(lambda b: b.network("native", "native", "NativeNetwork"), _why_not_native, 5.0),
+    "fused": Kind(lambda b: b.network("fused", "fused", "FusedNetwork"), _why_not_fused, 3.0),
+    "native": Kind(lambda b: b.network("native", "native", "NativeNetwork"), _why_not_native, 3.0),
     "vmap": Kind(lambda b: Vmapped(b.ground, b.packed), _why_not_rerun, 0.5, _is_small_on_gpu),
     "cudagraph": Kind(lambda b: Replayed(b.ground, b.seat, b.packed), _why_not_replayed, 1.0),
     "compiled": Kind(lambda b: Compiled(b.ground, b.seat, b.packed), _why_not_compiled, 60.0),

@@ -32,8 +32,8 @@ LONG = 30.0  # seconds of set-up, which are spent only where there is none of th
 SHORTER = ("fused", "native")
 ROUNDS = 3  # passes of those that were near the fastest in the first
 NEAR = 1.3  # times the fastest
-FACTORS = (2.0, 0.5, 4.0)  # of the default batch size
-WHOLE = 8192  # samples; a split of so many or fewer may be one batch
+LARGER = (2.0, 4.0, 8.0)  # times the default batch size, as long as that is faster
+SMALLER = 0.5
 TOLERANCE = {"float64": 1e-9, "float32": 2e-5}
 REDUCED_TOLERANCE = 0.1  # nonsense; the error that was measured stands in the record
 FLOOR = 0.05  # of the usual value: below, an error counts as one of that much
@@ -199,27 +199,36 @@ class _Trials:
         long = max(t.set_up for t in self._done if t.backend == name) > self._left
         if long or not free or self._opaque or not ev.problem.splits[self._split].sizable:
             return
-        counts = {s: ev.problem.splits[s].samples for s in self._default}
-        for factor in (*FACTORS, math.inf):
-            sizes = {
-                s: max(1, int(min(counts[s] or 4 * n, min(n, counts[s] or n) * factor)))
-                for s, n in self._default.items()
-            }
-            if factor == math.inf and not all((counts[s] or math.inf) <= WHOLE for s in sizes):
-                continue
-            if sizes[self._split] > 2 * self._samples or self._left <= 0:
-                continue
-            tried = [t.batch_sizes for t in self._done if t.backend == name]
-            if any(all(min(n, counts[s] or n) == sizes[s] for s, n in t.items()) for t in tried):
-                continue
-            trial = Trial(name, sizes)
-            self._done.append(trial)
-            try:
-                self._compare(trial)
-                if not trial.why_not:
-                    self._time(trial)
-            except Exception as e:
-                trial.why_not = _reason(e)
+        for factor in LARGER:
+            if not self._is_faster(name, factor):
+                break
+        if self._best(name).batch_sizes == self._default:
+            self._is_faster(name, SMALLER)
+
+    def _best(self, name: str) -> Trial:
+        return next(t for t in self._sound() if t.backend == name)
+
+    def _is_faster(self, name: str, factor: float) -> bool:
+        """Try some times the default batch sizes; True when they are the fastest of a backend."""
+        splits = self._evaluator.problem.splits
+        counts = {s: splits[s].samples or math.inf for s in self._default}
+        sizes = {
+            s: max(1, int(min(counts[s], min(n, counts[s]) * factor)))
+            for s, n in self._default.items()
+        }
+        before = self._best(name)
+        most = {s: min(n, counts[s]) for s, n in before.batch_sizes.items()}
+        if most == sizes or sizes[self._split] > 2 * self._samples or self._left <= 0:
+            return False
+        trial = Trial(name, sizes)
+        self._done.append(trial)
+        try:
+            self._compare(trial)
+            if not trial.why_not:
+                self._time(trial)
+        except Exception as e:
+            trial.why_not = _reason(e)
+        return self._best(name) is trial
 
     def _compare(self, trial: Trial) -> None:
         found = self._found(self._built[trial.backend], self._batches(trial.batch_sizes))

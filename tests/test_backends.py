@@ -22,7 +22,7 @@ from test_any_network import Transformer
 from torch import nn
 
 import lsweep
-from lsweep import catalogue, choice, evaluate, settings
+from lsweep import catalogue, choice, evaluate, machine, settings
 from lsweep.choice import choose
 from lsweep.directions import Directions, Step
 from lsweep.errors import LsweepError
@@ -33,6 +33,7 @@ from lsweep.problem import Sampled
 from lsweep.summing import Reference, Samples
 
 SINGLE = torch.float32
+COMPILES = pytest.mark.skipif(not machine.compiler(), reason="needs a C++ compiler")
 SPOTS = [Spot((0.0, 0.0)), Spot((1.0, -0.5)), Spot((-0.25, 1.0))]
 
 
@@ -122,6 +123,8 @@ def sums(make, backend, spots=SPOTS, **options):
     [
         *((m, b) for m in (mlp, cnn, transformer) for b in ("fused", "vmap")),
         (cnn, "channels_last"),
+        pytest.param(mlp, "native", marks=COMPILES),
+        pytest.param(cnn, "native", marks=COMPILES),
         pytest.param(mlp, "compiled", marks=pytest.mark.full),
         pytest.param(cnn, "compiled", marks=pytest.mark.full),
     ],
