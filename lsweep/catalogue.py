@@ -126,6 +126,13 @@ def _why_not_fused(ground: Ground) -> str | None:
     return why_no_stand_in(ground)
 
 
+def _why_not_native(ground: Ground) -> str | None:
+    precision = ground.settings["precision"]
+    if ground.device.type != "cpu" or precision != "float32":
+        return f"native code is for float32 on a CPU, not {precision} on {ground.device}"
+    return why_no_stand_in(ground)
+
+
 def _is_small_on_gpu(ground: Ground) -> bool:
     # On a CPU, stacked points were never faster than one after the other.
     return ground.device.type != "cpu" and sum(t.numel() for t in ground.state.values()) <= SMALL
@@ -135,9 +142,10 @@ KINDS = {
     "eager": Kind(lambda b: b.eager, lambda ground: None),
     "channels_last": Kind(lambda b: ChannelsLast(b.ground, b.seat), _why_no_channels_last),
     "fused": Kind(lambda b: b.network("fused", "fused", "FusedNetwork"), _why_not_fused, 5.0),
+    "native": Kind(lambda b: b.network("native", "native", "NativeNetwork"), _why_not_native, 5.0),
     "vmap": Kind(lambda b: Vmapped(b.ground, b.packed), _why_not_rerun, 0.5, _is_small_on_gpu),
     "cudagraph": Kind(lambda b: Replayed(b.ground, b.seat, b.packed), _why_not_replayed, 1.0),
-    "compiled": Kind(lambda b: Compiled(b.ground, b.seat, b.packed), _why_not_compiled, 40.0),
+    "compiled": Kind(lambda b: Compiled(b.ground, b.seat, b.packed), _why_not_compiled, 60.0),
 }  # those that are cheap to build first
 
 

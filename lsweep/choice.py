@@ -28,6 +28,8 @@ from lsweep.summing import Reference, Samples, stacked
 
 WORTH = 2.0  # seconds of a sweep with eager, below which nothing is tried
 SHARE = 0.05  # of them may be spent on trials
+LONG = 30.0  # seconds of set-up, which are spent only where there is none of these:
+SHORTER = ("fused", "native")
 ROUNDS = 3  # passes of those that were near the fastest in the first
 NEAR = 1.3  # times the fastest
 FACTORS = (2.0, 0.5, 4.0)  # of the default batch size
@@ -170,8 +172,13 @@ class _Trials:
         """Build a backend, compare it, time it once; where there is time for its set-up."""
         trial = Trial(name, self._default)
         self._done.append(trial)
-        if set_up > self._left:
-            trial.why_not = f"not tried: {max(0.0, self._left):.1f} s are left for trials"
+        reason = catalogue.KINDS[name].why_not(self._evaluator.ground)
+        if reason is None and set_up > self._left:
+            reason = f"not tried: {max(0.0, self._left):.1f} s are left for trials"
+        if reason is None and set_up >= LONG and any(t.backend in SHORTER for t in self._sound()):
+            reason = f"not tried: it takes long to build, and there is {' or '.join(SHORTER)}"
+        if reason is not None:
+            trial.why_not = reason
             return trial
         start = time.perf_counter()
         try:
@@ -189,16 +196,18 @@ class _Trials:
         """Try other batch sizes for a backend."""
         ev = self._evaluator
         free = ev.settings["batch_size"] == "auto" and ev.settings["batch_norm"] == "eval"
-        if not free or self._opaque or not ev.problem.splits[self._split].sizable:
+        long = max(t.set_up for t in self._done if t.backend == name) > self._left
+        if long or not free or self._opaque or not ev.problem.splits[self._split].sizable:
             return
         counts = {s: ev.problem.splits[s].samples for s in self._default}
         for factor in (*FACTORS, math.inf):
             sizes = {
-                s: max(1, int(min(counts[s] or n * 4, n * factor if factor < math.inf else WHOLE)))
+                s: max(1, int(min(counts[s] or 4 * n, min(n, counts[s] or n) * factor)))
                 for s, n in self._default.items()
             }
-            large = factor == math.inf and not all((counts[s] or math.inf) <= WHOLE for s in sizes)
-            if large or sizes[self._split] > 2 * self._samples or self._left <= 0:
+            if factor == math.inf and not all((counts[s] or math.inf) <= WHOLE for s in sizes):
+                continue
+            if sizes[self._split] > 2 * self._samples or self._left <= 0:
                 continue
             tried = [t.batch_sizes for t in self._done if t.backend == name]
             if any(all(min(n, counts[s] or n) == sizes[s] for s, n in t.items()) for t in tried):
@@ -223,6 +232,8 @@ class _Trials:
             trial.error = max(trial.error, error)
         if trial.error > tolerance and trial.backend != "eager":
             trial.why_not = f"disagrees with eager by {trial.error:.2g}"
+        if math.isinf(trial.error):
+            trial.error = None  # a number where eager has none, or none where it has
 
     def _time(self, trial: Trial) -> None:
         """Time one pass over the samples; a trial's seconds are the median of its passes."""
