@@ -77,9 +77,7 @@ class NativeNetwork:
         """Return the output at the present weights for a batch of any length."""
         weights = [self._views[n].detach().contiguous() for n in self._graph.names]
         leaves = [t.detach().contiguous() for t in self._graph.leaves(inputs)]
-        out = torch.empty(
-            len(leaves[0]) * self._fast.shape[0] // self._groups, *self._fast.shape[1:]
-        )
+        out = torch.empty(len(leaves[0]) * self._fast.shape[0] // self._groups, *self._fast.shape[1:])
         if not self._fast(weights, leaves, out) and self._careful is not self._fast:
             if self._careful is None:
                 self._careful = _Function(Lowering(self._graph, self._groups, False), self._threads)
