@@ -197,7 +197,8 @@ def test_a_surface_says_what_it_stands_on_and_the_errors_cover_the_truth(tmp_pat
     assert surface.values["train_loss_se"][4] == 0
     assert "24 of 240 train samples" in surface.provenance["caption"]
     assert "control variate" in surface.provenance["caption"]
-    attributes = surface.attributes
+    surface.save(tmp_path / "surface.h5")
+    attributes = lsweep.open(tmp_path / "surface.h5").attributes
     assert "drawn class by class (4)" in attributes["train_loss"]["samples"]
     assert "control variate" in attributes["train_loss"]["estimator"]
     assert "24 of 240, finite-population" in attributes["train_loss_se"]["replicate"]
