@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lsweep.plan import Plan
@@ -33,7 +33,7 @@ def title(plan: Plan) -> str:
     return f"{plan.facts['network']}: {' and '.join(kinds)} {shape}"
 
 
-def caption(plan: Plan, devices: Mapping[str, Any]) -> str:
+def caption(plan: Plan, devices: Mapping[str, Any], notes: Sequence[str] = ()) -> str:
     """Return what a reader of the picture must know: network, directions, samples, batch norm."""
     words = [f"{plan.facts['network']}, {plan.facts['parameters']:,} parameters"]
     for axis in plan.axes:
@@ -52,10 +52,13 @@ def caption(plan: Plan, devices: Mapping[str, Any]) -> str:
     if len(plan.axes) == 2:
         words.append(f"cos(x, y) = {plan.facts['cosines'][0][1]:+.3f}")
     samples: dict[str, int] = next((d["samples"] for d in devices.values()), {})
-    counts = [
-        f"{samples.get(s) or plan.data[s]['samples'] or '?'} {s}" for s in plan.evaluate["splits"]
-    ]
+    counts = []
+    for s in plan.evaluate["splits"]:
+        known = plan.data[s]
+        of = f" of {known['of']}" if "of" in known else ""
+        counts.append(f"{samples.get(s) or known['samples'] or '?'}{of} {s}")
     words.append(f"{' and '.join(counts)} samples, the same at every point")
+    words += notes
     check = next((d["batch_norm"] for d in devices.values() if d["batch_norm"]), None)
     mode = str(plan.evaluate["batch_norm"])
     if check:

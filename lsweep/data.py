@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import itertools
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, Subset, default_collate
 
 from lsweep.errors import LsweepError
 from lsweep.takeover import generators_kept
@@ -20,6 +24,7 @@ Batch = Any
 """A tensor, a tuple or list of tensors, or a dict of tensors; dimension 0 counts samples."""
 
 FINGERPRINT_SAMPLES = 32
+ALIGNMENT = 64  # bytes, of torch's own tensors; kernels may round differently on others
 
 
 def tensors_of(batch: Batch) -> list[Tensor]:
@@ -76,6 +81,12 @@ class Split:
     A tuple or dict of tensors and a dataset are cut into batches of the size asked for; a
     re-iterable of batches (a DataLoader, a list) keeps its own.
 
+    Attributes:
+        data: as it was given, arrays as tensors.
+        whole: the split that this one was cut from, as long as somebody needs it; or None.
+        indices: which of its samples these are, sorted; or None.
+        classes: over how many classes they were drawn in proportion; 0 when plainly at random.
+
     >>> split = Split("train", (torch.arange(5.0), torch.zeros(5)))
     >>> [samples_in(b) for b in split.batches(2)], split.samples
     ([2, 2, 1], 5)
@@ -83,7 +94,13 @@ class Split:
 
     def __init__(self, name: str, data: Any) -> None:
         self.name = name
+        self.whole: Split | None = None
+        self.indices: npt.NDArray[np.int64] | None = None
+        self.classes = 0
+        self._source: Split | None = None
+        self._digest = ""
         data = _as_tensors(data)
+        self.data = data
         self._tensors: Batch | None = None
         self._dataset: Dataset[Any] | None = None
         self._stream: IterableDataset[Any] | None = None
@@ -123,6 +140,62 @@ class Split:
             return len(self._dataset)  # type: ignore[arg-type]
         return None
 
+    @functools.cached_property
+    @generators_kept()
+    def bytes(self) -> float:
+        """How large the split is, from its first sample; infinite where nobody knows its length.
+
+        >>> Split("train", (torch.zeros(5, 3), torch.zeros(5))).bytes
+        80.0
+        """
+        first = next(iter(self.batches(1)))
+        size = sum(t.numel() * t.element_size() for t in tensors_of(first))
+        if self.samples is not None:
+            return float(self.samples * size)
+        try:
+            return float(len(self._iterable) * size)  # type: ignore[arg-type]
+        except TypeError:
+            return math.inf
+
+    def cut(self, indices: npt.NDArray[np.int64], classes: int = 0) -> Split:
+        """Return some of the samples as a split of its own, that remembers the whole.
+
+        Args:
+            indices: which, sorted.
+            classes: over how many classes they were drawn in proportion.
+
+        Raises:
+            LsweepError: the data is batches of its own, which cannot be cut.
+
+        >>> split = Split("train", (torch.arange(5), torch.zeros(5))).cut(np.array([1, 4]))
+        >>> split.samples, next(split.batches(8))[0]
+        (2, tensor([1, 4]))
+        """
+        if self._tensors is not None:
+            rows = torch.from_numpy(indices)
+            part = Split(self.name, map_tensors(self._tensors, lambda t: t[rows.to(t.device)]))
+        elif self._dataset is not None:
+            part = Split(self.name, Subset(self._dataset, indices.tolist()))
+        else:
+            raise LsweepError(
+                f"data[{self.name!r}] is batches of its own, which cannot be cut: give tensors or "
+                "a Dataset"
+            )
+        part.whole, part.indices, part.classes = self, indices, classes
+        return part
+
+    def residing(self, tensors: Batch, digest: str) -> Split:
+        """Return this split with its samples in other memory, its own copy let go of.
+
+        Args:
+            tensors: all samples as one batch, as they are evaluated.
+            digest: the `full_digest` of the samples as they were given.
+        """
+        out = copy.copy(self)
+        out.data, out._tensors, out._dataset, out._digest = None, tensors, None, digest
+        out._source = None if self._dataset is None else self
+        return out
+
     @property
     def sizable(self) -> bool:
         """True when batches are cut here, so that the batch size is free."""
@@ -159,7 +232,10 @@ class Split:
         for a in range(start, stop, size):
             b = min(a + size, stop)
             if self._tensors is not None:
-                yield map_tensors(self._tensors, lambda t, a=a, b=b: t[a:b])
+                aligned = self._source is not None  # as samples that are collated anew are
+                yield map_tensors(
+                    self._tensors, lambda t, a=a, b=b, c=aligned: _aligned(t[a:b]) if c else t[a:b]
+                )
             else:
                 yield default_collate([self._dataset[i] for i in range(a, b)])  # type: ignore[index]
 
@@ -192,7 +268,8 @@ class Split:
         if once != twice:
             raise LsweepError(
                 f"the {self.name} data differs between two passes: a loader that shuffles, or an "
-                "augmentation; use shuffle=False and the transforms of evaluation"
+                "augmentation; use shuffle=False and the transforms of evaluation (other samples "
+                "at each point draw dozens of minima that are not there)"
             )
 
     def _fingerprint(self) -> str:
@@ -201,18 +278,27 @@ class Split:
             for batch in itertools.islice(self.batches(1), 2):
                 _hash_batch(h, batch)
             return h.hexdigest()
+        h.update(str(self.samples).encode())
+        for _, sample in self.probes():
+            _hash_batch(h, sample)
+        return h.hexdigest()
+
+    def probes(self) -> Iterator[tuple[int, Batch]]:
+        """Yield a few samples, spread over the split, with their numbers."""
         n = self.samples
         assert n is not None
-        h.update(str(n).encode())
         for i in np.unique(np.linspace(0, n - 1, min(n, FINGERPRINT_SAMPLES)).astype(int)).tolist():
             if self._tensors is not None:
-                _hash_batch(h, map_tensors(self._tensors, lambda t, i=i: t[i : i + 1]))
+                yield i, map_tensors(self._tensors, lambda t, i=i: t[i : i + 1])
             else:
-                _hash_batch(h, default_collate([self._dataset[i]]))  # type: ignore[index]
-        return h.hexdigest()
+                yield i, default_collate([self._dataset[i]])  # type: ignore[index]
 
     def full_digest(self, size: int) -> str:
         """Return the sha256 over every sample in order, whatever the batch size."""
+        if self._source is not None:  # a file of samples that were augmented once would not show it
+            return self._source.full_digest(size)
+        if self._digest:
+            return self._digest
         hashes: dict[int, Any] = {}
         for batch in self.batches(size):
             for i, t in enumerate(tensors_of(batch)):
@@ -249,6 +335,10 @@ def _is_bundle(data: Any) -> bool:
         and all(isinstance(v, Tensor) and v.dim() for v in values)
         and len({len(v) for v in values}) == 1
     )
+
+
+def _aligned(t: Tensor) -> Tensor:
+    return t.clone() if t.data_ptr() % ALIGNMENT else t
 
 
 def _bytes(t: Tensor) -> bytes:

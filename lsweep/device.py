@@ -42,7 +42,9 @@ def device_class(device: torch.device) -> str:
         properties = torch.cuda.get_device_properties(device)
         what = f"{properties.name} sm{properties.major}{properties.minor} cuda {torch.version.cuda}"
     else:
-        what = f"{machine.cpu_model()} threads {torch.get_num_threads()}"
+        # A backend may be compiled on the node: the compiler decides bits, too.
+        compiler = machine.compiler() or "none"
+        what = f"{machine.cpu_model()} threads {torch.get_num_threads()} compiler {compiler}"
     text = f"{device.type} {what} torch {torch.__version__}"
     return f"{machine.slug(text)[:80]}-{machine.short_hash(text)}"
 

@@ -116,10 +116,13 @@ def preflight_line(found: dict[str, Any], points: int) -> str:
         f"{name} {value:.6g}" for name, value in found["centre"].items() if value is not None
     )
     seconds = float(found["seconds_per_point"])
+    backend = found.get("backend", "eager")
+    if found.get("speed"):
+        backend += f", {found['speed']:.3g} x eager, off by {found['error']:.1g},"
     return (
-        f"pre-flight on {found['device']}: {centre} at the centre; {1e3 * seconds:.3g} ms a point, "
-        f"{found['memory'] / 2**20:.0f} MiB; {points} points take {duration(points * seconds)} "
-        "of one worker"
+        f"pre-flight on {found['device']}: {centre} at the centre; {backend}: "
+        f"{1e3 * seconds:.3g} ms a point, {found['memory'] / 2**20:.0f} MiB; {points} points take "
+        f"{duration(points * seconds)} of one worker"
     )
 
 

@@ -10,43 +10,27 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lsweep import batchnorm, weights
-from lsweep.data import Batch, Split, map_tensors, moved, tensors_of
+from lsweep import batchnorm, catalogue
+from lsweep.backends import Backend, Eager, Ground, Seat
+from lsweep.data import Batch, Split, map_tensors, moved, samples_in, tensors_of
 from lsweep.device import free_memory, synchronize
 from lsweep.directions import Directions
 from lsweep.errors import LsweepError, nearest
-from lsweep.problem import Problem
+from lsweep.packed import Packed, Spot
+from lsweep.problem import Problem, Sampled
+from lsweep.summing import Reference, Samples, stacked
+from lsweep.sums import SUMS
 from lsweep.takeover import generators_kept, model_kept, numerics
 
 FloatArray = npt.NDArray[np.float64]
-ALIGNMENT = 16  # numbers: every packed tensor starts on 64 bytes, as vector loads like it
 RESIDENT_SHARE = 0.25  # of the free memory may hold the data
-AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Spot:
-    """Where to evaluate: offsets along the axes, or a whole checkpoint (``step`` >= 0)."""
-
-    offsets: tuple[float, ...]
-    step: int = -1
-
-
-@dataclass(frozen=True)
-class Samples:
-    """One variable at one spot: float64 values (n,) and weights (n,)."""
-
-    values: Tensor
-    weights: Tensor
-    opaque: bool
 
 
 def default_batch_size(split: Split, device: torch.device) -> int:
@@ -99,9 +83,9 @@ class Evaluator:
                 )
         self.dtype = torch.float64 if settings["precision"] == "float64" else torch.float32
         self._resident: dict[tuple[str, int], list[Batch] | None] = {}
-        self._centre: dict[int, list[Samples]] = {}
+        self._centre: dict[int, list[list[list[Reference]]]] = {}
+        self._builder: catalogue.Builder | None = None
         self._stack = contextlib.ExitStack()
-        self._step_loaded: tuple[int, Tensor] | None = None
 
     def _calibration_splits(self) -> tuple[str, ...]:
         if self.settings["batch_norm"] != "recalibrate":
@@ -116,7 +100,7 @@ class Evaluator:
             self._stack.enter_context(numerics(self.device, self.settings["precision"] == "tf32"))
             self._stack.enter_context(model_kept(self.problem.model))
             self.problem.model.eval()
-            self._pack()
+            self._take_over()
         except BaseException:
             self._stack.close()
             raise
@@ -127,8 +111,8 @@ class Evaluator:
         self._centre.clear()
         self._stack.close()
 
-    def _pack(self) -> None:
-        """Lay all that may move in one flat vector, so that a point costs one axpy per axis."""
+    def _take_over(self) -> None:
+        """Move the network to the device, and all that may move into packed rows."""
         model = self.problem.model
         for p in model.parameters():
             p.data = moved(p.data, self.device, self.dtype)
@@ -140,50 +124,48 @@ class Evaluator:
                     if id(b) not in clones:
                         clones[id(b)] = moved(b.clone(), self.device, self.dtype)
                     module._buffers[name] = clones[id(b)]
-        slots, size = {}, 0
-        everything = {**weights.parameters_of(model), **weights.buffers_of(model)}
-        for name, t in everything.items():
-            if t.is_floating_point():
-                slots[name] = slice(size, size + t.numel())
-                size += -(-t.numel() // ALIGNMENT) * ALIGNMENT
-        self._slots = slots
-        self._origin = self._flat({n: everything[n] for n in slots}, size)
-        self._axes = [self._flat(d.tensors, size) for d in self.directions.axes.values()]
-        self._theta = self._origin.clone()
-        homes = _buffer_homes(model)
-        for name, at in slots.items():
-            t = everything[name]
-            view = self._theta[at].view(t.shape)
-            if id(t) in homes:
-                for module, key in homes[id(t)]:
-                    module._buffers[key] = view
-            else:
-                t.data = view
+        self.seat = Seat(model)
+        plain = {n: t.detach().contiguous() for n, t in self.seat.tensors.items()}
+        axes = [axis.tensors for axis in self.directions.axes.values()]
+        packed = Packed(plain, axes, self.device, self.dtype)
+        self.ground = Ground(
+            self.problem,
+            self.settings,
+            self.directions,
+            self.device,
+            self.dtype,
+            packed.views_of(packed.origin),
+        )
+        self.seat.take(packed)
+        self._packed = packed
+        self.eager = Eager(self.ground, self.seat, packed)
+        self.plain = Eager(self.ground, self.seat, packed, plain=True)
+        self.backend: Backend = self.eager
 
-    def _flat(self, tensors: Mapping[str, Tensor], size: int) -> Tensor:
-        flat = torch.zeros(size, dtype=self.dtype, device=self.device)
-        for name, t in tensors.items():
-            if name in self._slots:
-                flat[self._slots[name]] = t.detach().to(self.device, self.dtype).flatten()
-        return flat
+    # -- backends -------------------------------------------------------------------------------
 
-    def _move(self, spot: Spot) -> None:
-        """Set the network to a spot, always from the origin, so that nothing drifts."""
-        if spot.step >= 0:
-            self._theta.copy_(self._step(spot.step))
-            return
-        self._theta.copy_(self._origin)
-        for offset, direction in zip(spot.offsets, self._axes, strict=True):
-            if offset:
-                self._theta.add_(direction, alpha=offset)
+    def builder(self) -> catalogue.Builder:
+        """Return what builds backends; the same one until a backend is taken into use."""
+        if self._builder is None:
+            split = self.splits[0]
+            example = next(self.fresh(split, self.batch_sizes[split]))
+            self._builder = catalogue.Builder(
+                self.ground, self.seat, self.eager, self._packed, example
+            )
+        return self._builder
 
-    def _step(self, number: int) -> Tensor:
-        if self._step_loaded is None or self._step_loaded[0] != number:
-            wanted = {**weights.parameters_of(self.problem.model)}
-            wanted |= weights.buffers_of(self.problem.model)
-            state = weights.load_matching(self.directions.steps[number].path, wanted)
-            self._step_loaded = (number, self._flat(state, len(self._origin)))
-        return self._step_loaded[1]
+    def use(self, name: str, batch_sizes: Mapping[str, int]) -> None:
+        """Evaluate with a backend and batch sizes from now on.
+
+        Raises:
+            LsweepError: the backend is not for this problem, or does not build here.
+        """
+        backend = catalogue.build(name, self.builder()) if name != "eager" else self.eager
+        if backend is not self.backend or self.batch_sizes != batch_sizes:
+            self.batch_sizes |= batch_sizes
+            self._resident.clear()
+            self._centre.clear()
+        self.backend, self._builder = backend, None
 
     # -- data -----------------------------------------------------------------------------------
 
@@ -202,9 +184,7 @@ class Evaluator:
             for b in batches or ()
             for t in tensors_of(b)
         )
-        source = self.problem.splits[split].batches(self.batch_sizes[split], slice_, self.slices)
-        for batch in source:
-            there = map_tensors(batch, lambda t: moved(t, self.device, self.dtype))
+        for there in self.fresh(split, self.batch_sizes[split], slice_):
             if keeping is not None:
                 used += sum(t.numel() * t.element_size() for t in tensors_of(there))
                 if used <= free:
@@ -214,98 +194,94 @@ class Evaluator:
             yield there
         self._resident[key] = keeping
 
+    def fresh(self, split: str, size: int, slice_: int = 0) -> Iterator[Batch]:
+        """Yield batches of a size on the device, without keeping them."""
+        for batch in self.problem.splits[split].batches(size, slice_, self.slices):
+            yield map_tensors(batch, lambda t: moved(t, self.device, self.dtype))
+
     def _is_resident(self, slice_: int) -> bool:
         return all(self._resident.get((s, slice_)) for s in self.splits)
 
     # -- evaluation -----------------------------------------------------------------------------
 
+    def _passes(
+        self,
+        spots: Sequence[Spot],
+        slice_: int,
+        backend: Backend,
+        recalibrate: str | None = None,
+        limit: int | None = None,
+    ) -> Iterator[tuple[slice, int, int, list[Mapping[str, Sampled]]]]:
+        """Yield which spots, which split and batch of it, and their metrics on it.
+
+        Data that is streamed is read once for all spots. Where it stays on the device and the
+        spots have many batches, each has the network for itself, which is then moved only once.
+        Both ways give the same bits.
+        """
+        many = any(len(self._resident.get((s, slice_)) or ()) > 1 for s in self.splits)
+        alone = recalibrate or any(spot.step >= 0 for spot in spots)  # a step is a file
+        if alone or (self._is_resident(slice_) and many and not backend.together):
+            groups = [slice(k, k + 1) for k in range(len(spots))]
+        else:
+            groups = [slice(0, len(spots))]
+        for group in groups:
+            here, stay = spots[group], False
+            if recalibrate:
+                backend = eager = backend if isinstance(backend, Eager) else self.eager
+                eager.move(*here)
+                self._recalibrate(eager, recalibrate, limit)
+                stay = True
+            for i, split in enumerate(self.splits):
+                for b, batch in enumerate(self._some(split, slice_, limit)):
+                    yield group, i, b, list(backend.values(here, batch, stay))
+                    stay = len(here) == 1
+
+    def _some(self, split: str, slice_: int, limit: int | None) -> Iterator[Batch]:
+        """Yield all batches of a slice, or those that hold its first ``limit`` samples."""
+        seen = 0
+        for batch in self.batches(split, slice_):
+            if limit is not None and seen >= limit:
+                return
+            seen += samples_in(batch)
+            yield batch
+
     def samples(
         self,
         spots: Sequence[Spot],
         slice_: int = 0,
-        audit: bool = False,
         recalibrate: str | None = None,
+        limit: int | None = None,
+        backend: Backend | None = None,
     ) -> list[list[Samples]]:
         """Return for each spot the samples of each variable, in the order of the plan.
-
-        Data that stays on the device is passed once per spot; data that is streamed is read once
-        for all spots. Both ways give the same bits.
 
         Args:
             spots: where.
             slice_: which fixed part of the data.
-            audit: evaluate in plain float32 (or float64) whatever the precision asked for.
             recalibrate: average batch-norm statistics anew over this split at each spot.
+            limit: only so many samples of each split, rounded up to whole batches.
+            backend: another than the one in use.
         """
         recalibrate = recalibrate or next(iter(self._calibration_splits()), None)
-        collected: list[list[list[tuple[Tensor, Tensor, bool]]]] = [
+        parts: list[list[list[Samples]]] = [
             [[] for _ in self.splits for _ in self.metrics] for _ in spots
         ]
+        passes = self._passes(spots, slice_, backend or self.backend, recalibrate, limit)
+        for group, i, _, found in passes:
+            for variables, metrics in zip(parts[group], found, strict=True):
+                for m, metric in enumerate(self.metrics):
+                    variables[i * len(self.metrics) + m].append(Samples.of(metrics[metric]))
+        return [[Samples.joined(p) for p in variables] for variables in parts]
 
-        def collect(k: int, split: int, batch: Batch) -> None:
-            with self.context(audit):
-                found = self.problem.evaluate(batch, self.metrics)
-            for m, metric in enumerate(self.metrics):
-                s = found[metric]
-                v, w = s.values.to(self._sum_dtype()), s.weights.to(self._sum_dtype())
-                collected[k][split * len(self.metrics) + m].append(
-                    (torch.where(w == 0, 0.0, v), w, s.opaque)
-                )
-
-        steps = any(spot.step >= 0 for spot in spots)  # each is a file: read once, not per batch
-        if self._is_resident(slice_) or recalibrate or steps:
-            for k, spot in enumerate(spots):
-                self._move(spot)
-                if recalibrate:
-                    self._recalibrate(recalibrate, audit)
-                for i, split in enumerate(self.splits):
-                    for batch in self.batches(split, slice_):
-                        collect(k, i, batch)
-        else:
-            for i, split in enumerate(self.splits):
-                for batch in self.batches(split, slice_):
-                    for k, spot in enumerate(spots):
-                        self._move(spot)
-                        collect(k, i, batch)
-        return [
-            [
-                Samples(
-                    torch.cat([v for v, _, _ in parts]),
-                    torch.cat([w for _, w, _ in parts]),
-                    any(o for _, _, o in parts),
-                )
-                for parts in variables
-            ]
-            for variables in collected
-        ]
-
-    def _sum_dtype(self) -> torch.dtype:
-        return torch.float32 if self.device.type == "mps" else torch.float64
-
-    @contextlib.contextmanager
-    def context(self, audit: bool) -> Iterator[None]:
-        """Set gradients, autocast, numerics and batch norm as the plan asks, or as audits need."""
-        precision = self.settings["precision"]
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.set_grad_enabled(self.problem.grad))
-            if precision in AUTOCAST and not audit:
-                stack.enter_context(torch.autocast(self.device.type, AUTOCAST[precision]))
-            if precision == "tf32" and audit:
-                stack.enter_context(numerics(self.device, False))
-            if self.settings["batch_norm"] == "batch":
-                stack.enter_context(batchnorm.batch_statistics(self.problem.model))
-            yield
-
-    def _recalibrate(self, split: str, audit: bool) -> None:
+    def _recalibrate(self, eager: Eager, split: str, limit: int | None) -> None:
         self.batch_sizes.setdefault(
             split, default_batch_size(self.problem.splits[split], self.device)
         )
 
         def run_batches() -> None:
             for slice_ in range(self.slices):
-                for batch in self.batches(split, slice_):
-                    with self.context(audit):
-                        self.problem.evaluate(batch, self.metrics)
+                for batch in self._some(split, slice_, limit):
+                    eager.here(batch)
 
         batchnorm.recalibrate(self.problem.model, run_batches)
 
@@ -313,50 +289,80 @@ class Evaluator:
         """Return each variable's mean over the first batch of its split at the present weights."""
         out: dict[str, float | None] = {}
         for split in self.splits:
-            batch = map_tensors(next(iter(self.batches(split))), torch.clone)
-            with self.context(audit=True):
-                found = self.problem.evaluate(batch, self.metrics)
+            found = self.plain.here(map_tensors(next(iter(self.batches(split))), torch.clone))
             for metric, s in found.items():
                 mean = float((s.weights.double() * s.values.double()).sum() / s.weights.sum())
                 out[f"{split}_{metric}"] = mean if math.isfinite(mean) else None
         return out
 
-    def whole(self, spot: Spot, recalibrate: str | None = None) -> list[Samples]:
+    def whole(self, spot: Spot) -> list[Samples]:
         """Return the samples of each variable at one spot over all slices."""
-        slices = [self.samples([spot], s, recalibrate=recalibrate)[0] for s in range(self.slices)]
-        return [
-            Samples(
-                torch.cat([s.values for s in parts]),
-                torch.cat([s.weights for s in parts]),
-                any(s.opaque for s in parts),
-            )
-            for parts in zip(*slices, strict=True)
-        ]
+        slices = [self.samples([spot], s)[0] for s in range(self.slices)]
+        return [Samples.joined(parts) for parts in zip(*slices, strict=True)]
+
+    @property
+    def origin(self) -> Spot:
+        """The spot where all offsets are 0."""
+        return Spot((0.0,) * len(self.directions.axes))
+
+    def _references(self, slice_: int) -> list[list[list[Reference]]]:
+        """Return the centre, evaluated once: for each split, batch and metric."""
+        if slice_ not in self._centre:
+            batches: list[list[list[Reference]]] = [[] for _ in self.splits]
+            recalibrate = next(iter(self._calibration_splits()), None)
+            passes = self._passes([self.origin], slice_, self.backend, recalibrate)
+            for _, i, _, (found,) in passes:
+                batches[i].append([Reference(Samples.of(found[m])) for m in self.metrics])
+            self._centre[slice_] = batches
+        return self._centre[slice_]
 
     def centre(self, slice_: int = 0) -> list[Samples]:
         """Return the samples at offset 0, evaluated once: what differences refer to."""
-        if slice_ not in self._centre:
-            spot = Spot((0.0,) * len(self._axes))
-            self._centre[slice_] = self.samples([spot], slice_)[0]
-        return self._centre[slice_]
+        return [
+            Samples.joined([r.centre for r in variable])
+            for batches in self._references(slice_)
+            for variable in zip(*batches, strict=True)
+        ]
 
     def evaluate(self, spots: Sequence[Spot], slice_: int = 0, audit: bool = False) -> FloatArray:
         """Return the (K, V, 8) float64 sums of `sums.SUMS` at each spot.
 
+        Args:
+            spots: where.
+            slice_: which fixed part of the data.
+            audit: in eager float32 (or float64) whatever the backend and the precision.
+
         Raises:
             LsweepError: the data gave another number of samples than at the centre.
         """
-        centre = self.centre(slice_)
-        rows = []
-        for variables in self.samples(spots, slice_, audit):
-            for there, here in zip(variables, centre, strict=True):
-                if there.values.shape != here.values.shape:
-                    raise LsweepError(
-                        f"the data gave {len(there.values)} samples here and {len(here.values)} at "
-                        "the centre: it must be the same at every point"
-                    )
-            rows.append(torch.stack([_sums(t, h) for t, h in zip(variables, centre, strict=True)]))
-        return torch.stack(rows).cpu().numpy().astype(np.float64)
+        return self.sums(spots, slice_, self.plain if audit else self.backend)
+
+    def sums(self, spots: Sequence[Spot], slice_: int, backend: Backend) -> FloatArray:
+        """Return what `evaluate` does, by the backend that is given."""
+        references = self._references(slice_)
+        totals: Tensor | None = None
+        seen = np.zeros((len(spots), len(self.splits)), dtype=np.int64)
+        recalibrate = next(iter(self._calibration_splits()), None)
+        for group, i, b, found in self._passes(spots, slice_, backend, recalibrate):
+            if b >= len(references[i]):
+                raise self._other_batches(references[i], b + 1)
+            sums = stacked(references[i][b], self.metrics, found)
+            if totals is None:
+                shape = (len(spots), len(self.splits), len(self.metrics), len(SUMS))
+                totals = sums.new_zeros(shape)
+            totals[group, i] += sums
+            seen[group, i] = b + 1
+        assert totals is not None
+        for i, batches in enumerate(references):
+            if (seen[:, i] != len(batches)).any():
+                raise self._other_batches(batches, int(seen[:, i].min()))
+        return totals.flatten(1, 2).cpu().numpy().astype(np.float64)
+
+    def _other_batches(self, there: Sequence[Any], here: int) -> LsweepError:
+        return LsweepError(
+            f"the data gave {here} batches here and {len(there)} at the centre: it must be the "
+            "same at every point"
+        )
 
     def halve_batch(self) -> bool:
         """Halve every free batch size after running out of memory; False when all are 1."""
@@ -380,21 +386,3 @@ class Evaluator:
         work()
         synchronize(self.device)
         return time.perf_counter() - start
-
-
-def _sums(there: Samples, centre: Samples) -> Tensor:
-    v, w = there.values, there.weights
-    d = v - centre.values
-    ww = w * w
-    return torch.stack(
-        [t.sum() for t in (w, ww, w * v, ww * v, ww * v * v, w * d, ww * d, ww * d * d)]
-    )
-
-
-def _buffer_homes(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Return by identity of a buffer all modules that hold it."""
-    homes: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for key, b in module._buffers.items():
-            homes.setdefault(id(b), []).append((module, key))
-    return homes

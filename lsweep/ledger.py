@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import threading
 from typing import Any
@@ -36,6 +37,7 @@ class Ledger:
         self._folder, self._plan, self.name = folder, plan, name
         self._class, self._evaluator = known["class"], ev
         self._opaque = " ".join(known["opaque"])
+        self._anchor = json.dumps(known.get("anchor", {}), sort_keys=True)
         self._code = device_code(self._class)
         self._part: PartWriter | None = None
         self._count = 0
@@ -96,6 +98,7 @@ class Ledger:
             "worker": self.name,
             "device_class": self._class,
             "opaque": self._opaque,
+            "anchor": self._anchor,
             "batch_sizes": " ".join(f"{s}={n}" for s, n in sorted(sizes.items())),
         }
 

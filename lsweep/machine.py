@@ -7,11 +7,14 @@ and whether another process of the same host is alive.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import platform
 import re
+import shutil
 import socket
+import subprocess
 import sys
 import uuid
 from pathlib import Path
@@ -123,6 +126,20 @@ def cpu_model() -> str:
         flags = re.findall(r"flags\s*:\s*(.+)", text)[0].split()
         wide = next((f for f in ("avx512_bf16", "avx512f", "avx2") if f in flags), "")
     return f"{name} {wide}".strip()
+
+
+@functools.cache
+def compiler() -> str:
+    """Return the first line that the C++ compiler says of itself, or "" where there is none."""
+    for name in ("c++", "g++", "clang++"):
+        path = shutil.which(name)
+        if path:
+            with contextlib.suppress(OSError, subprocess.SubprocessError):
+                done = subprocess.run(
+                    [path, "--version"], capture_output=True, text=True, timeout=20, check=True
+                )
+                return done.stdout.partition("\n")[0].strip()
+    return ""
 
 
 def slug(text: str) -> str:

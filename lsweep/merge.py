@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lsweep import variates
 from lsweep.caption import caption, describe_recipe, title
 from lsweep.committed import read_run
 from lsweep.errors import LsweepError
@@ -113,6 +115,7 @@ def merge(folder: RunFolder, parts: Sequence[Path] | None = None) -> tuple[Surfa
     status[computed] = np.where(finite[computed], Status.OK, Status.NONFINITE)
     for value in values.values():
         value[~computed] = np.nan
+    sampling = variates.correct(values, plan, _anchors(folder, winners.readers))
     trajectory = _trajectory(values, rounds, plan)
 
     lattice = rounds.last.lattice
@@ -136,7 +139,8 @@ def merge(folder: RunFolder, parts: Sequence[Path] | None = None) -> tuple[Surfa
         damaged=winners.committed.damage,
         audit=_audit(winners, plan),
     )
-    provenance = _provenance(folder, plan, winners.seconds, report, classes)
+    provenance = _provenance(folder, plan, winners.seconds, report, classes, sampling)
+    attributes = variates.annotate(_attributes(plan, opaque), sampling)
     del winners, numbers
     shaped = {n: v.reshape(lattice.shape) for n, v in values.items()}
     shaped["weight_sq"] = _weight_squares(plan, lattice)
@@ -144,7 +148,7 @@ def merge(folder: RunFolder, parts: Sequence[Path] | None = None) -> tuple[Surfa
         lattice.axes,
         shaped,
         status.reshape(lattice.shape),
-        _attributes(plan, opaque),
+        attributes,
         trajectory,
         provenance,
         title(plan),
@@ -157,6 +161,14 @@ def _opaque(folder: RunFolder, parts: list[PartReader]) -> set[str]:
     """Return the variables that are batch means; recorded twice, as one record may be lost."""
     names = {v for p in parts for v in p.header.get("opaque", "").split()}
     return names.union(*(value["opaque"] for value in readable(folder.all_devices())))
+
+
+def _anchors(folder: RunFolder, parts: list[PartReader]) -> list[dict[str, Any]]:
+    """Return the anchors of the control variate; recorded twice, as one record may be lost."""
+    headers = sorted((p.header.get("device_class", ""), p.header.get("anchor", "")) for p in parts)
+    return [json.loads(text) for _, text in headers if text] + [
+        value.get("anchor", {}) for value in readable(folder.all_devices())
+    ]
 
 
 def _whole(slices: ByteArray) -> ByteArray:
@@ -280,7 +292,12 @@ def _trajectory(values: dict[str, FloatArray], rounds: Rounds, plan: Plan) -> Tr
 
 
 def _provenance(
-    folder: RunFolder, plan: Plan, seconds: float, report: Report, classes: dict[int, str]
+    folder: RunFolder,
+    plan: Plan,
+    seconds: float,
+    report: Report,
+    classes: dict[int, str],
+    sampling: dict[str, Any],
 ) -> dict[str, Any]:
     devices = {}
     for path in folder.all_devices():
@@ -307,7 +324,8 @@ def _provenance(
         "seconds": f"{seconds:.3f}",
         "audit": report.audit,
         "failures": report.failed,
-        "caption": caption(plan, devices),
+        "sampling": sampling,
+        "caption": caption(plan, devices, variates.words(sampling)),
     }
 
 

@@ -27,6 +27,7 @@ from lsweep.preflight import check_expected, probe
 from lsweep.problem import Problem, make_problem
 from lsweep.rounds import Rounds, publish_round
 from lsweep.settings import Evaluation, Settings, Track
+from lsweep.subsets import described, subsampled
 from lsweep.tables import build, plain
 from lsweep.trajectory import project
 from lsweep.vectors import Origin, dot
@@ -34,6 +35,7 @@ from lsweep.weights import describe, fingerprint, load_matching
 
 LIVE = "live:problem"
 BATCH_NORM_BATCH = 128
+LARGE = 2**30  # bytes of a split that are read as seldom as may be
 PROBE_TOLERANCE, PROBE_FLOOR = 1e-3, 1e-3  # other machines round differently, most near zero
 _RESTORE = "restore it, or plan a new run"
 _REMEDIES = {
@@ -68,6 +70,8 @@ def make_plan(
     for split in evaluate.splits:
         if split not in problem.splits:
             raise LsweepError(f"no data split {split!r}{nearest(split, problem.splits)}")
+    problem = subsampled(problem, dataclasses.asdict(evaluate))
+    for split in evaluate.splits:
         samples = problem.splits[split].samples
         if evaluate.slices > 1 and (samples is None or evaluate.slices > samples):
             have = "batches of its own" if samples is None else f"{samples} samples"
@@ -108,13 +112,7 @@ def make_plan(
             for axis, d in directions.axes.items()
         },
         steps=steps,
-        data={
-            s: {
-                "samples": problem.splits[s].samples,
-                "fingerprint": problem.splits[s].fingerprint(),
-            }
-            for s in evaluate.splits
-        },
+        data={s: described(problem.splits[s]) for s in evaluate.splits},
         evaluate=table,
         facts={
             "network": type(problem.model).__name__,
@@ -133,6 +131,7 @@ def make_plan(
             "cosines": directions.cosines().tolist(),
             "projections": projections,
             "probe": probe(problem, table),
+            "large": any(problem.splits[s].bytes > LARGE for s in evaluate.splits),
             "weight_sq": _weight_products(origin, directions),
         },
     )
@@ -277,6 +276,15 @@ def base_of(folder: RunFolder) -> Path:
     return beside.resolve()
 
 
+def _data_fields(plan: Plan, problem: Problem) -> Iterator[tuple[str, str, str]]:
+    """Yield (field, planned, present) of each split's data, and of the subset drawn from it."""
+    for s, known in plan.data.items():
+        if s in problem.splits:
+            here = described(problem.splits[s])
+            for field in known:
+                yield f"data.{s}.{field}", str(known[field]), str(here.get(field))
+
+
 def _step_fields(
     plan: Plan, directions: Directions, origin: Origin
 ) -> Iterator[tuple[str, str, str]]:
@@ -341,6 +349,7 @@ def load_problem(
         problem = make_problem(settings.problem, base_of(folder), code, trust)
     else:
         settings = settings_of(folder, plan)
+    problem = subsampled(problem, plan.evaluate)
     origin = Origin.of(problem.model)
     directions = make_directions(settings, origin, base_of(folder), plan.facts["axes"])
     for field, planned, here in (
@@ -353,11 +362,7 @@ def load_problem(
             )
             for axis, d in directions.axes.items()
         ),
-        *(
-            (f"data.{s}.fingerprint", known["fingerprint"], problem.splits[s].fingerprint())
-            for s, known in plan.data.items()
-            if s in problem.splits
-        ),
+        *_data_fields(plan, problem),
         *_step_fields(plan, directions, origin),
     ):
         if planned != here:

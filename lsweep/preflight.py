@@ -6,25 +6,31 @@ in ``devices/`` fixes the batch sizes; the first worker of the class writes it, 
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from lsweep import batchnorm, machine
+from lsweep.choice import choose
 from lsweep.data import map_tensors, tensors_of
 from lsweep.device import device_class, human, memory_used
 from lsweep.directions import Directions
 from lsweep.errors import DamagedFile, LsweepError
-from lsweep.evaluate import Evaluator, Samples, Spot
+from lsweep.evaluate import Evaluator
 from lsweep.files import publish, read_json, sealed
 from lsweep.folder import RunFolder
 from lsweep.insist import there
+from lsweep.packed import Spot
 from lsweep.plan import Plan
 from lsweep.problem import Problem
+from lsweep.summing import Samples
 
 PROBE_SAMPLES = 4
+REPEATED_SAMPLES = 512  # are evaluated twice: what is random shows on few
+RECALIBRATED_SAMPLES = 256  # tell what recalibrated statistics would change
 EXPECTED_TOLERANCE = 0.02  # relative; an expected value is typed from a log with few digits
 REPEAT_TOLERANCE = {"cpu": 0.0, "cuda": 1e-6, "mps": 1e-5}
 
@@ -45,12 +51,30 @@ def frozen_class(folder: RunFolder, plan: Plan, name: str) -> dict[str, Any] | N
 
 
 def preflight(
-    folder: RunFolder, plan: Plan, evaluator: Evaluator, expected: dict[str, float], worker: str
+    folder: RunFolder,
+    plan: Plan,
+    evaluator: Evaluator,
+    expected: dict[str, float],
+    worker: str,
+    spots: Sequence[Spot] = (),
+    points: float = 0.0,
+    over_all: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Check the problem at the centre and publish the device class, or return what is there.
 
-    Each split's data is read twice and must come the same; the centre is evaluated twice and each
-    sample must give the same value; the loss must be what the user expects, where that is given.
+    Each split's data is read twice and must come the same; the centre is evaluated, some of it
+    twice, and each sample must give the same value; the loss must be what the user expects, where
+    that is given. Then a backend is chosen and its centre is what all workers compare with.
+
+    Args:
+        folder: the run.
+        plan: its plan.
+        evaluator: on this worker's device, with eager.
+        expected: values that the user expects at the centre.
+        worker: its name.
+        spots: where backends are compared.
+        points: how many one worker would evaluate, about.
+        over_all: values at the centre over all data, where the plan takes a subset.
 
     Raises:
         LsweepError: with the reason: a loader that shuffles, a dropout left on, another loss.
@@ -59,26 +83,42 @@ def preflight(
     data = {s: _check_data(evaluator, s) for s in evaluator.splits}
     for split in evaluator.splits:
         _check_batch(evaluator, split)
-    origin = Spot((0.0,) * len(evaluator.directions.axes))
-    first = evaluator.whole(origin)
-    second: list[Samples] = []
-    seconds = evaluator.timed(lambda: second.extend(evaluator.whole(origin)))
-    _check_repeat(evaluator, first, second)
-    centre = {v: _mean(s) for v, s in zip(plan.variable_names, first, strict=True)}
+    slices: list[list[Samples]] = []
+    seconds = evaluator.timed(
+        lambda: slices.extend(evaluator.centre(s) for s in range(evaluator.slices))
+    )
+    again = evaluator.samples([evaluator.origin], limit=REPEATED_SAMPLES)[0]
+    _check_repeat(evaluator, slices[0], again)
+    first = [Samples.joined(parts) for parts in zip(*slices, strict=True)]
+    centre = {v: s.mean for v, s in zip(plan.variable_names, first, strict=True)}
     for label, s in zip(plan.variable_names, first, strict=True):
         if not bool((s.weights >= 0).all()) or not bool(torch.isfinite(s.weights).all()):
             raise LsweepError(f"{label}: a weight is negative or not finite")
     check_expected(centre, expected)
+    changes = _batch_norm_check(evaluator)
+    choice = choose(evaluator, [evaluator.origin, *spots], seconds, points)
+    if (choice.backend, choice.batch_sizes) != ("eager", evaluator.batch_sizes):
+        evaluator.use(choice.backend, choice.batch_sizes)
+        slices.clear()
+        seconds = evaluator.timed(
+            lambda: slices.extend(evaluator.centre(s) for s in range(evaluator.slices))
+        )
+        first = [Samples.joined(parts) for parts in zip(*slices, strict=True)]
+        centre = {v: s.mean for v, s in zip(plan.variable_names, first, strict=True)}
     value = {
         "plan": plan.digest,
         "class": name,
         "device": human(evaluator.device),
-        "backend": "eager",
-        "batch_sizes": evaluator.batch_sizes,
+        **choice.record(),
         "threads": torch.get_num_threads(),
         "versions": machine.versions(),
         "worker": worker,
         "centre": {v: c if c == c and abs(c) != float("inf") else None for v, c in centre.items()},
+        "anchor": {
+            v: {"whole": whole, "subset": centre[v]}
+            for v, whole in (over_all or {}).items()
+            if math.isfinite(centre[v])
+        },
         "opaque": [v for v, s in zip(plan.variable_names, first, strict=True) if s.opaque],
         "samples": {
             s: len(first[i * len(evaluator.metrics)].values) for i, s in enumerate(evaluator.splits)
@@ -86,7 +126,7 @@ def preflight(
         "data": data,
         "seconds_per_point": seconds,
         "memory": memory_used(evaluator.device),
-        "batch_norm": _batch_norm_check(evaluator),
+        "batch_norm": changes,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     publish(folder.device(name), sealed(value))
@@ -99,9 +139,9 @@ def _check_batch(evaluator: Evaluator, split: str) -> None:
     """Check on one batch that the loss is the mean it says, and that inputs are left alone."""
     batch = map_tensors(next(iter(evaluator.batches(split))), torch.clone)
     before = [t._version for t in tensors_of(batch)]
-    with evaluator.context(audit=False):
+    with evaluator.ground.context():
         evaluator.problem.check_mean(batch)
-        evaluator.problem.evaluate(batch, evaluator.metrics)
+    evaluator.eager.here(batch)
     if [t._version for t in tensors_of(batch)] != before:
         raise LsweepError(
             f"the network or the loss changes its {split} input in place (such as x -= mean): the "
@@ -138,11 +178,10 @@ def _check_repeat(evaluator: Evaluator, first: list[Samples], second: list[Sampl
     for k, (a, b) in enumerate(zip(first, second, strict=True)):
         split, metric = divmod(k, len(evaluator.metrics))
         where = f"{evaluator.splits[split]} {evaluator.metrics[metric]}"
-        if a.values.shape != b.values.shape:
-            raise LsweepError(
-                f"{where}: {len(a.values)} samples the first time, {len(b.values)} the second"
-            )
-        off = (a.values - b.values).abs() > tolerance * (1 + a.values.abs())
+        n = len(b.values)
+        if len(a.values) < n:
+            raise LsweepError(f"{where}: {len(a.values)} samples the first time, {n} the second")
+        off = (a.values[:n] - b.values).abs() > tolerance * (1 + a.values[:n].abs())
         if bool(off.any()):
             i = int(off.nonzero()[0])
             raise LsweepError(
@@ -180,10 +219,6 @@ def check_expected(centre: Mapping[str, float | None], expected: Mapping[str, fl
             )
 
 
-def _mean(s: Samples) -> float:
-    return float((s.weights * s.values).sum() / s.weights.sum())
-
-
 def _batch_norm_check(evaluator: Evaluator) -> dict[str, Any] | None:
     """Measure once how much recalibrated statistics would change the picture at |offset| = 1."""
     if evaluator.settings["batch_norm"] != "eval" or not batchnorm.layers(evaluator.problem.model):
@@ -193,9 +228,11 @@ def _batch_norm_check(evaluator: Evaluator) -> dict[str, Any] | None:
     offsets += [(0.0, s, *(0.0,) * (axes - 2)) for s in (1.0, -1.0)] if axes > 1 else []
     spots = [Spot(o) for o in offsets]
     split = "train" if "train" in evaluator.problem.splits else evaluator.splits[0]
-    kept = [_mean(evaluator.whole(s)[0]) for s in spots]
+    few = RECALIBRATED_SAMPLES
+    kept = [found[0].mean for found in evaluator.samples(spots, limit=few)]
     try:
-        anew = [_mean(evaluator.whole(s, recalibrate=split)[0]) for s in spots]
+        recalibrated = evaluator.samples(spots, recalibrate=split, limit=few)
+        anew = [found[0].mean for found in recalibrated]
     except ValueError:  # torch refuses statistics of a lone last sample; the sweep needs none
         return None
     finite = [(a, b) for a, b in zip(kept, anew, strict=True) if abs(a) < 1e300 and abs(b) < 1e300]
@@ -204,6 +241,7 @@ def _batch_norm_check(evaluator: Evaluator) -> dict[str, Any] | None:
     return {
         "variable": f"{evaluator.splits[0]}_{evaluator.metrics[0]}",
         "offsets": [list(o) for o in offsets],
+        "samples": f"the first {few} of each split, in whole batches",
         "eval": [a for a, _ in finite],
         "recalibrate": [b for _, b in finite],
         "largest_relative": max(abs(b - a) / max(abs(a), 1e-12) for a, b in finite),

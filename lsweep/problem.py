@@ -78,7 +78,8 @@ class Problem:
             )
         if "loss" in self.metrics:
             raise LsweepError("metrics must not contain 'loss': that is loss=…")
-        object.__setattr__(self, "splits", {n: Split(n, d) for n, d in self.data.items()})
+        splits = {n: d if isinstance(d, Split) else Split(n, d) for n, d in self.data.items()}
+        object.__setattr__(self, "splits", splits)
         if self.loss is not None:
             functions = {"loss": self.loss, **self.metrics}
             found = {n: per_sample(f) for n, f in functions.items()}
@@ -110,26 +111,32 @@ class Problem:
             batch = map_tensors(batch, lambda t: moved(t, like.device, like.dtype))
             return tuple(self.forward(self.model, batch))
 
-    def evaluate(self, batch: Batch, names: tuple[str, ...]) -> dict[str, Sampled]:
+    def evaluate(
+        self,
+        batch: Batch,
+        names: tuple[str, ...],
+        network: Callable[..., Any] | None = None,
+    ) -> dict[str, Sampled]:
         """Return the metrics ``names`` on one batch at the model's present weights.
 
         Args:
             batch: as the split yields it, on the model's device.
             names: which metrics.
+            network: called in place of the model.
 
         Raises:
             LsweepError: a metric is unknown or not per sample.
         """
         n = samples_in(batch)
         if self.forward is not None:
-            results = self.forward(self.model, batch)
+            results = self.forward(network or self.model, batch)  # type: ignore[arg-type]
             if not isinstance(results, Mapping):
                 raise LsweepError(
                     f"forward returned a {type(results).__name__}, not {{metric: values}}"
                 )
         else:
             inputs, target = split_batch(batch)
-            output = full(call(self.model, inputs))
+            output = full(call(network or self.model, inputs))
             with torch.autocast(_device_type(batch), enabled=False):  # a loss is float32 or better
                 results = {
                     m: self._functions[m](output, target) for m in names if m in self._functions
@@ -201,7 +208,7 @@ def split_batch(batch: Batch) -> tuple[Any, Any]:
     raise LsweepError("a batch is neither (input, target) nor a dict: give forward=…")
 
 
-def call(model: nn.Module, inputs: Any) -> Any:
+def call(model: Callable[..., Any], inputs: Any) -> Any:
     """Run a network on a tensor, a tuple or a dict of inputs; return its logits or output."""
     if isinstance(inputs, Mapping):
         output = model(**inputs)

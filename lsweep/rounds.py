@@ -29,6 +29,7 @@ from lsweep.settings import Axis
 FloatArray = npt.NDArray[np.float64]
 MAX_UNIT_POINTS = 16
 UNITS_WANTED = 1024  # so many workers find something to do
+LARGE_UNITS_WANTED = 16  # where a unit reads much data, which serves all its points
 LEASES_WANTED = 16384
 
 
@@ -286,7 +287,8 @@ def publish_round(
             points = steps + int(
                 (seen.numbers_of(draft.lattice) < 0).sum() if seen else len(draft.lattice)
             )
-        unit = unit_points or max(1, min(MAX_UNIT_POINTS, points // UNITS_WANTED))
+        wanted_units = LARGE_UNITS_WANTED if plan.facts.get("large") else UNITS_WANTED
+        unit = unit_points or max(1, min(MAX_UNIT_POINTS, points // wanted_units))
         units = -(-points // unit) * plan.slices
         draft = dataclasses.replace(
             draft,

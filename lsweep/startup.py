@@ -42,11 +42,11 @@ def delay(of: int, chance: random.Random | None = None) -> float:
 
 
 @contextlib.contextmanager
-def turn(what: str, patience: float = PATIENCE) -> Iterator[None]:
+def turn(what: str, patience: float = PATIENCE) -> Iterator[bool]:
     """Load ``what`` in turn: alone as the first on this node, together with all others after it.
 
     The lock is on a file in the node's temporary folder and freed by death; where that cannot be
-    had, or its holder takes too long, everybody just loads.
+    had, or its holder takes too long, everybody just loads. Yields whether this is the first.
 
     Args:
         what: the same for all that load the same, such as a plan's digest.
@@ -55,15 +55,15 @@ def turn(what: str, patience: float = PATIENCE) -> Iterator[None]:
     >>> with turn("a digest"):
     ...     pass
     """
-    path = _local(what, "lock")
+    path = node_local(what, "lock")
     if fcntl is None:
-        yield
+        yield False
         return
     try:
         # Another user's file of that name, or a link, is not followed.
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError:
-        yield
+        yield False
         return
     try:
         alone = _lock(fd, fcntl.LOCK_EX)
@@ -71,7 +71,7 @@ def turn(what: str, patience: float = PATIENCE) -> Iterator[None]:
         end = time.monotonic() + patience
         while not alone and not _lock(fd, fcntl.LOCK_SH) and time.monotonic() < end:
             time.sleep(random.uniform(POLL, 2 * POLL))
-        yield
+        yield alone
         if alone:
             path.unlink(missing_ok=True)
     finally:
@@ -88,7 +88,7 @@ def first_of_siblings(what: str) -> bool:
     >>> first_of_siblings(once), first_of_siblings(once)
     (True, False)
     """
-    path = _local(f"{PARENT} {START_OF_PARENT} {what}", "once")
+    path = node_local(f"{PARENT} {START_OF_PARENT} {what}", "once")
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     except FileExistsError:
@@ -98,7 +98,8 @@ def first_of_siblings(what: str) -> bool:
     return True
 
 
-def _local(what: str, kind: str) -> Path:
+def node_local(what: str, kind: str) -> Path:
+    """Return a path in the node's temporary folder, this user's own, for what has this name."""
     user = os.getuid() if hasattr(os, "getuid") else 0
     return Path(tempfile.gettempdir()) / f"lsweep-{user}-{short_hash(what)}.{kind}"
 

@@ -71,6 +71,7 @@ def plain_graph(model: nn.Module, inputs: Any, state: Mapping[str, Tensor]) -> f
             raise Unsupported(f"it draws random numbers ({node.target})")
         if "as_strided" in str(node.target):
             raise Unsupported("it reads memory by strides of its own (as_strided)")
+    _compute_constants(module)
     return module
 
 
@@ -102,7 +103,7 @@ def _left_alone(model: nn.Module) -> Iterator[None]:
 
 def _exported(called: _Called, leaves: list[Tensor]) -> ExportedProgram:
     batch = torch.export.Dim("batch")
-    shapes = tuple({0: batch} if len(t) == len(leaves[0]) else None for t in leaves)
+    shapes = tuple({0: batch} for _ in leaves)
     try:
         with _Tracing():
             exported = torch.export.export(
@@ -257,6 +258,8 @@ def tidy(module: fx.GraphModule) -> None:
                 node.replace_all_uses_with(node.args[0])
         elif target is aten.transpose.int:
             _cancel_transposes(node)
+        elif target is aten.cat.default and (only := _nothing_added(node)) is not None:
+            node.replace_all_uses_with(only)
         elif target is aten._native_batch_norm_legit_no_training.default:
             _one_output(graph, node)
     for node in reversed(list(graph.nodes)):  # the graph is functional: nothing acts unseen
@@ -268,6 +271,35 @@ def tidy(module: fx.GraphModule) -> None:
     graph.lint()
     module.delete_all_unused_submodules()
     module.recompile()
+
+
+def _compute_constants(module: fx.GraphModule) -> None:
+    """Compute once what depends on neither weights nor inputs: masks, positions."""
+    known: dict[fx.Node, Tensor] = {}
+    for node in module.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "get_attr" and isinstance(value, Tensor):
+            known[node] = getattr(module, node.target)
+        elif node.op == "call_function" and isinstance(value, Tensor):
+            if not all(n in known for n in node.all_input_nodes):
+                continue
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: known[n])
+            with torch.no_grad():
+                known[node] = node.target(*args, **kwargs)
+    last = [n for n in known if n.op == "call_function" and not set(n.users) <= set(known)]
+    for i, node in enumerate(last):
+        module.register_buffer(f"constant_{i}", known[node].clone())
+        with module.graph.inserting_before(node):
+            new = module.graph.get_attr(f"constant_{i}")
+        new.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(new)
+    tidy(module)
+
+
+def _nothing_added(node: fx.Node) -> fx.Node | None:
+    """Return the one tensor of a cat that holds any number: a cache that is still empty."""
+    parts = [n for n in cast(Any, node.args[0]) if n.meta["val"].shape != (0,)]
+    return parts[0] if len(parts) == 1 else None
 
 
 def _same(node: fx.Node) -> bool:

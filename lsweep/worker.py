@@ -15,19 +15,22 @@ import numpy as np
 import torch
 
 from lsweep import machine
+from lsweep.anchor import anchored
 from lsweep.device import check_precision, choose_device, device_class, is_out_of_memory
 from lsweep.errors import LsweepError, SickDevice
-from lsweep.evaluate import Evaluator, Spot
+from lsweep.evaluate import Evaluator
 from lsweep.factory import describe
 from lsweep.folder import RunFolder
 from lsweep.leases import Lease
 from lsweep.ledger import Ledger
+from lsweep.packed import Spot
 from lsweep.plan import Plan
 from lsweep.planning import load_problem
 from lsweep.preflight import frozen_class, preflight
 from lsweep.problem import Problem
+from lsweep.residence import resident
 from lsweep.role import Role
-from lsweep.rounds import Round
+from lsweep.rounds import Round, Rounds
 from lsweep.rows import Kind, Rows
 from lsweep.shift import Shift
 from lsweep.startup import turn
@@ -35,6 +38,7 @@ from lsweep.stopping import Stop, Stopped
 from lsweep.sums import means
 from lsweep.surface import Status
 
+CHOOSING = 600.0  # seconds, at most, that a worker waits for another's choice of a backend
 AUDIT_SHARE = 100  # one point in so many is evaluated twice
 LEAST_AUDITED = 3
 CENTRE_TOLERANCE = {"cpu": 0.0, "cuda": 1e-6}
@@ -70,13 +74,23 @@ def work(
     shift = Shift(folder, plan, role, name, stop)
     if shift.complete:
         return 0
+    live = problem is not None
     with turn(plan.digest):
         problem, directions = load_problem(folder, plan, problem, role.trust)
-    known = frozen_class(folder, plan, device_class(device))
-    sizes = known["batch_sizes"] if known else None
-    with Evaluator(problem, plan.evaluate, directions, device, sizes) as evaluator:
-        known = known or _preflight(folder, plan, evaluator, shift.rounds.last.expected, name)
-        evaluator.batch_sizes.update(known["batch_sizes"])
+    class_ = device_class(device)
+    known = frozen_class(folder, plan, class_)
+    over_all = {} if known else anchored(problem, plan.evaluate, device)
+    with (
+        resident(problem, plan, 1 if live else role.of) as problem,
+        Evaluator(problem, plan.evaluate, directions, device) as evaluator,
+    ):
+        if known is None:
+            # Its choice takes time: others of the class wait for it instead of choosing too.
+            with turn(f"{plan.digest} {class_}", CHOOSING):
+                known = frozen_class(folder, plan, class_) or _preflight(
+                    folder, plan, evaluator, shift.rounds, role.of, name, over_all
+                )
+        _use(evaluator, known)
         _require_same_centre(evaluator, plan, known)
         with Ledger(folder, plan, name, known, role, evaluator) as ledger:
             bench = _Bench(plan, shift, evaluator, ledger, stop)
@@ -89,13 +103,33 @@ def work(
             return ledger.points
 
 
+def _use(evaluator: Evaluator, known: dict[str, Any]) -> None:
+    """Evaluate as the first worker of the class chose, or not at all: values would differ."""
+    try:
+        evaluator.use(known["backend"], known["batch_sizes"])
+    except LsweepError as e:
+        raise LsweepError(
+            f"{socket.gethostname()} cannot build the backend {known['backend']!r}, which the "
+            f"first worker of its class {known['class']} chose: {e}"
+        ) from e
+
+
 def _preflight(
-    folder: RunFolder, plan: Plan, evaluator: Evaluator, expected: dict[str, float], name: str
+    folder: RunFolder,
+    plan: Plan,
+    evaluator: Evaluator,
+    rounds: Rounds,
+    workers: int,
+    name: str,
+    over_all: dict[str, float],
 ) -> dict[str, Any]:
     """Run the pre-flight: the first place where memory is too small, or the user's code fails."""
+    axes = rounds.last.lattice.axes.values()
+    corners = [Spot(tuple(float(a[end]) for a in axes)) for end in (0, -1)]
+    points, expected = rounds.total / workers, rounds.last.expected
     while True:
         try:
-            return preflight(folder, plan, evaluator, expected, name)
+            return preflight(folder, plan, evaluator, expected, name, corners, points, over_all)
         except LsweepError:
             raise
         except Exception as e:

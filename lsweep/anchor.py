@@ -1,0 +1,71 @@
+"""The anchor: the value at the centre over all data, where the sweep itself takes a subset.
+
+The control variate rests on it (`variates.py`). It is computed once for a device class and frozen
+in its file; in plain float32 whatever the precision asked for, for the error of reduced precision
+at the centre cancels in l(θ) - l(θ₀).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+
+from lsweep.device import is_out_of_memory
+from lsweep.directions import Directions
+from lsweep.errors import LsweepError
+from lsweep.evaluate import Evaluator
+from lsweep.factory import describe
+from lsweep.packed import Spot
+from lsweep.problem import Problem
+
+
+def anchored(problem: Problem, evaluate: dict[str, Any], device: torch.device) -> dict[str, float]:
+    """Return variable -> its value at the centre over all data, and let go of all the data.
+
+    Nothing of a split that is not cut, where a value depends on its batch (``batch_norm``), and of
+    an opaque batch mean.
+
+    Args:
+        problem: at its trained weights, its splits cut to the subset.
+        evaluate: the plan's ``evaluate`` table.
+        device: where to evaluate.
+
+    Raises:
+        LsweepError: the problem fails on data outside the subset.
+    """
+    wholes = {}
+    for name in evaluate["splits"]:
+        split = problem.splits[name]
+        if split.whole is not None:
+            wholes[name] = split.whole
+            split.whole = None  # so that no worker keeps all the data in memory
+    if not wholes or evaluate["batch_norm"] != "eval":
+        return {}
+    plain = {**evaluate, "splits": list(wholes), "slices": 1, "backend": "eager"}
+    if evaluate["precision"] != "float64":
+        plain["precision"] = "float32"
+    there = dataclasses.replace(problem, data=wholes)
+    names = [f"{s}_{m}" for s in wholes for m in evaluate["metrics"]]
+    with Evaluator(there, plain, Directions({}, (), {}), device) as evaluator:
+        means = _at_centre(evaluator)
+    return {n: mean for n, mean in zip(names, means, strict=True) if math.isfinite(mean)}
+
+
+def _at_centre(evaluator: Evaluator) -> list[float]:
+    """Return each variable's mean over all data; NaN of an opaque one."""
+    while True:
+        try:
+            return [
+                math.nan if s.opaque else float((s.weights * s.values).sum() / s.weights.sum())
+                for s in evaluator.whole(Spot(()))
+            ]
+        except LsweepError:
+            raise
+        except Exception as e:
+            if not is_out_of_memory(e) or not evaluator.halve_batch():
+                raise LsweepError(
+                    f"the problem fails at its own weights, on all the data: {describe(e)}"
+                ) from e

@@ -1,0 +1,106 @@
+"""Packed rows: origin, directions and weights as flat vectors; a point costs one axpy per axis.
+
+Any linear relayout (another memory order, batch norm folded at fixed statistics) commutes with
+origin + Σ offset·direction, so it is applied to the rows once and never to a point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 64  # bytes: where every tensor begins, as vector loads like it
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where to evaluate: offsets along the axes, or a whole checkpoint (``step`` >= 0)."""
+
+    offsets: tuple[float, ...]
+    step: int = -1
+
+
+class Packed:
+    """Tensors by name as views into one vector, which is moved as a whole.
+
+    A tensor keeps the memory order that it has in ``origin``: one in channels-last order is packed
+    so, and its view has the same strides.
+
+    Args:
+        origin: name -> floating-point tensor at offset 0.
+        directions: for each axis name -> tensor of the shape in ``origin``; a name that is missing
+            does not move, one that ``origin`` lacks is left out.
+        device: where the rows are kept.
+        dtype: of all rows.
+
+    Attributes:
+        views: name -> view into the weights at the present point; move and load change it in place.
+
+    >>> packed = Packed({"w": torch.ones(2)}, [{"w": torch.tensor([1.0, 2.0])}],
+    ...                 torch.device("cpu"), torch.float32)
+    >>> packed.move([0.5])
+    >>> packed.views["w"]
+    tensor([1.5000, 2.0000])
+    """
+
+    def __init__(
+        self,
+        origin: Mapping[str, Tensor],
+        directions: Sequence[Mapping[str, Tensor]],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._layout: dict[str, tuple[int, torch.Size, tuple[int, ...]]] = {}
+        step, size = ALIGNMENT // dtype.itemsize, 0
+        for name, t in origin.items():
+            # A tensor that is expanded, or has gaps, has no memory order worth keeping.
+            like = torch.empty_like(t, device="meta", memory_format=torch.preserve_format)
+            self._layout[name] = (size, t.shape, like.stride())
+            size += -(-t.numel() // step) * step
+        self._size, self._device, self._dtype = size, device, dtype
+        self.origin = self.row(origin)
+        self.axes = [self.row(d) for d in directions]
+        self.theta = self.origin.clone()
+        self.views = self.views_of(self.theta)
+
+    def views_of(self, row: Tensor) -> dict[str, Tensor]:
+        """Return a row as tensors by name, which share its memory."""
+        return {
+            name: row.as_strided(shape, stride, start)
+            for name, (start, shape, stride) in self._layout.items()
+        }
+
+    def row(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return tensors as one vector; 0 where a name is missing."""
+        flat = torch.zeros(self._size, dtype=self._dtype, device=self._device)
+        for name, view in self.views_of(flat).items():
+            if name in tensors:
+                view.copy_(tensors[name].detach())
+        return flat
+
+    def move(self, offsets: Sequence[float]) -> None:
+        """Set the weights to origin + Σ offset·direction: from the origin, so nothing drifts."""
+        start = self.origin  # the first axis that moves needs no copy of the origin before it
+        for offset, direction in zip(offsets, self.axes, strict=True):
+            if offset:
+                start = torch.add(start, direction, alpha=offset, out=self.theta)
+        if start is self.origin:
+            self.theta.copy_(start)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set the weights to a whole checkpoint; names that are not packed are left out."""
+        self.theta.copy_(self.row(tensors))
+
+    def stack(self, offsets: Sequence[Sequence[float]]) -> dict[str, Tensor]:
+        """Return tensors [K, …] of the weights at K spots at once, without moving to any."""
+        at = torch.tensor(offsets, dtype=self._dtype, device=self._device)
+        rows = self.origin.repeat(len(offsets), 1)
+        for k, direction in enumerate(self.axes):
+            rows += at[:, k, None] * direction
+        return {
+            name: rows.as_strided((len(rows), *shape), (self._size, *stride), start)
+            for name, (start, shape, stride) in self._layout.items()
+        }

@@ -1,0 +1,312 @@
+"""The graph is the network: its plain form, its folded batch norm, and its fused operations.
+
+Two routes must agree: the module itself and its graph, in float64 to 1e-12 and fused in float32 to
+1e-5; a folded move and a move that is folded.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lsweep.errors import LsweepError
+from lsweep.fused import FusedNetwork
+from lsweep.graph import Unsupported, traced
+from lsweep.packed import Packed
+from lsweep.problem import call
+from lsweep.weights import buffers_of, parameters_of
+
+CPU = torch.device("cpu")
+aten = torch.ops.aten
+
+
+class Residual(nn.Module):
+    """Two residual blocks: one whose shortcut is cut and padded (A), one with a convolution (B)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.a = nn.ModuleList(
+            [nn.Conv2d(8, 12, 3, 2, 1), nn.BatchNorm2d(12), nn.Conv2d(12, 12, 3, 1, 1)]
+        )
+        self.b = nn.Conv2d(12, 12, 3, padding=1)
+        self.shortcut = nn.Sequential(nn.Conv2d(12, 12, 1, bias=False), nn.BatchNorm2d(12))
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        conv1, norm, conv2 = self.a
+        cut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))
+        x = F.relu(conv2(F.relu(norm(conv1(x)))) + cut)
+        x = F.relu(self.b(x) + self.shortcut(x))
+        return self.head(F.avg_pool2d(x, x.size(3)).view(x.size(0), -1))
+
+
+class Odd(nn.Module):
+    """Dilated, depthwise, transposed and grouped convolutions; one batch norm used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Conv2d(3, 8, 3, dilation=2)
+        self.deep = nn.Conv2d(8, 8, 3, groups=8, padding="same", bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.up, self.up_norm = nn.ConvTranspose2d(8, 12, 3, 2, groups=4), nn.BatchNorm2d(12)
+        self.grouped, self.group_norm = nn.Conv2d(12, 4, 3, groups=2), nn.GroupNorm(2, 4)
+        self.flat, self.flat_norm = nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6, affine=False)
+        self.relu, self.drop = nn.ReLU6(inplace=True), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.norm(self.deep(self.norm(self.wide(x)))))
+        x = F.silu(self.group_norm(self.grouped(self.up_norm(self.up(F.max_pool2d(x, 2))))))
+        x = F.adaptive_avg_pool2d(x, 1).flatten(1)
+        return F.log_softmax(self.drop(self.flat_norm(self.flat(x))), 1)
+
+
+class Attention(nn.Module):
+    """A vision transformer; in the last block attention is masked and its weights are dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.place = nn.Conv2d(3, 16, 4, 4), nn.Parameter(torch.randn(1, 4, 16))
+        self.block = nn.TransformerEncoderLayer(
+            16, 2, 32, dropout=0.1, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.attention, self.head = nn.MultiheadAttention(16, 4, batch_first=True), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(self.patch(x).flatten(2).transpose(1, 2) + self.place)
+        mask = torch.triu(torch.ones(4, 4, dtype=torch.bool), 1)
+        return self.head(x + self.attention(x, x, x, attn_mask=mask)[0]).mean(1)
+
+
+class Tied(nn.Module):
+    """The same weight at two places, once beside a batch norm of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6, bias=False)
+        self.second.weight = self.first.weight
+        self.norms = nn.ModuleList([nn.BatchNorm1d(6), nn.BatchNorm1d(6)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.norms[0](self.first(x)))
+        return self.norms[1](self.second(x)) @ self.first.weight
+
+
+def language_model() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=31, n_positions=8, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def images(n: int) -> Tensor:
+    return torch.randn(n, 3, 8, 8)
+
+
+NETS = {
+    "mlp": (
+        lambda: nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 9), nn.GELU("tanh")),
+        lambda n: torch.randn(n, 6),
+    ),
+    "residual": (Residual, images),
+    "odd": (Odd, lambda n: torch.randn(n, 3, 12, 12)),
+    "attention": (Attention, images),
+    "tied": (Tied, lambda n: torch.randn(n, 6)),
+    "gpt2": (language_model, lambda n: {"input_ids": torch.randint(0, 31, (n, 7))}),
+}
+
+
+def made(name: str) -> tuple[nn.Module, object]:
+    """Return a network whose batch norms are all different, and its inputs' maker."""
+    torch.manual_seed(3)
+    make, inputs = NETS[name]
+    net = make().eval()
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
+            m.running_mean.normal_()
+            m.running_var.uniform_(0.5, 2)
+            if m.affine:
+                nn.init.normal_(m.weight, 1, 0.3)
+                nn.init.normal_(m.bias)
+    return net, inputs
+
+
+def state_of(net: nn.Module) -> dict[str, Tensor]:
+    return {n: t.detach() for n, t in {**parameters_of(net), **buffers_of(net)}.items()}
+
+
+def matrices(net: nn.Module) -> frozenset[str]:
+    return frozenset(n for n, p in parameters_of(net).items() if p.dim() > 1)
+
+
+def targets(graph: object) -> list[object]:
+    return [n.target for n in graph.module.graph.nodes if n.op == "call_function"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.full) if n == "gpt2" else n for n in NETS]
+)
+def test_graph_and_fused_network_are_the_network(name):
+    net, inputs = made(name)
+    graph = traced(net, inputs(4), matrices(net))
+    norms = sum(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in net.modules())
+    assert len(graph.folds) == norms + (name == "odd")
+    assert aten.batch_norm.default not in targets(graph)
+    packed = Packed(graph.pack(state_of(net)), [], CPU, torch.float32)
+    fused = FusedNetwork(graph, packed.views, inputs(4), CPU, torch.float32, 2)
+    reduced = FusedNetwork(graph, packed.views, inputs(4), CPU, torch.bfloat16, 2)
+    batches = [inputs(n) for n in (1, 7)]
+    for batch in batches:
+        want = call(net, batch)
+        scale = want.abs().max()
+        assert (fused(batch) - want).abs().max() <= 1e-5 * scale
+        error = (reduced(batch) - want).abs().max()
+        assert reduced(batch).dtype == torch.float32 and 1e-6 * scale < error < 0.05 * scale
+    net.double()
+    module, state = graph.module.double(), graph.pack(state_of(net))
+    for batch in batches:
+        leaves = [t.double() if t.is_floating_point() else t for t in graph.leaves(batch)]
+        want = call(net, dict(zip(graph.keys, leaves, strict=True)) if graph.keys else leaves[0])
+        assert (module(*state.values(), *leaves) - want).abs().max() <= 1e-12 * want.abs().max()
+        if graph.keys is None:  # what is not fused: channels last and plain operations
+            plain = FusedNetwork(graph, state, leaves[0], CPU, torch.float64, 2)
+            assert (plain(leaves[0]) - want).abs().max() <= 1e-12 * want.abs().max()
+
+
+@pytest.mark.parametrize("name", ["residual", "odd", "tied"])
+def test_folding_a_move_is_moving_the_fold(name):
+    net, inputs = made(name)
+    net.double()
+    batch = inputs(3).double()
+    still = {
+        n
+        for prefix, m in net.named_modules()
+        if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)
+        for n in (f"{prefix}.weight", f"{prefix}.running_mean", f"{prefix}.running_var")
+    }
+    origin = state_of(net)
+    direction = {n: torch.randn_like(t) for n, t in origin.items() if n not in still}
+    graph = traced(net, batch, frozenset(direction))
+    assert len(graph.folds) > 1
+    start, rows = graph.pack(origin), graph.pack_direction(direction)
+    moved = {n: t + 0.7 * direction[n] if n in direction else t for n, t in origin.items()}
+    whole = graph.pack(moved)
+    for n in graph.names:
+        there = start[n] + 0.7 * rows[n] if n in rows else start[n]
+        torch.testing.assert_close(there, whole[n], rtol=1e-12, atol=1e-12)
+    net.load_state_dict(moved, strict=False)
+    torch.testing.assert_close(graph.module(*whole.values(), batch), net(batch), rtol=0, atol=1e-12)
+
+
+def test_a_batch_norm_that_moves_stays_an_operation():
+    net, inputs = made("residual")
+    graph = traced(net, inputs(4), matrices(net) | {"norm.weight", "shortcut.1.running_var"})
+    assert targets(graph).count(aten.batch_norm.default) == 2 and len(graph.folds) == 1
+    directions = [{"norm.weight": torch.ones(8), "stem.weight": torch.ones(8, 3, 3, 3)}]
+    rows = [graph.pack_direction(d) for d in directions]
+    packed = Packed(graph.pack(state_of(net)), rows, CPU, torch.float32)
+    networks = [
+        FusedNetwork(graph, packed.views, inputs(4), CPU, dtype, 2)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    batch = inputs(5)
+    with torch.no_grad():
+        for offset in (0.0, -0.5):
+            packed.move([offset])  # the reduced network must see it, too
+            moved = {n: t + offset * directions[0].get(n, 0) for n, t in state_of(net).items()}
+            want = torch.func.functional_call(net, moved, (batch,))
+            scale = want.abs().max()
+            assert (networks[0](batch) - want).abs().max() < 1e-5 * scale
+            assert (networks[1](batch) - want).abs().max() < 0.05 * scale
+    with pytest.raises(LsweepError, match=r"a\.1\.weight moves, but was folded as fixed"):
+        graph.pack_direction({"a.1.weight": torch.ones(12)})
+
+
+def test_overflow_is_never_hidden():
+    """oneDNN's own relu would give 0 for NaN, and so a finite loss at a diverged point."""
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.randn(6, 4)
+    graph = traced(net, x, matrices(net))
+    for factor, special in ((1e30, math.inf), (1.0, math.nan)):
+        views = {n: p.detach() * factor for n, p in net.named_parameters()}
+        views["0.bias"][0] = special
+        fused = FusedNetwork(graph, views, x, CPU, torch.float32, 2)
+        with torch.no_grad():
+            want = torch.func.functional_call(net, views, (x,))
+            assert not want.isfinite().all()
+            torch.testing.assert_close(fused(x), want, equal_nan=True)
+
+
+def test_the_network_is_left_as_it_was():
+    net, inputs = made("odd")
+    net.train()
+    net.drop.eval()
+    modes = [m.training for m in net.modules()]
+    tensors = [(t, t.clone()) for t in (*net.parameters(), *net.buffers())]
+    batch, generator = inputs(2), torch.get_rng_state()
+    traced(net, batch, frozenset())
+    assert modes == [m.training for m in net.modules()]
+    now = (*net.parameters(), *net.buffers())
+    assert all(a is b and torch.equal(a, c) for a, (b, c) in zip(now, tensors, strict=True))
+    assert all(p.requires_grad and p.grad is None for p in net.parameters())
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+class Forward(nn.Module):
+    def __init__(self, forward) -> None:
+        super().__init__()
+        self.weight, self.apply_to = nn.Parameter(torch.ones(4)), forward
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> object:
+        return self.apply_to(self, x)
+
+
+def counting(m: Forward, x: Tensor) -> Tensor:
+    m.count += 1
+    return x * m.weight * m.count
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (lambda m, x: x * m.weight if float(x.sum()) > 0 else x, "does not trace"),
+        (lambda m, x: x.reshape(6, 4) * m.weight, "batch length is fixed"),
+        (lambda m, x: F.dropout(x, 0.5, True) * m.weight, "draws random numbers"),
+        (lambda m, x: x + torch.randn(4) * m.weight, "draws random numbers"),
+        (counting, "changes count while it runs"),
+        (lambda m, x: x.mul_(2) * m.weight, "while it runs"),
+        (lambda m, x: (x * m.weight, x), "not one tensor"),
+    ],
+)
+def test_what_cannot_be_a_graph_says_why(forward, reason):
+    with pytest.raises(Unsupported, match=reason) as caught:
+        traced(Forward(forward), torch.ones(6, 4), frozenset({"weight"}))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
+
+
+def test_inputs_by_name_may_come_in_any_order_but_not_in_another_shape():
+    net = nn.Bilinear(3, 4, 2)
+    batch = {"input1": torch.randn(5, 3), "input2": torch.randn(5, 4)}
+    graph = traced(net, batch, frozenset({"weight"}))
+    turned = dict(reversed(batch.items()))
+    views = {n: p.detach() for n, p in net.named_parameters()}
+    fused = FusedNetwork(graph, views, turned, CPU, torch.float32, 2)
+    torch.testing.assert_close(fused(turned), net(**batch))
+    with pytest.raises(Unsupported, match=r"differ in more than length: \(4, 1\), \(4,\)"):
+        fused(batch | {"input2": torch.randn(5, 4, 1)})
+    with pytest.raises(Unsupported, match=r"does not trace|batch length is fixed"):
+        traced(net, batch | {"input2": torch.randn(1, 4)}, frozenset())
+
+
+def test_a_trace_that_takes_too_long_is_given_up(monkeypatch):
+    monkeypatch.setattr("lsweep.tracing.SECONDS", 0.0)
+    with pytest.raises(Unsupported, match="takes more than 0 s"):
+        traced(nn.Linear(4, 2), torch.ones(6, 4), frozenset({"weight"}))
