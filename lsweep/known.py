@@ -219,6 +219,6 @@ class Known:
 def _factor(left_out: FloatArray, held_out: BoolArray) -> float:
     """Return κ from the ratios with which the nodes are predicted by one another."""
     quantile = float(np.quantile(left_out, COVERED))
-    factor = max(FLOOR, MARGIN * quantile * (len(left_out) / 100) ** SELECTION)
+    factor = max(FLOOR, MARGIN * quantile * float((len(left_out) / 100) ** SELECTION))
     chance = np.sort(left_out[held_out])
     return max(factor, float(chance[-GUARD])) if len(chance) >= GUARD else factor
