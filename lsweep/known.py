@@ -28,11 +28,13 @@ BoolArray = npt.NDArray[np.bool_]
 
 COVERED = 0.95
 """The share of points whose true error the stated error is to cover."""
-TYPICAL = 2.3
-"""The quantile COVERED of error over scale on trained networks, which varies little; κ is drawn
-towards it, for what a hundred points say of their own 95 % quantile is uncertain by a fifth."""
-MARGIN = 1.3
-"""What κ is above the best guess, so that surfaces that are worse than they look are covered."""
+MARGIN = 1.18
+"""κ at a hundred points over the quantile COVERED of error over scale with which they are
+predicted. Measured on 20 planes of trained networks: the ratio at random points is known from it
+with a standard deviation of 15 %."""
+SELECTION = 0.25
+"""Power of the number of points in κ. The more points were put where the stated error was largest,
+the likelier it is too small at those that are left; same measurement."""
 GUARD = 3
 """κ is at least the ratio of the GUARD-th worst held-out point."""
 FLOOR = 1.5
@@ -217,6 +219,6 @@ class Known:
 def _factor(left_out: FloatArray, held_out: BoolArray) -> float:
     """Return κ from the ratios with which the nodes are predicted by one another."""
     quantile = float(np.quantile(left_out, COVERED))
-    factor = max(FLOOR, MARGIN * float(np.sqrt(TYPICAL * quantile)))
+    factor = max(FLOOR, MARGIN * quantile * float((len(left_out) / 100) ** SELECTION))
     chance = np.sort(left_out[held_out])
     return max(factor, float(chance[-GUARD])) if len(chance) >= GUARD else factor
