@@ -24,6 +24,7 @@ from torch import nn
 import lsweep
 from lsweep import catalogue, choice, evaluate, machine, settings
 from lsweep.choice import choose
+from lsweep.data import Split
 from lsweep.directions import Directions, Step
 from lsweep.errors import LsweepError
 from lsweep.evaluate import Evaluator
@@ -266,6 +267,9 @@ def chosen(problem, points, **options):
 
 def test_a_short_sweep_is_eager_untried():
     assert chosen(cnn(), points=1).record()["tried"] == []
+    one_batch = mlp()
+    one_batch.splits["train"] = Split("train", [one_batch.data["train"]])
+    assert chosen(one_batch, points=50).record()["tried"] == []  # trials would cost a quarter
 
 
 def test_what_agrees_is_timed_and_what_does_not_says_why(monkeypatch):
