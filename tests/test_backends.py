@@ -35,6 +35,7 @@ from lsweep.summing import Reference, Samples
 
 SINGLE = torch.float32
 COMPILES = pytest.mark.skipif(not machine.compiler(), reason="needs a C++ compiler")
+SLOW = [pytest.mark.full, pytest.mark.filterwarnings("ignore")]  # torch.compile warns of torch
 SPOTS = [Spot((0.0, 0.0)), Spot((1.0, -0.5)), Spot((-0.25, 1.0))]
 
 
@@ -126,8 +127,8 @@ def sums(make, backend, spots=SPOTS, **options):
         (cnn, "channels_last"),
         pytest.param(mlp, "native", marks=COMPILES),
         pytest.param(cnn, "native", marks=COMPILES),
-        pytest.param(mlp, "compiled", marks=pytest.mark.full),
-        pytest.param(cnn, "compiled", marks=pytest.mark.full),
+        pytest.param(mlp, "compiled", marks=SLOW),
+        pytest.param(cnn, "compiled", marks=SLOW),
     ],
     ids=lambda v: getattr(v, "__name__", v),
 )
