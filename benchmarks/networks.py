@@ -129,6 +129,13 @@ def mlp(hidden: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(64, 10))
 
 
+def tiny() -> nn.Sequential:
+    """Return one convolution with batch norm and a linear layer, of 32 x 32 x 3 images."""
+    convolution = nn.Conv2d(3, 8, 3, 2, 1, bias=False)
+    pooled = (nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 10))
+    return nn.Sequential(convolution, nn.BatchNorm2d(8), nn.ReLU(), *pooled)
+
+
 @dataclass(frozen=True)
 class Network:
     """A network by name, and how it is trained.
@@ -149,7 +156,7 @@ class Network:
 
 
 NETWORKS = {
-    "resnet8": Network(lambda: ResNet(1), True, 2, 0.1),
+    "tiny": Network(tiny, True, 1, 0.1),
     "resnet20": Network(lambda: ResNet(3), True, 6, 0.1),
     "resnet56": Network(lambda: ResNet(9), True, 4, 0.1),
     "mlp": Network(lambda: mlp(2), False, 30, 3e-3, adam=True),

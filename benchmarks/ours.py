@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import lsweep
+from lsweep.catalogue import KINDS
 from lsweep.evaluate import Evaluator
 from lsweep.folder import RunFolder
 from lsweep.packed import Spot
@@ -19,7 +20,8 @@ from lsweep.preflight import preflight
 from lsweep.settings import Settings
 from lsweep.sums import means
 
-COUNT = 51
+COUNT = 1001  # so long a sweep that every backend is worth a trial
+PATIENCE = 30.0  # seconds of building, beyond which a backend is not timed by name
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,16 @@ class Ours:
     evaluator: Evaluator
     backend: str
     unit: int
+
+    @property
+    def by_name(self) -> list[str]:
+        """The backends that are quick to build and may be worth it for this problem."""
+        ground = self.evaluator.ground
+        return [
+            name
+            for name, kind in KINDS.items()
+            if kind.set_up < PATIENCE and kind.worth(ground) and kind.why_not(ground) is None
+        ]
 
     @property
     def batch(self) -> int:
@@ -69,6 +81,9 @@ def ready(
     planned = plan_run(Settings.from_table(table, "benchmarks"), problem, Path.cwd(), folder)
     problem, directions = load_problem(folder, planned.plan, problem)
     with Evaluator(problem, planned.plan.evaluate, directions, device) as evaluator:
-        known = preflight(folder, planned.plan, evaluator, {}, "benchmark")
-        evaluator.batch_sizes.update(known["batch_sizes"])
+        corners = [Spot((-1.0, -1.0)), Spot((1.0, 1.0))]
+        known = preflight(
+            folder, planned.plan, evaluator, {}, "benchmark", corners, planned.rounds.total
+        )
+        evaluator.use(known["backend"], known["batch_sizes"])
         yield Ours(evaluator, known["backend"], planned.rounds.last.unit_points)

@@ -32,6 +32,7 @@ import networks
 import numpy as np
 import peers
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lsweep.files import readable
@@ -301,24 +302,27 @@ def error_map(surface: Surface, picture: Path) -> None:
     image = right.pcolormesh(
         surface.x, surface.y, 100 * surface["train_loss_error"], cmap="cividis", rasterized=True
     )
-    points = np.argwhere(surface.status != Status.INTERPOLATED)
-    right.plot(surface.x[points[:, 1]], surface.y[points[:, 0]], ".", color="white", ms=3)
+    dot(right, surface)
     right.set_aspect("equal")
-    right.set_title(f"stated error; {len(points)} points were evaluated")
+    count = int((surface.status != Status.INTERPOLATED).sum())
+    right.set_title(f"stated error; {count} points were evaluated")
     figure.colorbar(image, ax=right, label="% of the range of ln loss")
     save(figure, picture)
 
 
 def two_pictures(dense: Surface, refined: Surface, picture: Path) -> None:
     """Draw the same landscape dense and refined, the evaluated points on it: README's picture."""
-    points = np.argwhere(refined.status != Status.INTERPOLATED)
-    labels = [f"dense: {dense.status.size} evaluations", f"refined: {len(points)} evaluations"]
-    figure = render([dense, refined], kind="filled", name="train_loss", log=True, labels=labels)
-    figure.axes[1].plot(
-        refined.x[points[:, 1]], refined.y[points[:, 0]], "o", ms=2.5, mfc="white", mec="black",
-        mew=0.5, clip_on=False,
-    )  # fmt: skip
-    save(figure, picture)
+    count = int((refined.status != Status.INTERPOLATED).sum())
+    labels = [f"all {dense.status.size} points", f"{count} points, the rest interpolated"]
+    plain = render([dense, refined], kind="filled", name="train_loss", log=True, labels=labels)
+    dot(plain.axes[1], refined)
+    save(plain, picture)
+
+
+def dot(ax: Axes, surface: Surface) -> None:
+    """Mark the points that were evaluated."""
+    j, i = np.nonzero(surface.status != Status.INTERPOLATED)
+    ax.plot(surface.x[i], surface.y[j], "o", ms=2.5, mfc="white", mec="black", mew=0.5)
 
 
 def memory(place: Path, goal: Goal) -> None:

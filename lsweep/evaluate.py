@@ -128,6 +128,11 @@ class Evaluator:
         plain = {n: t.detach().contiguous() for n, t in self.seat.tensors.items()}
         axes = [axis.tensors for axis in self.directions.axes.values()]
         packed = Packed(plain, axes, self.device, self.dtype)
+        for axis, row in zip(axes, packed.axes, strict=True):
+            for name, view in packed.views_of(row).items():
+                old = axis.get(name)
+                if old is not None and (old.dtype, old.device) == (view.dtype, view.device):
+                    axis[name] = view  # the same numbers: a copy of each direction less
         self.ground = Ground(
             self.problem,
             self.settings,

@@ -65,11 +65,13 @@ def fill_gaps(
     if refine.state == Goal.OPEN:
         return Gaps(f"refinement not finished: {describe_refining(refine)}", facts)
     if refine.state == Goal.DENSE:
-        return Gaps(describe_refining(refine), facts)
+        return Gaps(f"the whole grid: {refine.why}", facts)
     gaps = numbers < 0
+    if not gaps.any():
+        return Gaps("none interpolated", facts)
     indices = np.flatnonzero(~gaps & (status != Status.PENDING))
     held_out = np.isin(numbers[indices], refine.held_out)
-    attributes, worst = {}, {}
+    attributes, worst, blank = {}, {}, {}
     for (split, metric), name in zip(plan.variables, plan.variable_names, strict=True):
         known = Evaluated(indices, values[name][indices], held_out)
         found = fill(lattice, known, log=name.endswith("_loss"))
@@ -82,13 +84,15 @@ def fill_gaps(
             values[f"{name}_{suffix}"] = stated
             text = f"stated interpolation error of {split} {metric} {what}".strip()
             attributes[f"{name}_{suffix}"] = {"units": units, "split": split, "long_name": text}
-        worst[name] = float(np.max(values[f"{name}_error"][gaps], initial=0.0))
+        stated = values[f"{name}_error"][gaps]
+        worst[name] = float(np.max(stated[np.isfinite(stated)], initial=0.0))
+        blank[name] = int(np.count_nonzero(~np.isfinite(stated)))
     status[gaps] = Status.INTERPOLATED
     facts |= {"evaluated": len(indices), "interpolated": int(gaps.sum()), "largest_error": worst}
-    largest = max(worst[name] for name in losses(plan))
-    words = f"the rest interpolated, stated error at most {percent(largest)}"
-    caption = (
-        f" {len(indices)} of {len(gaps)} points evaluated, {words} of the loss's range on its log "
-        "scale."
-    )
-    return Gaps(words, facts, caption if gaps.any() else "", attributes)
+    facts |= {"blank": blank}
+    largest, without = (max(n[name] for name in losses(plan)) for n in (worst, blank))
+    words = f"the rest interpolated, stated error at most {percent(largest)} of the log range"
+    if without:
+        words += f" ({without} left NaN, amid points without a value)"
+    caption = f" {len(indices)} of {len(gaps)} points evaluated, {words}."
+    return Gaps(words, facts, caption, attributes)

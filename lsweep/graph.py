@@ -76,6 +76,7 @@ class Graph:
         folds: the batch norms that are part of packed tensors.
         scales: s of each fold at the origin, float64.
         keys: the inputs' names where they are a dict.
+        shapes: the inputs' shapes without the batch dimension.
     """
 
     module: fx.GraphModule
@@ -83,12 +84,26 @@ class Graph:
     folds: tuple[Fold, ...]
     scales: tuple[Tensor, ...]
     keys: tuple[str, ...] | None
+    shapes: tuple[torch.Size, ...]
 
     def leaves(self, inputs: Any) -> Sequence[Tensor]:
-        """Return a batch's inputs in the order of the graph's placeholders."""
+        """Return a batch's inputs in the order of the graph's placeholders.
+
+        Raises:
+            Unsupported: all but their length must be as it was traced.
+        """
         if isinstance(inputs, Tensor):
-            return (inputs,)
-        return [inputs[k] for k in self.keys] if self.keys is not None else tuple(inputs)
+            found: Sequence[Tensor] = (inputs,)
+        elif self.keys is not None:
+            found = [inputs[k] for k in self.keys]
+        else:
+            found = tuple(inputs)
+        for t, shape in zip(found, self.shapes, strict=True):
+            if t.shape[1:] != shape:
+                raise Unsupported(
+                    f"batches differ in more than length: {tuple(t.shape[1:])}, {tuple(shape)}"
+                )
+        return found
 
     def pack(self, state: Mapping[str, Tensor]) -> State:
         """Return the packed tensors of a whole state, batch norm folded with its own statistics.
@@ -171,7 +186,8 @@ def traced(model: nn.Module, inputs: Any, moving: frozenset[str]) -> Graph:
     names = tuple(n.meta["name"] for n in nodes if "name" in n.meta)
     scales = tuple(f.scale(state).detach() for f in folds)
     keys = tuple(inputs) if isinstance(inputs, Mapping) else None
-    return Graph(module, names, folds, scales, keys)
+    shapes = tuple(n.meta["val"].shape[1:] for n in nodes if "name" not in n.meta)
+    return Graph(module, names, folds, scales, keys, shapes)
 
 
 # -- folding ---------------------------------------------------------------------------------------

@@ -39,6 +39,9 @@ BLOCK = 1 << 21
 class Interpolant:
     """T̂ through scattered nodes in any number of axes, and the scale of its error.
 
+    Attributes:
+        missed: (n,) |e_i|, how far all the other nodes miss each node.
+
     >>> line = Interpolant(np.array([[0.0], [0.25], [0.5], [1.0]]), np.array([1.0, 2.0, 3.0, 5.0]))
     >>> value, scale = line.predict(np.array([[0.25], [0.75]]))
     >>> value.round(9), scale.round(9)  # a straight line has no roughness
@@ -68,8 +71,8 @@ class Interpolant:
         self._weights = self._inverse[:, :n] @ (values - self._offset)
         diagonal = np.maximum(np.diag(self._inverse)[:n], np.finfo(float).tiny)
         self._deviation = diagonal**-0.5
-        self._error = np.abs(self._weights[:n] / diagonal)
-        self._rough = self._error / self._deviation**POWER
+        self.missed: FloatArray = np.abs(self._weights[:n] / diagonal)
+        self._rough = self.missed / self._deviation**POWER
         self._median = float(np.median(self._rough))
 
     def predict(self, points: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -101,7 +104,7 @@ class Interpolant:
             squares = _squares(self._nodes[here], self._nodes)
             squares[np.arange(len(here)), here] = np.inf  # its own error tells nobody its roughness
             scale = self._roughness(squares) * self._deviation[here] ** POWER
-            ratio[here] = self._error[here] / np.maximum(scale, np.finfo(float).tiny)
+            ratio[here] = self.missed[here] / np.maximum(scale, np.finfo(float).tiny)
         return ratio
 
     def sequence(self, points: FloatArray, limit: float, most: int) -> tuple[IntArray, int]:

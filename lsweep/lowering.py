@@ -31,7 +31,7 @@ POINTWISE = {  # {0} and {1} are tensors or numbers, {name} is an argument of th
     "hardsigmoid": "vmin(relu({0} + 3), all(6)) / 6",
     "hardswish": "{0} * vmin(relu({0} + 3), all(6)) / 6",
 }  # fmt: skip
-USUAL = {"scale": 1, "input_scale": 1, "rounding_mode": None, "dilation": [1, 1]}
+USUAL = {"scale": 1, "input_scale": 1, "rounding_mode": None}
 Given = Mapping[str, Any]
 
 
@@ -62,71 +62,66 @@ class _Array:
 
 
 class Lowering:
-    """A network as C++ source.
-
-    Args:
-        graph: of float32 tensors.
-        groups: how many groups of samples one pass takes.
-        winograd: whether convolutions may be computed by Winograd's algorithm.
+    """A network as C++ source; convolutions by Winograd's algorithm only where that is asked.
 
     Attributes:
         text: the source. ``forward(in, out, n, packed, memory, threads)`` takes the addresses of
-            the packed tensors, the constants, then the inputs, and returns whether all is finite.
-        constants: the graph's.
+            the packed tensors, the ``constants``, then the inputs; returns whether all is finite.
         packed: floats that weights in Winograd's domain take.
         memory: vectors that each thread needs.
-        shape: of the output for one group.
+        shape: of the output where dimension 0 of the inputs is ``groups``.
 
     Raises:
         Unsupported: it has an operator that is not known, or mixes samples.
     """
 
     def __init__(self, graph: Graph, groups: int, winograd: bool) -> None:
-        self._groups, self._winograd = groups, winograd
+        self.groups, self._winograd = groups, winograd
         self._functions: dict[str, str] = {}
         self._steps: list[str] = []
         self._prologue: list[str] = []
         self._buffers: list[_Buffer] = []
+        self._values: dict[fx.Node, Any] = {}
         self._scratch = self.packed = 0
         nodes = list(graph.module.graph.nodes)
         weights = [n for n in nodes if n.op == "placeholder" and "name" in n.meta]
         constants = [n for n in nodes if n.op == "get_attr"]
         inputs = [n for n in nodes if n.op == "placeholder" and "name" not in n.meta]
         self.constants = [getattr(graph.module, n.target) for n in constants]
-        self._values: dict[fx.Node, Any] = {}
         for node in (*weights, *constants, *inputs):
             value = node.meta["val"]
             if not isinstance(value, Tensor) or value.dtype != torch.float32:
                 raise Unsupported(f"{node.name} is not float32")
-            if node in inputs:
-                self._values[node] = self._fresh([groups, *value.shape[1:]])
-            else:
-                lies = torch.empty(tuple(value.shape), device="meta")
-                self._values[node] = _Array(lies, None, f"in[{len(self._values)}]")
+            lies = torch.empty(
+                tuple(value.shape[1:] if node in inputs else value.shape), device="meta"
+            )
+            weight = _Array(lies, None, f"in[{len(self._values)}]")
+            self._values[node] = self._fresh([groups, *lies.shape]) if node in inputs else weight
         self._batch = inputs[0].meta["val"].shape[0]
         for node in nodes:
             if node.op == "call_function" and node not in self._values:
                 self._take(node)
         output = self._straight(self._values[nodes[-1].args[0]])
-        self.shape = tuple(output.lies.shape)
-        size = self._place()
+        self.shape, size = tuple(output.lies.shape), self._place()
         self.memory = size + self._scratch
-        lines = ['#include "native.h"']
-        lines += [
-            f"static void __attribute__((noinline)) {f}{x}" for x, f in self._functions.items()
+        loads = [
+            f"load(in[{i}], {a.at}, {a.lies.numel() // groups}, {groups}, first, n);"
+            for i, a in enumerate((self._values[n] for n in inputs), len(weights) + len(constants))
         ]
-        lines += ['extern "C" int forward(const float* const* in, float* result, long n,']
-        lines += ["                       float* packed, vec* memory, int threads) {"]
-        lines += [*self._prologue, "std::atomic<bool> finite{true};"]
-        lines += [f"over(n, {groups} * L, threads, [&](long first, int thread) {{"]
-        lines += [f"vec *m = memory + (long)thread * {self.memory}, *scratch = m + {size};"]
-        lines += [f"vec* b{i} = m + {b.start};" for i, b in enumerate(self._buffers)]
-        for i, a in enumerate(self._values[node] for node in inputs):
-            at, length = len(weights) + len(constants) + i, a.lies.numel() // groups
-            lines += [f"load(in[{at}], {a.at}, {length}, {groups}, first, n);"]
-        stored = f"store({output.at}, result, {output.lies.numel() // groups}, {groups}, first, n)"
-        lines += [*self._steps, f"if (!{stored}) finite = false;", "});", "return finite;", "}"]
-        self.text = "\n".join(lines) + "\n"
+        lines = [
+            '#include "native.h"',
+            *(f"static void __attribute__((noinline)) {f}{x}" for x, f in self._functions.items()),
+            'extern "C" int forward(const float* const* in, float* result, long n, float* packed,',
+            "                       vec* memory, int threads) {",
+            *(*self._prologue, "std::atomic<bool> finite{true};"),
+            f"over(n, {groups} * L, threads, [&](long first, int thread) {{",
+            f"vec *m = memory + (long)thread * {self.memory}, *scratch = m + {size};",
+            *(f"vec* b{i} = m + {b.start};" for i, b in enumerate(self._buffers)),
+            *(*loads, *self._steps),
+            f"if (!store({output.at}, result, {output.lies.numel() // groups}, {groups}, first, n))",
+            *("finite = false;", "});", "return finite;", "}", ""),
+        ]
+        self.text = "\n".join(lines)
 
     def _take(self, node: fx.Node) -> None:
         """Enter what a node computes: a number, views, or a new array."""
@@ -137,11 +132,10 @@ class Lowering:
             return
         lies = tree_map(lambda a: a.lies if isinstance(a, _Array) else a, (args, kwargs))
         found = target(*lies[0], **lies[1])
+        whole = {_id(a.lies): a for a in tree_leaves((args, kwargs)) if isinstance(a, _Array)}
         if not isinstance(tree_leaves(found)[0], Tensor):
             self._values[node] = found
-            return
-        whole = {_id(a.lies): a for a in tree_leaves((args, kwargs)) if isinstance(a, _Array)}
-        if all(_id(t) in whole for t in tree_leaves(found)):
+        elif all(_id(t) in whole for t in tree_leaves(found)):
             self._values[node] = tree_map(lambda t: whole[_id(t)].viewed(t), found)
         else:
             name, given = _bound(node, args, kwargs)
@@ -153,7 +147,7 @@ class Lowering:
                 raise Unsupported(f"{target} is not among its operators")
         value, like = self._values[node], node.meta["val"]
         if isinstance(value, _Array) and value.home:
-            numbers = self._batch * (value.lies.numel() // self._groups)
+            numbers = self._batch * (value.lies.numel() // self.groups)
             if like.dim() != value.lies.dim() or like.numel() != numbers:
                 raise Unsupported(f"{node.name} mixes the samples of a batch")
 
@@ -308,28 +302,20 @@ class Lowering:
         self._values[node] = self._step(body, [x], self._fresh(shape))
 
     def _on_max_pool2d(self, node: fx.Node, given: Given, shape: tuple[int, ...]) -> None:
-        self._pool(node, given, shape, "true", 0)
-
-    def _on_avg_pool2d(self, node: fx.Node, given: Given, shape: tuple[int, ...]) -> None:
-        without = -1 if not given["count_include_pad"] else 0
-        self._pool(node, given, shape, "false", given["divisor_override"] or without)
-
-    def _on_adaptive_avg_pool2d(self, node: fx.Node, given: Given, shape: tuple[int, ...]) -> None:
-        even = {"self": given["self"], "kernel_size": 1, "stride": 0, "padding": 0}
-        self._pool(node, even, shape, "false", -1)
-
-    def _pool(
-        self, node: fx.Node, given: Given, shape: tuple[int, ...], largest: str, divisor: int
-    ) -> None:
-        if _pair(given.get("dilation", 1)) != [1, 1]:
-            raise Unsupported("it has a dilated pool")
-        x = self._straight(given["self"])
-        (h, w), (oh, ow), kernel = x.lies.shape[-2:], shape[-2:], _pair(given["kernel_size"])
-        stride = kernel if given["stride"] == [] else _pair(given["stride"])
-        numbers = [h, w, oh, ow, *kernel, *stride, *_pair(given["padding"]), divisor]
-        body = f"for (int c = 0; c < {math.prod(shape[:-2])}; c++) pool<{largest}>("
+        x, size = self._straight(given["self"]), _pair(given.get("kernel_size", 1))
+        if _pair(given.get("dilation", 1)) != [1, 1] or given.get("divisor_override"):
+            raise Unsupported("it has a pool of another kind")
+        (h, w), (oh, ow), even = x.lies.shape[-2:], shape[-2:], "output_size" in given
+        stride = _pair(0 if even else given["stride"] or size)
+        rim = given.get("count_include_pad", False)
+        numbers = [h, w, oh, ow, *size, *stride, *_pair(given.get("padding", 0)), int(rim)]
+        body = (
+            f"for (int c = 0; c < {math.prod(shape[:-2])}; c++) pool<{int('dilation' in given)}>("
+        )
         body += f"a0 + c * {h * w}, out + c * {oh * ow}, {', '.join(map(str, numbers))});"
         self._values[node] = self._step(body, [x], self._fresh(shape))
+
+    _on_avg_pool2d = _on_adaptive_avg_pool2d = _on_max_pool2d
 
     def _on_cat(self, node: fx.Node, given: Given, shape: tuple[int, ...]) -> None:
         out, at = self._fresh(shape), 0

@@ -3,6 +3,7 @@
 // An activation is laid out [...][L], so every operation is a loop of scalar weight times vector, of
 // any shape, and never a shuffle. Shapes are template parameters or literals of the emitted source.
 // Float32 as written: no reassociation, NaN and infinity come through.
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <thread>
@@ -13,12 +14,12 @@
 #define UNROLL _Pragma("GCC unroll 36")
 
 // MB x NB accumulators fill the registers; a weight is read from memory as it is multiplied.
-#if defined(__AVX512F__)
-constexpr int L = 16, MB = 4, NB = 4, WINO_M = 8, WINO_T = 4;
-#elif defined(__AVX__)
+#ifdef __AVX512F__
+constexpr int L = 16, MB = 6, NB = 4, WINO_M = 8, WINO_T = 4;
+#elif defined(__AVX2__)
 constexpr int L = 8, MB = 3, NB = 4, WINO_M = 4, WINO_T = 2;
 #else
-constexpr int L = 4, MB = 3, NB = 4, WINO_M = 4, WINO_T = 2;
+#error the processor has no AVX2
 #endif
 typedef float vec __attribute__((vector_size(4 * L)));
 typedef int ivec __attribute__((vector_size(4 * L)));
@@ -36,10 +37,6 @@ static INLINE vec vmax(vec a, vec b) { return b > a || b != b ? b : a; }  // NaN
 static INLINE vec vmin(vec a, vec b) { return b < a || b != b ? b : a; }
 static INLINE vec relu(vec v) { return v < 0 ? vec{} : v; }
 static INLINE vec vabs(vec v) { return v < 0 ? -v : v; }
-template <class F> static INLINE vec each(F f, vec v) {
-  for (int l = 0; l < L; l++) v[l] = f(v[l]);
-  return v;
-}
 template <int N> static INLINE vec poly(const float (&c)[N], vec x) {
   vec p = vec{} + c[N - 1];
   UNROLL for (int i = N - 2; i >= 0; i--) p = p * x + c[i];
@@ -225,37 +222,32 @@ static INLINE void winograd(const float* u, const vec* in, vec* scratch, F end) 
   }
 }
 
-// ---- rows and windows ---------------------------------------------------------------------------
+// ---- means and windows ---------------------------------------------------------------------------
 
 static INLINE vec mean(const vec* x, int n) {
   vec s[4] = {};  // four sums, so that an addition need not wait for the one before
   for (int i = 0; i < n; i++) s[i % 4] += x[i];
   return ((s[0] + s[1]) + (s[2] + s[3])) / (float)n;
 }
-// Where window number i of `outs` begins and ends; a stride of 0 shares `size` out evenly.
+// Where window i begins and ends, and its size with the rim; a stride of 0 shares the input evenly.
 struct Window {
-  int begin, end, counted;
+  int begin, end, rimmed;
   INLINE Window(int i, int size, int outs, int kernel, int stride, int pad) {
     begin = stride ? i * stride - pad : i * size / outs;
-    end = stride ? begin + kernel : ((i + 1) * size + outs - 1) / outs;
-    if (end > size + pad) end = size + pad;
-    counted = end - begin;
-    if (begin < 0) begin = 0;
-    if (end > size) end = size;
+    end = stride ? std::min(begin + kernel, size + pad) : ((i + 1) * size + outs - 1) / outs;
+    rimmed = end - begin, begin = std::max(begin, 0), end = std::min(end, size);
   }
 };
-// One channel. divisor: of the average; 0 the cells of the window, -1 those without the rim.
 template <bool MAX>
 static INLINE void pool(const vec* x, vec* out, int H, int W, int OH, int OW, int KH, int KW, int SH,
-                        int SW, int PH, int PW, int divisor) {
+                        int SW, int PH, int PW, bool rim) {
   for (int i = 0; i < OH; i++)
     for (int j = 0; j < OW; j++) {
       Window r(i, H, OH, KH, SH, PH), c(j, W, OW, KW, SW, PW);
       vec s = MAX ? x[r.begin * W + c.begin] : vec{};
       for (int y = r.begin; y < r.end; y++)
         for (int z = c.begin; z < c.end; z++) s = MAX ? vmax(s, x[y * W + z]) : s + x[y * W + z];
-      int cells = divisor > 0 ? divisor : divisor < 0 ? (r.end - r.begin) * (c.end - c.begin)
-                                                      : r.counted * c.counted;
+      int cells = rim ? r.rimmed * c.rimmed : (r.end - r.begin) * (c.end - c.begin);
       out[i * OW + j] = MAX ? s : s / (float)cells;
     }
 }

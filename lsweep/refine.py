@@ -3,11 +3,7 @@
 Values are looked at on the log scale T (linear for a metric that is not a loss). The **refinement
 error** at a point is |T̂ − T| over (q98 − q2 of T on evaluated points), T̂ the `Interpolant` through
 all evaluated points, and what is stated for it is κ times the interpolant's own scale. The factor
-κ is read off the points themselves: each is left out in turn and predicted from all the others.
-
-**Held-out** points, which nothing but chance chose before any value was known, keep κ honest: the
-other points lie where the refinement wanted them, these lie where a reader looks. They may
-serve as nodes for their neighbours all the same, for none is ever used to predict itself.
+κ is read off the evaluated points, see `lsweep.known`.
 
 Whatever is stated to exceed the tolerance is asked, the largest stated error first, and each next
 point knowing of those before it, for how the scale falls around a further node is known before
@@ -25,41 +21,31 @@ Everything here is a function of the evaluated points as a set, so every process
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from lsweep.interpolate import Interpolant
+from lsweep.known import WHOLE, Known
+from lsweep.known import Evaluated as Evaluated
 from lsweep.points import Lattice, bisection_levels
-from lsweep.scales import LINEAR, Transform, log_scale
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 
 HELD_OUT = 24
 """Random points asked beside the first sub-lattice; of small grids at most every tenth point."""
 DEPTH = {1: 3, 2: 2, 3: 2}
 """Bisections that make the first sub-lattice, by the number of axes: 9, 5 x 5, 5 x 5 x 5."""
-COVERED = 0.95
-"""The share of points whose true error the stated error is to cover."""
-MARGIN = 1.3
-GUARD = 3
-"""κ is at least the ratio of the GUARD-th worst held-out point."""
-FLOOR = 1.5
 AIM = 0.85
 """Refinement goes on until the stated error is below this share of the tolerance."""
 GROWTH = 0.5
 """A round asks at most this share of what is evaluated already, for roughness is yet to be seen."""
-LEAST = 0.06
+LEAST = 0.1
 """And at least this share, for a round costs a barrier."""
-WHOLE = 20_000
-"""Grids up to so many points are looked at everywhere."""
+MOST_NODES = 4000
+"""More evaluated points than one dense system should hold."""
 
 
 @dataclass(frozen=True)
@@ -73,21 +59,6 @@ class First:
 
     asked: IntArray
     held_out: IntArray
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """What is known of one variable.
-
-    Attributes:
-        indices: (n,) distinct C-order indices, in any order.
-        values: (n,) float64 in the same order; NaN and Inf where the network gave them.
-        held_out: (n,) bool, True for the points of `First.held_out`.
-    """
-
-    indices: IntArray
-    values: FloatArray
-    held_out: BoolArray
 
 
 @dataclass(frozen=True)
@@ -172,7 +143,7 @@ def decide(
     >>> decide(lattice, 0.01, Evaluated(index, plane, np.arange(49) >= 25)).state
     'done'
     """
-    known = _Known(lattice, evaluated, log)
+    known = Known(lattice, evaluated, log)
     rest = np.flatnonzero(~known.mask)
     if not len(rest):
         return Decision("done", rest, rest, 0.0)
@@ -183,12 +154,11 @@ def decide(
     border = known.border()
     if known.model is None:
         ask = np.union1d(border, known.open_corners())
-        return (
-            Decision("open", ask, nothing, np.inf)
-            if len(ask)
-            else Decision("done", nothing, nothing, 0.0)
-        )
-    probes = known.probes()
+        state: Literal["open", "done"] = "open" if len(ask) else "done"
+        return Decision(state, ask, nothing, np.inf if len(ask) else 0.0)
+    if known.chaotic(tolerance, _sub_lattice(lattice)):
+        return dense
+    probes = np.setdiff1d(known.probes(), border, assume_unique=True)
     stated = known.stated(probes)
     error = np.inf if len(border) else float(stated.max(initial=0.0))
     if error <= AIM * tolerance:
@@ -199,7 +169,8 @@ def decide(
     order, needed = known.sequence(wanted, AIM * tolerance, most + most // 2)
     count = min(most, max(least, needed)) if needed else 0
     ask = np.concatenate([border, order[:count]])
-    if 2 * (len(known.index) + len(ask)) > len(lattice):
+    total = len(known.index) + len(ask)
+    if 2 * total > len(lattice) or total > MOST_NODES:
         return Decision("dense", rest, nothing, error)
     return Decision("open", ask, order[count : max(needed, count)], error)
 
@@ -212,7 +183,7 @@ def fill(lattice: Lattice, evaluated: Evaluated, *, log: bool = True) -> Filled:
         evaluated: all that is known of the variable.
         log: T is the log scale; False: the value itself.
     """
-    known = _Known(lattice, evaluated, log)
+    known = Known(lattice, evaluated, log)
     transformed = np.full(len(lattice), np.nan)
     error = np.full(len(lattice), np.nan)
     if known.model is not None:
@@ -230,146 +201,6 @@ def fill(lattice: Lattice, evaluated: Evaluated, *, log: bool = True) -> Filled:
     values[known.index] = known.values
     error[known.index] = margin[known.index] = np.where(np.isfinite(known.values), 0.0, np.nan)
     return Filled(values, error, margin, known.spread, known.scale.name)
-
-
-@dataclass(frozen=True)
-class _Cell:
-    """A box of indices without an evaluated point inside, and what is known on its border."""
-
-    low: tuple[int, ...]
-    high: tuple[int, ...]
-    finite: bool
-    nonfinite: bool
-
-    def points(self, parts: int, shape: tuple[int, ...]) -> IntArray:
-        """Return the C-order indices that ``parts``, a power of two, equal steps make of it."""
-        along = [
-            np.unique([a + (b - a) * k // parts for k in range(parts + 1)])
-            for a, b in zip(self.low, self.high, strict=True)
-        ]
-        return np.asarray(np.ravel_multi_index(np.meshgrid(*along, indexing="ij"), shape)).ravel()
-
-
-class _Known:
-    """What is known of one variable, sorted, and the interpolant through it."""
-
-    def __init__(self, lattice: Lattice, evaluated: Evaluated, log: bool) -> None:
-        order = np.argsort(evaluated.indices)
-        self.shape = lattice.shape
-        self.index = np.asarray(evaluated.indices, np.int64)[order]
-        self.values = np.asarray(evaluated.values, np.float64)[order]
-        self.mask = np.zeros(len(lattice), bool)
-        self.mask[self.index] = True
-        self.finite = np.isfinite(self.values)
-        values, nodes = self.values[self.finite], self.at(self.index[self.finite])
-        self.scale: Transform = LINEAR
-        if log and len(values):
-            centre = (lattice.offsets(self.index) == 0.0).all(axis=1)
-            at_centre = float(self.values[centre][0]) if centre.any() else np.nan
-            self.scale = log_scale(values, center=at_centre)
-        transformed = self.scale.forward(values)
-        self.spread, self.factor = 1.0, FLOOR
-        self.model: Interpolant | None = None
-        if len(values):
-            low, high = np.quantile(transformed, [0.02, 0.98])
-            self.spread = float(high - low) or float(np.ptp(transformed)) or 1.0
-        if len(values) >= 2 * (len(self.shape) + 2):
-            self.model = Interpolant(nodes, transformed)
-            self.factor = _factor(self.model.left_out(), evaluated.held_out[order][self.finite])
-
-    def at(self, index: IntArray) -> FloatArray:
-        """Return (m, A) positions with axes of unit length."""
-        along = np.unravel_index(index, self.shape)
-        return np.stack(
-            [i / max(1, n - 1) for i, n in zip(along, self.shape, strict=True)], axis=-1
-        )
-
-    def stated(self, index: IntArray) -> FloatArray:
-        """Return (m,) stated errors; the interpolant is there."""
-        assert self.model is not None
-        return self.factor * self.model.predict(self.at(index))[1] / self.spread
-
-    def sequence(self, index: IntArray, aim: float, most: int) -> tuple[IntArray, int]:
-        """Return ``most`` of ``index`` in the order they are wanted, and how many are needed."""
-        assert self.model is not None
-        limit = aim * self.spread / self.factor
-        order, needed = self.model.sequence(self.at(index), limit, most)
-        return index[order], needed
-
-    @cached_property
-    def cells(self) -> list[_Cell]:
-        """The cells that bisection leaves, in a fixed order."""
-        return list(self._split())
-
-    def border(self) -> IntArray:
-        """Return the bisection points that tell where finite values end."""
-        if self.finite.all() or not self.finite.any():
-            return np.empty(0, np.int64)
-        return self._open([c.points(2, self.shape) for c in self.cells if c.finite and c.nonfinite])
-
-    def open_corners(self) -> IntArray:
-        """Return the bisection points of all cells with finite values."""
-        return self._open([c.points(2, self.shape) for c in self.cells if c.finite])
-
-    def probes(self) -> IntArray:
-        """Return the points at which the stated error is looked at."""
-        if self.finite.all() and len(self.mask) <= WHOLE:
-            return np.flatnonzero(~self.mask)
-        parts = 4 if len(self.mask) > WHOLE else 1 << int(max(self.shape)).bit_length()
-        inside = [c.points(parts, self.shape) for c in self.cells if not c.nonfinite]
-        return self._open(inside)
-
-    def spoil(self, transformed: FloatArray, error: FloatArray) -> None:
-        """Take back what the interpolant says of cells that hold nonfinite values."""
-        if self.finite.all():
-            return
-        sound = np.zeros(self.shape, bool)
-        unclear = np.zeros(self.shape, bool)
-        for cell in self.cells:
-            box = tuple(slice(a, b + 1) for a, b in zip(cell.low, cell.high, strict=True))
-            if not cell.nonfinite:
-                sound[box] = True
-            elif cell.finite:
-                unclear[box] = True
-        transformed[~(sound | unclear).ravel()] = error[~(sound | unclear).ravel()] = np.nan
-        error[(unclear & ~sound).ravel()] = np.inf
-
-    def _open(self, points: list[IntArray]) -> IntArray:
-        index = np.unique(np.concatenate([np.empty(0, np.int64), *points]))
-        return index[~self.mask[index]]
-
-    def _split(self) -> Iterator[_Cell]:
-        where = np.stack(np.unravel_index(self.index, self.shape), axis=-1)
-        top = (0,) * len(self.shape), tuple(n - 1 for n in self.shape)
-        stack = [(*top, np.arange(len(where)), True, False)]
-        while stack:
-            low, high, held, finite, nonfinite = stack.pop()
-            a, b = np.array(low), np.array(high)
-            at = where[held]
-            held = held[((at >= a) & (at <= b)).all(axis=1)]
-            if len(held):  # else its parent's word holds
-                finite = bool(self.finite[held].any())
-                nonfinite = not self.finite[held].all()
-            at = where[held]
-            inside = ((at > a) & (at < b)) | (b - a <= 1)
-            wide = [high[k] - low[k] > 1 for k in range(len(low))]
-            if not any(wide) or not inside.all(axis=1).any():
-                yield _Cell(low, high, finite, nonfinite)
-                continue
-            ranges = [
-                [(p, (p + q) // 2), ((p + q) // 2, q)] if q - p > 1 else [(p, q)]
-                for p, q in zip(low, high, strict=True)
-            ]
-            for box in itertools.product(*ranges):
-                corner, far = tuple(r[0] for r in box), tuple(r[1] for r in box)
-                stack.append((corner, far, held, finite, nonfinite))
-
-
-def _factor(left_out: FloatArray, held_out: BoolArray) -> float:
-    """Return κ from the ratios with which the nodes are predicted by one another."""
-    factor = max(FLOOR, MARGIN * float(np.quantile(left_out, COVERED)))
-    chance = np.sort(left_out[held_out])
-    return max(factor, float(chance[-GUARD])) if len(chance) >= GUARD else factor
 
 
 def _sub_lattice(lattice: Lattice) -> IntArray:

@@ -51,14 +51,14 @@ def _next(folder: RunFolder, plan: Plan, rounds: Rounds) -> Ask:
     numbers = rounds.numbers_of(lattice)
     left = int((numbers < 0).sum())
     seconds = _seconds(folder)
-    if goal.error is None and left * seconds < CHEAP:
+    if goal.error is None and left and left * seconds < CHEAP:
         why = f"all {left} points that are left take {left * seconds:.2g} s, less than deciding"
         return _dense(rounds, goal, None, why)
     found = [
         decide(lattice, goal.tolerance, evaluated, log=name.endswith("_loss"))
         for name, evaluated in evaluations(folder, plan, rounds, numbers).items()
     ]
-    error = max((_finite(d.error) for d in found), default=0.0)
+    error = _finite(max(d.error for d in found))
     if any(d.state == "dense" for d in found):
         return _dense(rounds, goal, error, "the surface is too rough to be interpolated")
     asked, adopted = split(rounds, numbers, _joined([d.ask for d in found if _is_open(d)]))
@@ -95,8 +95,8 @@ def _seconds(folder: RunFolder) -> float:
     return min((float(d["seconds_per_point"]) for d in known), default=math.inf)
 
 
-def _finite(error: float) -> float:
-    return float(error) if math.isfinite(error) else 1e300  # JSON knows no infinity
+def _finite(error: float) -> float | None:
+    return float(error) if math.isfinite(error) else None  # it cannot be told yet
 
 
 def _joined(lists: list[IntArray]) -> list[int]:

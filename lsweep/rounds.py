@@ -52,7 +52,7 @@ class Refining:
         state: ``open`` while more points may be asked, ``done``, or ``dense``: every point is.
         held_out: numbers of points that chance chose before any value was known: from them it is
             learned how far the estimated error may be trusted.
-        error: what was estimated when the round was decided on; None before the first decision.
+        error: what was estimated when the round was decided on; None where that was not possible.
         why: the reason for ``dense``.
     """
 

@@ -3,8 +3,8 @@
 First its own shard, coarse to fine. Then what nobody has claimed, from the far ends of the others'
 shards, for their owners come from the near ones. Then the leases of owners that are gone: while
 others still work some workers stand by for that, asleep most of the time. Where a refinement is
-open they all stay: they evaluate ahead what the next round will probably ask, and when the last
-round is complete, whoever finds that plans the next.
+open they all stay, those of a crowd looking at little but whether a new round is there: they
+evaluate ahead what the next will probably ask, and who finds the last one complete plans the next.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from lsweep import leases
 from lsweep.committed import Committed
 from lsweep.folder import RunFolder
+from lsweep.insist import names
 from lsweep.leases import Lease
 from lsweep.plan import Plan
 from lsweep.points import IntArray
@@ -31,6 +32,7 @@ STANDING_BY = 64  # of a crowd so many wait for deaths; the others free their de
 EXAMINED = 16  # leases that one look of an idle worker examines
 SHORTEST_NAP, LONGEST_NAP = 0.05, 2.0  # seconds between looks of an idle worker
 WORKERS_A_SECOND = 100  # so many lengthen the longest nap by a second
+SELDOM = 16  # times longer naps of those that stay without standing by
 QUIET = 60.0  # seconds without a sign of the others after which their shards are not waited for
 TURN, LAST_TURN = 0.05, 10.0  # seconds that each worker lets those before it plan a round
 Claimed = tuple[Round, int, Lease | None]
@@ -156,8 +158,12 @@ class Shift:
     # -- what others left --------------------------------------------------------------------------
 
     def _left(self) -> Generator[Claimed, None, bool]:
-        """Yield what owners that are gone left; return True when all rounds are complete."""
+        """Yield what owners that are gone left; return False when others will see to the rest.
+
+        True says that all rounds are complete, or that the next one is there.
+        """
         nap, longest = SHORTEST_NAP, LONGEST_NAP + self._role.of / WORKERS_A_SECOND
+        longest *= 1 if self._stands_by else SELDOM
         while True:
             self.committed.look()
             missing = {r.number: self.committed.first_missing(r) >= 0 for r in self.rounds}
@@ -178,9 +184,25 @@ class Shift:
             if found or ahead:
                 nap = SHORTEST_NAP
                 continue
-            self._stop.check()
-            time.sleep(nap * self._chance.uniform(0.5, 1.0))
+            self._doze(nap * self._chance.uniform(0.5, 1.0))
+            if self._next_is_there:
+                return True
             nap = min(longest, nap * 1.5)
+
+    def _doze(self, seconds: float) -> None:
+        """Sleep, with an eye on the next round."""
+        end = time.monotonic() + seconds
+        while True:
+            self._stop.check()
+            time.sleep(max(0.0, min(LONGEST_NAP, end - time.monotonic())))
+            if time.monotonic() >= end or self._next_is_there:
+                return
+
+    @property
+    def _next_is_there(self) -> bool:
+        """Whether someone has planned the next round: then all saw this one complete but us."""
+        name = self._folder.round(len(self.rounds.all)).name
+        return self.rounds.refining and name in names(self._folder.rounds)
 
     def _free(self, left: list[tuple[Round, int]]) -> bool:
         """Whether nobody has claimed some of these leases."""

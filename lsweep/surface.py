@@ -389,6 +389,7 @@ def _attributes(dataset: h5py.Dataset, attributes: Mapping[str, str]) -> None:
 
 
 _TEXTS = ("long_name", "units", "split", "metric", "direction", "replicate", "norm")
+_TEXTS += ("samples", "estimator")
 _UNHASHED = {"lsweep_sha256", "CLASS", "NAME", "DIMENSION_LIST", "REFERENCE_LIST", "_Netcdf4Dimid"}
 
 
