@@ -103,7 +103,7 @@ class Lowering:
                 self._take(node)
         output = self._straight(self._values[nodes[-1].args[0]])
         self.shape, size = tuple(output.lies.shape), self._place()
-        self.memory = size + self._scratch
+        self.memory, length = size + self._scratch, output.lies.numel() // groups
         loads = [
             f"load(in[{i}], {a.at}, {a.lies.numel() // groups}, {groups}, first, n);"
             for i, a in enumerate((self._values[n] for n in inputs), len(weights) + len(constants))
@@ -118,8 +118,8 @@ class Lowering:
             f"vec *m = memory + (long)thread * {self.memory}, *scratch = m + {size};",
             *(f"vec* b{i} = m + {b.start};" for i, b in enumerate(self._buffers)),
             *(*loads, *self._steps),
-            f"if (!store({output.at}, result, {output.lies.numel() // groups}, {groups}, first, n))",
-            *("finite = false;", "});", "return finite;", "}", ""),
+            f"if (!store({output.at}, result, {length}, {groups}, first, n)) finite = false;",
+            *("});", "return finite;", "}", ""),
         ]
         self.text = "\n".join(lines)
 
