@@ -388,8 +388,7 @@ def _attributes(dataset: h5py.Dataset, attributes: Mapping[str, str]) -> None:
         dataset.attrs[key] = _text(value)
 
 
-_TEXTS = ("long_name", "units", "split", "metric", "direction", "replicate", "norm")
-_TEXTS += ("samples", "estimator")
+_TEXTS = "long_name units split metric direction replicate norm samples estimator".split()
 _UNHASHED = {"lsweep_sha256", "CLASS", "NAME", "DIMENSION_LIST", "REFERENCE_LIST", "_Netcdf4Dimid"}
 
 
