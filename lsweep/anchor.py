@@ -23,7 +23,7 @@ from lsweep.problem import Problem
 
 
 def anchored(problem: Problem, evaluate: dict[str, Any], device: torch.device) -> dict[str, float]:
-    """Return variable -> its value at the centre over all data, and let go of all the data.
+    """Return variable -> its value at the centre over all data.
 
     Nothing of a split that is not cut, where a value depends on its batch (``batch_norm``), and of
     an opaque batch mean.
@@ -36,12 +36,8 @@ def anchored(problem: Problem, evaluate: dict[str, Any], device: torch.device) -
     Raises:
         LsweepError: the problem fails on data outside the subset.
     """
-    wholes = {}
-    for name in evaluate["splits"]:
-        split = problem.splits[name]
-        if split.whole is not None:
-            wholes[name] = split.whole
-            split.whole = None  # so that no worker keeps all the data in memory
+    splits = {name: problem.splits[name].whole for name in evaluate["splits"]}
+    wholes = {name: whole for name, whole in splits.items() if whole is not None}
     if not wholes or evaluate["batch_norm"] != "eval":
         return {}
     plain = {**evaluate, "splits": list(wholes), "slices": 1, "backend": "eager"}
@@ -52,6 +48,12 @@ def anchored(problem: Problem, evaluate: dict[str, Any], device: torch.device) -
     with Evaluator(there, plain, Directions({}, (), {}), device) as evaluator:
         means = _at_centre(evaluator)
     return {n: mean for n, mean in zip(names, means, strict=True) if math.isfinite(mean)}
+
+
+def let_go(problem: Problem) -> None:
+    """Forget the data outside the subset, so that no worker keeps all of it in memory."""
+    for split in problem.splits.values():
+        split.whole = None
 
 
 def _at_centre(evaluator: Evaluator) -> list[float]:

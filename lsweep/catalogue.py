@@ -62,8 +62,10 @@ class Builder:
 
     @functools.cached_property
     def rows(self) -> Packed:
-        """The packed tensors of the graph."""
+        """The packed tensors of the graph: the network's own rows where nothing is folded."""
         ground, graph = self.ground, self.graph
+        if not graph.folds and self.packed.views.keys() >= set(graph.names):
+            return self.packed
         moves = [
             graph.pack_direction({n: t.to(ground.device, ground.dtype) for n, t in axis.items()})
             for axis in ground.moves
@@ -77,8 +79,10 @@ class Builder:
         dtype = torch.bfloat16 if reduced else ground.dtype
         threads = torch.get_num_threads()
         made = getattr(importlib.import_module(f"lsweep.{module}"), kind)
-        network = made(self.graph, self.rows.views, self.inputs, ground.device, dtype, threads)
-        return Networked(name, ground, self.rows, network, self.graph.pack)
+        rows = self.rows
+        network = made(self.graph, rows.views, self.inputs, ground.device, dtype, threads)
+        pack = dict if rows is self.packed else self.graph.pack
+        return Networked(name, ground, rows, network, pack)
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,13 @@ def _why_not_fused(ground: Ground) -> str | None:
     return why_no_stand_in(ground)
 
 
+def _why_not_native(ground: Ground) -> str | None:
+    precision = ground.settings["precision"]
+    if ground.device.type != "cpu" or precision != "float32":
+        return f"native code is for float32 on a CPU, not {precision} on {ground.device}"
+    return why_no_stand_in(ground)
+
+
 def _is_small_on_gpu(ground: Ground) -> bool:
     # On a CPU, stacked points were never faster than one after the other.
     return ground.device.type != "cpu" and sum(t.numel() for t in ground.state.values()) <= SMALL
@@ -134,10 +145,11 @@ def _is_small_on_gpu(ground: Ground) -> bool:
 KINDS = {
     "eager": Kind(lambda b: b.eager, lambda ground: None),
     "channels_last": Kind(lambda b: ChannelsLast(b.ground, b.seat), _why_no_channels_last),
-    "fused": Kind(lambda b: b.network("fused", "fused", "FusedNetwork"), _why_not_fused, 5.0),
+    "fused": Kind(lambda b: b.network("fused", "fused", "FusedNetwork"), _why_not_fused, 3.0),
+    "native": Kind(lambda b: b.network("native", "native", "NativeNetwork"), _why_not_native, 3.0),
     "vmap": Kind(lambda b: Vmapped(b.ground, b.packed), _why_not_rerun, 0.5, _is_small_on_gpu),
     "cudagraph": Kind(lambda b: Replayed(b.ground, b.seat, b.packed), _why_not_replayed, 1.0),
-    "compiled": Kind(lambda b: Compiled(b.ground, b.seat, b.packed), _why_not_compiled, 40.0),
+    "compiled": Kind(lambda b: Compiled(b.ground, b.seat, b.packed), _why_not_compiled, 60.0),
 }  # those that are cheap to build first
 
 

@@ -28,10 +28,13 @@ from lsweep.summing import Reference, Samples, stacked
 
 WORTH = 2.0  # seconds of a sweep with eager, below which nothing is tried
 SHARE = 0.05  # of them may be spent on trials
+LONG = 30.0  # seconds of set-up, which are spent only where there is none of these:
+SHORTER = ("fused", "native")
+LEAST = 4  # passes over one batch at each spot: below, nothing can be told
 ROUNDS = 3  # passes of those that were near the fastest in the first
 NEAR = 1.3  # times the fastest
-FACTORS = (2.0, 0.5, 4.0)  # of the default batch size
-WHOLE = 8192  # samples; a split of so many or fewer may be one batch
+LARGER = (2.0, 4.0, 8.0)  # times the default batch size, as long as that is faster
+SMALLER = 0.5
 TOLERANCE = {"float64": 1e-9, "float32": 2e-5}
 REDUCED_TOLERANCE = 0.1  # nonsense; the error that was measured stands in the record
 FLOOR = 0.05  # of the usual value: below, an error counts as one of that much
@@ -99,6 +102,11 @@ def choose(evaluator: Evaluator, spots: Sequence[Spot], seconds: float, points: 
     asked = str(evaluator.settings["backend"])
     total = seconds * points
     if asked == "eager" or (asked == "auto" and total < WORTH):
+        return Choice("eager", dict(evaluator.batch_sizes))
+    split = evaluator.splits[0]
+    batch = samples_in(next(evaluator.fresh(split, evaluator.batch_sizes[split])))
+    least = LEAST * len(spots) * seconds * batch / max(1, len(evaluator.centre()[0].values))
+    if asked == "auto" and least > SHARE * total:
         return Choice("eager", dict(evaluator.batch_sizes))
     trials = _Trials(evaluator, spots, seconds, SHARE * total)
     if asked != "auto":
@@ -170,8 +178,13 @@ class _Trials:
         """Build a backend, compare it, time it once; where there is time for its set-up."""
         trial = Trial(name, self._default)
         self._done.append(trial)
-        if set_up > self._left:
-            trial.why_not = f"not tried: {max(0.0, self._left):.1f} s are left for trials"
+        reason = catalogue.KINDS[name].why_not(self._evaluator.ground)
+        if reason is None and set_up > self._left:
+            reason = f"not tried: {max(0.0, self._left):.1f} s are left for trials"
+        if reason is None and set_up >= LONG and any(t.backend in SHORTER for t in self._sound()):
+            reason = f"not tried: it takes long to build, and there is {' or '.join(SHORTER)}"
+        if reason is not None:
+            trial.why_not = reason
             return trial
         start = time.perf_counter()
         try:
@@ -189,28 +202,39 @@ class _Trials:
         """Try other batch sizes for a backend."""
         ev = self._evaluator
         free = ev.settings["batch_size"] == "auto" and ev.settings["batch_norm"] == "eval"
-        if not free or self._opaque or not ev.problem.splits[self._split].sizable:
+        long = max(t.set_up for t in self._done if t.backend == name) > self._left
+        if long or not free or self._opaque or not ev.problem.splits[self._split].sizable:
             return
-        counts = {s: ev.problem.splits[s].samples for s in self._default}
-        for factor in (*FACTORS, math.inf):
-            sizes = {
-                s: max(1, int(min(counts[s] or n * 4, n * factor if factor < math.inf else WHOLE)))
-                for s, n in self._default.items()
-            }
-            large = factor == math.inf and not all((counts[s] or math.inf) <= WHOLE for s in sizes)
-            if large or sizes[self._split] > 2 * self._samples or self._left <= 0:
-                continue
-            tried = [t.batch_sizes for t in self._done if t.backend == name]
-            if any(all(min(n, counts[s] or n) == sizes[s] for s, n in t.items()) for t in tried):
-                continue
-            trial = Trial(name, sizes)
-            self._done.append(trial)
-            try:
-                self._compare(trial)
-                if not trial.why_not:
-                    self._time(trial)
-            except Exception as e:
-                trial.why_not = _reason(e)
+        for factor in LARGER:
+            if not self._is_faster(name, factor):
+                break
+        if self._best(name).batch_sizes == self._default:
+            self._is_faster(name, SMALLER)
+
+    def _best(self, name: str) -> Trial:
+        return next(t for t in self._sound() if t.backend == name)
+
+    def _is_faster(self, name: str, factor: float) -> bool:
+        """Try some times the default batch sizes; True when they are the fastest of a backend."""
+        splits = self._evaluator.problem.splits
+        counts = {s: splits[s].samples or math.inf for s in self._default}
+        sizes = {
+            s: max(1, int(min(counts[s], min(n, counts[s]) * factor)))
+            for s, n in self._default.items()
+        }
+        before = self._best(name)
+        most = {s: min(n, counts[s]) for s, n in before.batch_sizes.items()}
+        if most == sizes or sizes[self._split] > 2 * self._samples or self._left <= 0:
+            return False
+        trial = Trial(name, sizes)
+        self._done.append(trial)
+        try:
+            self._compare(trial)
+            if not trial.why_not:
+                self._time(trial)
+        except Exception as e:
+            trial.why_not = _reason(e)
+        return self._best(name) is trial
 
     def _compare(self, trial: Trial) -> None:
         found = self._found(self._built[trial.backend], self._batches(trial.batch_sizes))
@@ -223,6 +247,8 @@ class _Trials:
             trial.error = max(trial.error, error)
         if trial.error > tolerance and trial.backend != "eager":
             trial.why_not = f"disagrees with eager by {trial.error:.2g}"
+        if math.isinf(trial.error):
+            trial.error = None  # a number where eager has none, or none where it has
 
     def _time(self, trial: Trial) -> None:
         """Time one pass over the samples; a trial's seconds are the median of its passes."""

@@ -239,6 +239,7 @@ def _add_render(p: argparse.ArgumentParser) -> None:
     p.add_argument("--log", action="store_true", help="logarithmic scale")
     p.add_argument("--vmin", type=float, help="lowest value of the scale")
     p.add_argument("--vmax", type=float, help="highest; above it is hatched")
+    p.add_argument("--points", action="store_true", help="show which points were evaluated")
     p.add_argument("--dpi", type=_at_least(1), default=150, help="dots per inch (default: 150)")
 
 

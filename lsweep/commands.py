@@ -69,8 +69,8 @@ def planned(options: Namespace) -> tuple[RunFolder, Problem | None]:
             text += "".join(f"\n# --set {o}" for o in options.overrides) + "\n"
         plan_run(settings, problem, base, folder, text=text, unit_points=options.unit_points)
     if options.retry_failed:
+        from lsweep.asking import ask_again
         from lsweep.merge import failed_points
-        from lsweep.rounds import ask_again
 
         ask_again(folder, lambda: failed_points(folder))
     return folder, problem
@@ -79,7 +79,7 @@ def planned(options: Namespace) -> tuple[RunFolder, Problem | None]:
 def do_plan(options: Namespace) -> int:
     """Freeze the plan, publish the first round, print cost and promises."""
     from lsweep.plan import Plan
-    from lsweep.rounds import Rounds
+    from lsweep.rounds import Rounds, describe_refining
     from lsweep.rows import row_type
 
     folder, _ = planned(options)
@@ -91,10 +91,15 @@ def do_plan(options: Namespace) -> int:
     units = sum(r.units(plan.slices) for r in rounds)
     leases = sum(r.leases(plan.slices) for r in rounds)
     samples = sum(d["samples"] or 0 for d in plan.data.values())
+    whole = sum(d.get("of", d["samples"]) or 0 for d in plan.data.values())
+    drawn = f"{samples or 'all'} of {whole}" if whole > samples else f"{samples or 'all'}"
     grid = " x ".join(str(c) for _, (_, _, c) in sorted(last.grid.items()))
     print(f"{folder.root}: plan {plan.digest[:12]}, grid {grid}, {rounds.total} points in "
           f"{len(rounds.all)} rounds")  # fmt: skip
-    print(f"  each point: {samples or 'all'} samples in {', '.join(plan.evaluate['splits'])}; "
+    if last.refine is not None:
+        more = f"; at most all {len(last.lattice)} points" if rounds.refining else ""
+        print(f"  refinement: {describe_refining(last.refine)}{more}")
+    print(f"  each point: {drawn} samples in {', '.join(plan.evaluate['splits'])}; "
           f"metrics {', '.join(plan.evaluate['metrics'])}")  # fmt: skip
     print(f"  {units} units of {last.unit_points} points, {leases} leases; {plan.slices} slices")
     print(f"  on disk: about {rounds.total * row * plan.slices / 2**20:.1f} MiB of rows, at most "
@@ -117,18 +122,21 @@ def do_run(options: Namespace) -> int:
     """Plan if needed, evaluate what is missing, merge, draw."""
     if options.on == "mpi":
         return _run_on_mpi(options)
+    from lsweep.committed import read_run
     from lsweep.display import Display
-    from lsweep.status import share_done
 
     folder, problem = planned(options)
-    done, total = share_done(folder)
+    _, rounds, committed = read_run(folder)
+    done, total = committed.share
     code, interrupted = 0, False
-    if done < total:
-        print(f"{folder.root}: {total - done} of {total} points to evaluate", flush=True)
+    if not committed.complete:
+        more = ", then more where the picture needs them" if rounds.refining else ""
+        print(f"{folder.root}: {total - done} of {total} points to evaluate{more}", flush=True)
         before = done
         with Stop(end_of_job()) as stop, Display(folder, total, done, sys.stderr) as display:
             code, interrupted = _evaluate(folder, options, problem, display, stop)
-        done, total = share_done(folder)
+        _, _, committed = read_run(folder)
+        done, total = committed.share
     if interrupted:
         again = another_turn(stop.reason, done - before)
         if again:
@@ -139,7 +147,7 @@ def do_run(options: Namespace) -> int:
     if code and not done:
         return code
     merged = _merge_and_draw(folder, draw=not options.no_picture)
-    return (code or merged) if done < total else merged
+    return merged if committed.complete else (code or merged)
 
 
 def _evaluate(
@@ -258,7 +266,8 @@ def _merge_and_draw(folder: RunFolder, draw: bool) -> int:
         at = ", ".join(f"{axis} = {offset:.4g}" for axis, offset in where.items())
         center = surface.center(name)
         middle = f"{center:.6g} at the centre, " if np.isfinite(center) else ""
-        print(f"{name}: {middle}minimum {least:.6g} at {at}")
+        guess = "" if surface.evaluated_at(where) else " (interpolated)"
+        print(f"{name}: {middle}minimum {least:.6g} at {at}{guess}")
     print(f"wrote {folder.surface}")
     if draw:
         from lsweep.pictures import draw_run

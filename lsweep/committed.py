@@ -62,6 +62,18 @@ class Committed:
         """(points, slices) bool, True where a valid row exists."""
         return self.status > 0
 
+    @property
+    def share(self) -> tuple[int, int]:
+        """How many required points, times slices, are done, and how many there are."""
+        required = self._rounds.required
+        return int(np.count_nonzero(self.status[required])), int(required.sum()) * self._plan.slices
+
+    @property
+    def complete(self) -> bool:
+        """True when no required point is missing and no later round will ask for more."""
+        done, total = self.share
+        return done == total and not self._rounds.refining
+
     def look(self, rounds: Rounds | None = None) -> None:
         """Read what was appended since the last look, at first everything.
 
@@ -74,7 +86,7 @@ class Committed:
     def news(self, rounds: Rounds | None = None) -> Iterator[Piece]:
         """Look, and yield the rows that were found, with their part and slots, audits too."""
         pieces = self._appended()
-        if rounds is not None and rounds.total > self._rounds.total:
+        if rounds is not None and len(rounds.all) > len(self._rounds.all):
             more = rounds.total - self._rounds.total
             self.status = np.pad(self.status, ((0, more), (0, 0)))
             if self._reason.size:
@@ -183,8 +195,13 @@ class Committed:
         found: list[int] = (points.start + np.flatnonzero(pending)).tolist()
         return found
 
-    def first_missing(self, round_: Round) -> IntArray:
-        """Return for each lease of a round its first point that has no row yet, or -1."""
+    def first_missing(self, round_: Round, optional: bool = False) -> IntArray:
+        """Return for each lease of a round its first point that has no row yet, or -1.
+
+        Args:
+            round_: the round.
+            optional: count also points that are not required.
+        """
         slices, size = self._plan.slices, round_.unit_points
         units, leases = round_.units(slices), round_.leases(slices)
         if not leases:
@@ -192,6 +209,9 @@ class Committed:
         here = self.status[round_.first : round_.first + round_.points]
         pending = np.zeros((units // slices * size, slices), dtype=bool)
         np.equal(here, Status.PENDING, out=pending[: len(here)])
+        if not optional:
+            required = self._rounds.required[round_.first : round_.first + round_.points]
+            pending[: len(here)] &= required[:, None]
         by_unit = pending.reshape(-1, size, slices)
         first = round_.first + size * np.arange(len(by_unit))[:, None] + by_unit.argmax(axis=1)
         of_units = np.full(leases * round_.lease_units, -1, dtype=np.int64)

@@ -13,6 +13,8 @@ from typing import Any, TextIO
 from lsweep.errors import LsweepError
 from lsweep.files import read_json
 from lsweep.folder import RunFolder
+from lsweep.plan import Plan
+from lsweep.rounds import Rounds
 from lsweep.workers import Observer, State, Verdict, all_workers
 
 ON_TERMINAL, ELSEWHERE = 0.5, 10.0  # seconds between updates
@@ -30,6 +32,7 @@ class Display:
 
     def __init__(self, folder: RunFolder, total: int, done: int, stream: TextIO | None) -> None:
         self._folder, self._total, self._before = folder, total, done
+        self._refining = _is_refining(folder)
         self._stream = stream
         self._live = bool(stream and stream.isatty())
         self._earlier = {w["worker"]: int(w["points"]) for w in all_workers(folder)}
@@ -104,10 +107,18 @@ class Display:
         left = f", {duration((self._total - done) / rate)} left" if rate else ""
         lows = [w["minimum"] for w in workers if w["minimum"] is not None]
         low = f", minimum {min(lows):.4g}" if lows else ""
+        if self._refining:  # how many points it takes is found out on the way
+            return f"{self._before + new} points, refining, {speed(rate)}, {hands}{low}"
         return (
             f"{done}/{self._total} points ({done / self._total:.0%}), {speed(rate)}, "
             f"{hands}{left}{low}"
         )
+
+
+def _is_refining(folder: RunFolder) -> bool:
+    with contextlib.suppress(LsweepError):
+        return Rounds.read(folder, Plan.read(folder)).refining
+    return False
 
 
 def preflight_line(found: dict[str, Any], points: int) -> str:
@@ -118,7 +129,7 @@ def preflight_line(found: dict[str, Any], points: int) -> str:
     seconds = float(found["seconds_per_point"])
     backend = found.get("backend", "eager")
     if found.get("speed"):
-        backend += f", {found['speed']:.3g} x eager, off by {found['error']:.1g},"
+        backend += f" ({found['speed']:.3g} x eager, off by {found['error'] or 0.0:.1g})"
     return (
         f"pre-flight on {found['device']}: {centre} at the centre; {backend}: "
         f"{1e3 * seconds:.3g} ms a point, {found['memory'] / 2**20:.0f} MiB; {points} points take "

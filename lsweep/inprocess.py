@@ -20,7 +20,7 @@ from lsweep.planning import LIVE, plan_run
 from lsweep.problem import Problem
 from lsweep.role import Role
 from lsweep.settings import AXES, Settings
-from lsweep.status import share_done
+from lsweep.status import is_complete, share_done
 from lsweep.stopping import Stop
 from lsweep.surface import Surface
 from lsweep.worker import work
@@ -40,6 +40,7 @@ def sweep(
     directions: Mapping[str, Any] | None = None,
     progress: bool | None = None,
     trajectory: Sequence[str] = (),
+    refine: float | Mapping[str, Any] | None = None,
     **evaluate: Any,
 ) -> Surface:
     """Evaluate a problem on a line, a plane or a volume around its trained weights.
@@ -59,6 +60,9 @@ def sweep(
         directions: the ``[directions]`` table, such as ``{"kind": "to", "checkpoint": "b.pt"}``.
         progress: show progress; by default on a terminal only.
         trajectory: checkpoints, or patterns of them, to project on the plane.
+        refine: tolerance of adaptive resolution, such as 0.01, or the ``[refine]`` table: points
+            are evaluated where the picture needs them, the rest is interpolated. By default every
+            point is evaluated.
         evaluate: keys of the ``[evaluate]`` table: ``metrics``, ``splits``, ``batch_norm``, ….
             By default all metrics and all splits.
 
@@ -94,6 +98,8 @@ def sweep(
     }
     if trajectory:
         table["trajectory"] = {"checkpoints": list(trajectory)}
+    if refine is not None:
+        table["refine"] = refine if isinstance(refine, Mapping) else {"tolerance": refine}
     settings = Settings.from_table(table, "sweep()")
     shown = sys.stderr.isatty() if progress is None else progress
     with contextlib.ExitStack() as stack:
@@ -108,7 +114,7 @@ def sweep(
                     outcome = run_workers(folder, role, workers, stop, on_event=display.say)
                 if outcome.interrupted:
                     raise KeyboardInterrupt
-                if outcome.code and share_done(folder)[0] < total:
+                if outcome.code and not is_complete(folder):
                     raise LsweepError(outcome.events[-1])
             else:
                 work(folder, Role(device=device, threads=0, beat=1.0), problem)

@@ -28,7 +28,7 @@ def do_status(options: Namespace) -> int:
         if options.watch and sys.stdout.isatty() and not options.json:
             text = f"\033[2J\033[H{text}"
         print(text, flush=True)
-        if not options.watch or not state["missing"]:
+        if not options.watch or state["complete"]:
             return 0
         time.sleep(options.interval)
 
@@ -87,7 +87,8 @@ def do_render(options: Namespace) -> int:
         raise LsweepError(f"--dpi {options.dpi}: at most {MOST_DPI}; for more, write .pdf or .svg")
     labels = [p.stem for p in options.source] if len(surfaces) > 1 else None
     render(surfaces, options.output, name=options.metric, kind=options.kind, log=options.log,
-           vmin=options.vmin, vmax=options.vmax, labels=labels, dpi=options.dpi)  # fmt: skip
+           vmin=options.vmin, vmax=options.vmax, labels=labels, dpi=options.dpi,
+           points=options.points)  # fmt: skip
     print(f"wrote {options.output}")
     return 0
 

@@ -120,8 +120,13 @@ def put_title(ax: Axes, text: str) -> None:
 def mark_points(
     surface: Surface, name: str, ax: Axes, height: Height | None = None
 ) -> list[Artist]:
-    """Mark the minimum with a star and the centre with a cross; return their legend entries."""
+    """Mark the minimum with a star and the centre with a cross; return their legend entries.
+
+    Of an error neither is of interest.
+    """
     entries: list[Artist] = []
+    if name.endswith(("_error", "_se")):
+        return entries
     x, y = surface.x, surface.y
     if x.min() <= 0 <= x.max() and y.min() <= 0 <= y.max():
         value = surface.center(name)
@@ -137,6 +142,28 @@ def mark_points(
         text = f"minimum {number(value)} at {at}"
         entries += _marker(ax, where["x"], where["y"], height, label=text, **style)
     return entries
+
+
+def dot_evaluated(surface: Surface, ax: Axes) -> str:
+    """Put a dot at every evaluated point of a plane, or a tick under a line; return what they are.
+
+    >>> from matplotlib.figure import Figure
+    >>> line = Surface({"x": np.zeros(2)}, {"a": np.zeros(2)}, np.array([1, 4], np.uint8))
+    >>> dot_evaluated(line, Figure().add_subplot())
+    'Ticks: the 1 evaluated points.'
+    """
+    where = np.nonzero(surface.evaluated)
+    count = f"the {len(where[0])} evaluated points."
+    style: dict[str, Any] = {"ls": "none", "color": "black", "zorder": 4}
+    if len(surface.axes) == 1:
+        style |= {"marker": 2, "ms": 4, "mew": 0.6, "clip_on": False}
+        bottom = np.zeros(len(where[0]))
+        ax.plot(surface.x[where[0]], bottom, transform=ax.get_xaxis_transform(), label="_", **style)
+        return f"Ticks: {count}"
+    size = float(np.clip(30.0 / math.sqrt(max(1, len(where[0]))), 0.5, 2.8))
+    style |= {"marker": "o", "ms": size, "mew": 0.25, "mec": "white", "clip_on": False}
+    ax.plot(surface.x[where[1]], surface.y[where[0]], label="_", **style)
+    return f"Dots: {count}"
 
 
 def _marker(

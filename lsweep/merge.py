@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,15 +15,16 @@ from lsweep import variates
 from lsweep.caption import caption, describe_recipe, title
 from lsweep.committed import read_run
 from lsweep.errors import LsweepError
-from lsweep.files import read_json, readable
+from lsweep.estimates import estimate
+from lsweep.files import read_json
 from lsweep.folder import RunFolder
+from lsweep.gaps import fill_gaps
 from lsweep.machine import versions
 from lsweep.plan import Plan
 from lsweep.points import IntArray, Lattice
-from lsweep.reading import PartReader
 from lsweep.rounds import Rounds
 from lsweep.rows import device_code
-from lsweep.sums import SUMS, WD, WV, WW, WWD, WWDD, WWV, WWVV, W, means, standard_error
+from lsweep.sums import means
 from lsweep.surface import Status, Surface, Trajectory
 from lsweep.winners import Winners
 
@@ -40,6 +40,8 @@ class Report:
 
     Attributes:
         points: how many points the surface has.
+        evaluated: how many of them count as evaluated: the others are pending or interpolated.
+        refined: how the refinement ended, or what it still lacks; "" without one.
         missing: how many of them are pending.
         failed: reason -> how many points.
         nonfinite: how many are NaN or infinite, a result like others.
@@ -49,6 +51,8 @@ class Report:
     """
 
     points: int = 0
+    evaluated: int = 0
+    refined: str = ""
     missing: int = 0
     failed: dict[str, int] = field(default_factory=dict)
     nonfinite: int = 0
@@ -64,6 +68,8 @@ class Report:
     def lines(self) -> list[str]:
         """Return the report as lines for people; empty when there is nothing to tell."""
         out = []
+        if self.refined:
+            out.append(f"{self.evaluated} of {self.points} points evaluated, {self.refined}")
         if self.missing:
             out.append(f"{self.missing} of {self.points} points are missing")
         for reason, count in self.failed.items():
@@ -102,24 +108,14 @@ def merge(folder: RunFolder, parts: Sequence[Path] | None = None) -> tuple[Surfa
     plan = Plan.read(folder)
     rounds = Rounds.read(folder, plan)
     winners = Winners(folder, plan, rounds, parts)
-    opaque = _opaque(folder, winners.readers)
-    nothing = np.empty((0, len(plan.variables), len(SUMS)))
-    values = {n: np.full(rounds.total, np.nan) for n in _variables(nothing, plan, opaque)}
-    for points, sums in winners.totals():
-        for name, found in _variables(sums, plan, opaque).items():
-            values[name][points] = found
-    status = _whole(winners.status)
-    finite = np.logical_and.reduce([np.isfinite(values[n]) for n in plan.variable_names])
-    # The value decides, not its slices: one whose labels are all ignored has a mean of 0/0.
-    computed = (status == Status.OK) | (status == Status.NONFINITE)
-    status[computed] = np.where(finite[computed], Status.OK, Status.NONFINITE)
-    for value in values.values():
-        value[~computed] = np.nan
-    sampling = variates.correct(values, plan, _anchors(folder, winners.readers))
+    found = estimate(folder, plan, rounds, winners)
+    values, status, opaque, sampling = found.values, found.status, found.opaque, found.sampling
     trajectory = _trajectory(values, rounds, plan)
 
     lattice = rounds.last.lattice
     numbers = rounds.numbers_of(lattice)
+    # What was evaluated ahead and never asked for is there by chance.
+    numbers[(numbers >= 0) & ~rounds.required[numbers]] = -1
     failed = numbers[(numbers >= 0) & (status[numbers] == Status.FAILED)]
     status = _gathered(status, numbers, Status.PENDING)
     for name in values:  # one at a time: of a large surface two copies are not made
@@ -130,8 +126,11 @@ def merge(folder: RunFolder, parts: Sequence[Path] | None = None) -> tuple[Surfa
         index = np.searchsorted(sorted(classes), device).astype(np.float64)
         index[~np.isin(device, list(classes))] = np.nan
         values["device_class"] = _gathered(index, numbers, np.nan)
+    gaps = fill_gaps(values, status, numbers, rounds, plan)
     report = Report(
         points=len(lattice),
+        evaluated=int(((status > 0) & (status < Status.INTERPOLATED)).sum()),
+        refined=gaps.words,
         missing=int((status == Status.PENDING).sum()),
         failed=_reasons(winners, failed),
         nonfinite=int((status == Status.NONFINITE).sum()),
@@ -140,7 +139,10 @@ def merge(folder: RunFolder, parts: Sequence[Path] | None = None) -> tuple[Surfa
         audit=_audit(winners, plan),
     )
     provenance = _provenance(folder, plan, winners.seconds, report, classes, sampling)
-    attributes = variates.annotate(_attributes(plan, opaque), sampling)
+    attributes = variates.annotate(_attributes(plan, opaque), sampling) | gaps.attributes
+    if rounds.last.refine is not None:
+        provenance["refinement"] = gaps.facts
+        provenance["caption"] += gaps.caption
     del winners, numbers
     shaped = {n: v.reshape(lattice.shape) for n, v in values.items()}
     shaped["weight_sq"] = _weight_squares(plan, lattice)
@@ -157,48 +159,11 @@ def merge(folder: RunFolder, parts: Sequence[Path] | None = None) -> tuple[Surfa
     return surface, report
 
 
-def _opaque(folder: RunFolder, parts: list[PartReader]) -> set[str]:
-    """Return the variables that are batch means; recorded twice, as one record may be lost."""
-    names = {v for p in parts for v in p.header.get("opaque", "").split()}
-    return names.union(*(value["opaque"] for value in readable(folder.all_devices())))
-
-
-def _anchors(folder: RunFolder, parts: list[PartReader]) -> list[dict[str, Any]]:
-    """Return the anchors of the control variate; recorded twice, as one record may be lost."""
-    headers = sorted((p.header.get("device_class", ""), p.header.get("anchor", "")) for p in parts)
-    return [json.loads(text) for _, text in headers if text] + [
-        value.get("anchor", {}) for value in readable(folder.all_devices())
-    ]
-
-
-def _whole(slices: ByteArray) -> ByteArray:
-    """Return the outcome of points from that of their slices; one that failed is told first."""
-    status: ByteArray = slices.max(axis=1)
-    status[(slices == Status.PENDING).any(axis=1)] = Status.PENDING
-    status[(slices == Status.FAILED).any(axis=1)] = Status.FAILED
-    return status
-
-
 def _gathered(by_number: Any, numbers: IntArray, missing: Any) -> Any:
     """Return values in the order of a lattice; ``missing`` where a point was never asked."""
     found = by_number[numbers]
     found[numbers < 0] = missing
     return found
-
-
-def _variables(sums: FloatArray, plan: Plan, opaque: set[str]) -> dict[str, FloatArray]:
-    values, errors = {}, {}
-    for k, name in enumerate(plan.variable_names):
-        s = sums[:, k]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            values[name] = s[:, WV] / s[:, W]
-        if name in opaque:
-            continue
-        errors[f"{name}_se"] = standard_error(s[:, W], s[:, WW], s[:, WV], s[:, WWV], s[:, WWVV])
-        errors[f"{name}_diff_se"] = standard_error(
-            s[:, W], s[:, WW], s[:, WD], s[:, WWD], s[:, WWDD]
-        )
-    return values | errors
 
 
 def _weight_squares(plan: Plan, lattice: Lattice) -> FloatArray:
@@ -310,6 +275,7 @@ def _provenance(
             k: value[k]
             for k in ("device", "batch_sizes", "threads", "versions", "samples", "centre")
         } | {"batch_norm": value["batch_norm"], "seconds_per_point": value["seconds_per_point"]}
+        devices[value["class"]] |= {k: value.get(k) for k in ("backend", "error", "tried")}
     return {
         "plan": {f: getattr(plan, f) for f in plan.__dataclass_fields__},
         "plan_sha256": plan.digest,
@@ -335,7 +301,7 @@ def failed_points(folder: RunFolder) -> list[int]:
     Several ranks may ask for them again at once: what one of them asked is pending, not failed.
     """
     _, rounds, committed = read_run(folder)
-    failed = (committed.standing()[0] == Status.FAILED).any(axis=1)
+    failed = (committed.standing()[0] == Status.FAILED).any(axis=1) & rounds.required
     if rounds.asked_again:
         failed[rounds.first_asked[~committed.done.all(axis=1)]] = False
     return [int(p) for p in np.flatnonzero(failed)]

@@ -24,7 +24,15 @@ from lsweep.files import write_whole
 from lsweep.folder import RunFolder
 from lsweep.lines import line, line_scale
 from lsweep.maps import add_bar, contour, filled, heat
-from lsweep.marks import LINE_COLORS, SMALL, default_name, describe, lengths, put_title
+from lsweep.marks import (
+    LINE_COLORS,
+    SMALL,
+    default_name,
+    describe,
+    dot_evaluated,
+    lengths,
+    put_title,
+)
 from lsweep.reliefs import relief
 from lsweep.scales import Scale
 from lsweep.surface import Surface
@@ -56,6 +64,7 @@ def draw(
     log: bool = False,
     vmin: float | None = None,
     vmax: float | None = None,
+    points: bool = False,
 ) -> Axes:
     """Draw one surface into one Axes and return it.
 
@@ -68,6 +77,7 @@ def draw(
         log: ln, or asinh where a value is not positive (`lsweep.scales.log_scale`).
         vmin: lowest level; None for the minimum.
         vmax: highest level; None for the 98 % quantile. What is beyond is hatched.
+        points: show which points were evaluated; the others are interpolated or pending.
 
     An unknown kind or variable, a kind that does not fit the axes, and vmin above vmax are each
     an `LsweepError`.
@@ -77,13 +87,17 @@ def draw(
     >>> draw(s, kind="heat").get_title()
     'loss landscape'
     """
-    kind = _kind([surface], kind)
+    kind = _kind([surface], kind, points)
+    figure = None
     if ax is None:
         figure, axes = _page([surface], kind)
-        _write_caption(figure, [surface], [""])
         ax = axes[0]
     scale = _scale([surface], name, kind, log=log, vmin=vmin, vmax=vmax)
-    return KINDS[kind](surface, name, ax, scale=scale)
+    KINDS[kind](surface, name, ax, scale=scale)
+    told = _dot([surface], [ax], kind) if points else []
+    if figure is not None:
+        _write_caption(figure, [surface], [""], told)
+    return ax
 
 
 def draw_run(surface: Surface, folder: RunFolder) -> Path:
@@ -105,6 +119,7 @@ def render(
     vmax: float | None = None,
     labels: Sequence[str] | None = None,
     dpi: float = 150,
+    points: bool = False,
 ) -> Figure:
     """Draw surfaces on one scale, write the caption below them, and save the figure.
 
@@ -120,6 +135,7 @@ def render(
         vmax: as in `draw`.
         labels: one per surface; None for their titles.
         dpi: dots per inch of a PNG, and of what is stored as dots in the others.
+        points: as in `draw`.
 
     Raises:
         LsweepError: as `draw`; also a suffix that is not known, or labels that do not match.
@@ -136,7 +152,7 @@ def render(
     if not given:
         raise LsweepError("no surface to render")
     shown = [s if isinstance(s, Surface) else Surface.load(s) for s in given]
-    kind = _kind(shown, kind)
+    kind = _kind(shown, kind, points)
     if labels is not None and len(labels) != len(shown):
         raise LsweepError(f"{len(labels)} labels for {len(shown)} surfaces: give one for each")
     texts = list(labels) if labels is not None else _titles(given, shown, kind)
@@ -154,7 +170,8 @@ def render(
             put_title(ax, text)
         variable = default_name(shown[0]) if name is None else name
         add_bar(axes, scale, describe(shown[0], variable), kind)
-    _write_caption(figure, shown, texts)
+    told = _dot(shown, [axes[0]] * len(shown) if kind == "line" else axes, kind) if points else []
+    _write_caption(figure, shown, texts, told)
     if path is not None:
         save(figure, path, dpi=dpi)
     return figure
@@ -195,7 +212,13 @@ def _format(path: Path) -> str:
     return suffix
 
 
-def _kind(surfaces: Sequence[Surface], kind: str) -> str:
+def _dot(surfaces: Sequence[Surface], axes: Sequence[Axes], kind: str) -> list[str]:
+    """Show which points were evaluated; return what the caption says of each surface's."""
+    planes = surfaces if kind == "line" else [as_plane(s) for s in surfaces]
+    return [dot_evaluated(s, ax) for s, ax in zip(planes, axes, strict=True)]
+
+
+def _kind(surfaces: Sequence[Surface], kind: str, points: bool = False) -> str:
     """Return the kind that all surfaces are drawn as."""
     if kind != "auto" and kind not in KINDS:
         raise LsweepError(f"kind = {kind!r}{nearest(kind, ['auto', *KINDS])}")
@@ -206,6 +229,8 @@ def _kind(surfaces: Sequence[Surface], kind: str) -> str:
         raise LsweepError("kind = 'line' needs a surface with one axis; of a plane: 'filled'")
     if kind not in ("auto", "line") and True in lines:
         raise LsweepError(f"kind = {kind!r} needs a surface with two axes; of a line: 'line'")
+    if kind == "3d" and points:
+        raise LsweepError("kind = '3d' shows no points: draw them on 'filled', 'contour' or 'heat'")
     return ("line" if True in lines else "filled") if kind == "auto" else kind
 
 
@@ -251,13 +276,19 @@ def _page(surfaces: Sequence[Surface], kind: str) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def _write_caption(figure: Figure, surfaces: Sequence[Surface], titles: Sequence[str]) -> None:
-    """Write the captions, equal ones once, below the figure, which grows by their lines."""
+def _write_caption(
+    figure: Figure, surfaces: Sequence[Surface], titles: Sequence[str], told: Sequence[str] = ()
+) -> None:
+    """Write the captions, equal ones once, below the figure, which grows by their lines.
+
+    ``told`` is what else there is to say of each surface.
+    """
     named: dict[str, list[str]] = {}
-    for surface, title in zip(surfaces, titles, strict=True):
+    for surface, title, more in zip(surfaces, titles, told or [""] * len(surfaces), strict=True):
         caption = surface.provenance.get("caption")
-        if isinstance(caption, str) and caption.strip():
-            named.setdefault(caption.strip(), []).append(title.replace("\n", ", "))
+        caption = f"{caption if isinstance(caption, str) else ''} {more}".strip()
+        if caption:
+            named.setdefault(caption, []).append(title.replace("\n", ", "))
     whose = len(named) > 1
     texts = [f"{', '.join(t)}: {caption}" if whose else caption for caption, t in named.items()]
     width, height = figure.get_size_inches()

@@ -15,6 +15,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from lsweep.asking import ask_grid
 from lsweep.directions import Directions, make_directions
 from lsweep.errors import DamagedFile, LsweepError, PlanChanged, nearest
 from lsweep.factory import factory_file, file_digest
@@ -25,7 +26,7 @@ from lsweep.machine import refuse_foreign
 from lsweep.plan import Plan
 from lsweep.preflight import check_expected, probe
 from lsweep.problem import Problem, make_problem
-from lsweep.rounds import Rounds, publish_round
+from lsweep.rounds import Rounds
 from lsweep.settings import Evaluation, Settings, Track
 from lsweep.subsets import described, subsampled
 from lsweep.tables import build, plain
@@ -186,8 +187,13 @@ def plan_run(
         if not folder.directions.exists():
             write_directions(folder, plan, directions)
         grid = directions.grid
-        rounds = publish_round(
-            folder, plan, grid, expected=settings.evaluate.expected, unit_points=unit_points
+        rounds = ask_grid(
+            folder,
+            plan,
+            grid,
+            expected=settings.evaluate.expected,
+            refine=settings.refine,
+            unit_points=unit_points,
         )
     except OSError as e:
         raise LsweepError(f"cannot write the run {folder.root}: {e.strerror or e}") from None

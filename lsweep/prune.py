@@ -28,7 +28,7 @@ from lsweep.reading import PartReader
 from lsweep.rounds import Rounds
 from lsweep.rows import TEXTS, Rows
 from lsweep.status import worker_states
-from lsweep.surface import Status, Surface
+from lsweep.surface import Surface
 from lsweep.winners import PART, Winners
 from lsweep.workers import Observer, State
 
@@ -66,9 +66,10 @@ def prune(folder: RunFolder) -> Pruned:
     plan = Plan.read(folder)
     rounds = Rounds.read(folder, plan)
     winners = Winners(folder, plan, rounds)
-    missing = int((winners.committed.status == Status.PENDING).sum())
-    if missing:
-        raise LsweepError(f"{folder.root}: {missing} points are missing: 'lsweep run' it first")
+    if not winners.committed.complete:
+        done, total = winners.committed.share
+        what = f"{total - done} points are missing" if done < total else "its refinement is open"
+        raise LsweepError(f"{folder.root}: {what}: 'lsweep run' it first")
     surface = Surface.load(folder.surface)
     if surface.difference(merge(folder)[0]):
         raise LsweepError(f"{folder.surface} is not what the parts give: 'lsweep merge' it first")

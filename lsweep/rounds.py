@@ -4,13 +4,17 @@ A point has one number for the whole run: round r asks the numbers ``first`` to 
 in the order coarse to fine, and what an earlier round asked is not asked again. A unit is some
 consecutive numbers times one slice of the data; a lease covers some consecutive units. The
 published file is the truth; everything here is derived from it.
+
+With refinement a round asks a list of points, and some more, its last, that idle workers may
+evaluate ahead. Those are required only once a later round adopts them; until then nothing is
+decided or merged from them, for which of them exist is a matter of chance.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import enum
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -19,18 +23,68 @@ import numpy as np
 import numpy.typing as npt
 
 from lsweep.errors import DamagedFile, LsweepError
-from lsweep.files import publish, read_json, sealed
+from lsweep.files import read_json
 from lsweep.folder import RunFolder
-from lsweep.insist import names, there
+from lsweep.insist import names
 from lsweep.plan import Plan
 from lsweep.points import IntArray, Lattice
 from lsweep.settings import Axis
 
 FloatArray = npt.NDArray[np.float64]
-MAX_UNIT_POINTS = 16
-UNITS_WANTED = 1024  # so many workers find something to do
-LARGE_UNITS_WANTED = 16  # where a unit reads much data, which serves all its points
-LEASES_WANTED = 16384
+BoolArray = npt.NDArray[np.bool_]
+FORESEEN = 3  # times the points of its first round are what a refinement usually takes
+
+
+class Goal(enum.StrEnum):
+    """What a round says of the refinement that it belongs to."""
+
+    OPEN = "open"
+    DONE = "done"
+    DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Refining:
+    """How far the refinement of a grid has come.
+
+    Attributes:
+        tolerance: bound of the error that is aimed at, a share of the log scale's range.
+        state: ``open`` while more points may be asked, ``done``, or ``dense``: every point is.
+        held_out: numbers of points that chance chose before any value was known: from them it is
+            learned how far the estimated error may be trusted.
+        error: what was estimated when the round was decided on; None where that was not possible.
+        why: the reason for ``dense``.
+    """
+
+    tolerance: float
+    state: str = Goal.OPEN
+    held_out: list[int] = field(default_factory=list)
+    error: float | None = None
+    why: str = ""
+
+
+def describe_refining(refine: Refining) -> str:
+    """Return in words how far refinement has come.
+
+    >>> describe_refining(Refining(0.01, error=0.0312))
+    'tolerance 1%, error about 3.1% so far'
+    """
+    words = [f"tolerance {percent(refine.tolerance)}"]
+    if refine.state == Goal.DENSE:
+        words = [f"every point is evaluated: {refine.why}"]
+    elif refine.error is not None:
+        so_far = " so far" if refine.state == Goal.OPEN else ""
+        words.append(f"error about {percent(refine.error)}{so_far}")
+    return ", ".join(words)
+
+
+def percent(share: float) -> str:
+    """Return a share with two digits.
+
+    >>> percent(0.01), percent(0.0312), percent(2e-5), percent(1.0)
+    ('1%', '3.1%', '0.002%', '100%')
+    """
+    return f"{float(f'{100 * share:.2g}'):g}%"
 
 
 @dataclass(frozen=True)
@@ -48,6 +102,10 @@ class Round:
         unit_points: points of a unit.
         lease_units: units of a lease.
         expected: variable -> the value that the user expects at the centre.
+        asked: the new points, as C-order indices of the grid in their order; None for all of them.
+        likely: how many of the points, the last ones, are optional.
+        adopted: numbers of earlier optional points that this round requires.
+        refine: how far refinement has come, or None where every point is asked.
     """
 
     plan: str
@@ -60,15 +118,22 @@ class Round:
     unit_points: int
     lease_units: int
     expected: dict[str, float] = field(default_factory=dict)
+    asked: list[int] | None = None
+    likely: int = 0
+    adopted: list[int] = field(default_factory=list)
+    refine: Refining | None = None
 
-    @functools.cached_property
+    @classmethod
+    def of(cls, value: dict[str, Any]) -> Round:
+        """Make a round from what its file holds."""
+        refine = value.get("refine")
+        grid = {name: tuple(v) for name, v in value["grid"].items()}
+        return cls(**{**value, "grid": grid, "refine": Refining(**refine) if refine else None})
+
+    @property
     def lattice(self) -> Lattice:
         """The grid that the surface has after this round."""
-        axes = {
-            name: Axis((Decimal(low), Decimal(high)), int(count))
-            for name, (low, high, count) in sorted(self.grid.items())
-        }
-        return Lattice.of(axes)
+        return lattice_of(self.grid)
 
     def units(self, slices: int) -> int:
         """Number of units: blocks of points times slices."""
@@ -104,6 +169,25 @@ def as_grid(grid: dict[str, Axis]) -> dict[str, tuple[str, str, int]]:
     return out
 
 
+def as_axes(grid: Mapping[str, tuple[str, str, int]]) -> dict[str, Axis]:
+    """Return the grid of a round as a ``[grid]``.
+
+    >>> as_grid(as_axes({"x": ("-1", "1", 5)}))
+    {'x': ('-1', '1', 5)}
+    """
+    return {n: Axis((Decimal(a), Decimal(b)), int(c)) for n, (a, b, c) in sorted(grid.items())}
+
+
+def lattice_of(grid: Mapping[str, tuple[str, str, int]]) -> Lattice:
+    """Return the lattice of a grid; rounds of one grid share one."""
+    return _lattice(tuple(sorted(grid.items())))
+
+
+@functools.lru_cache(maxsize=4)
+def _lattice(grid: tuple[tuple[str, tuple[str, str, int]], ...]) -> Lattice:
+    return Lattice.of(as_axes(dict(grid)))
+
+
 def _decimal(bound: Decimal) -> str:
     text = format(bound, "f")  # exact, unlike normalize(), which rounds to 28 digits
     text = text.rstrip("0").rstrip(".") if "." in text else text
@@ -120,16 +204,22 @@ class Rounds:
             if r.again is None and self._count_new(r) + r.steps != r.points:
                 raise DamagedFile(f"round {r.number} asks {r.points} points, its grid has others")
 
-    def _known(self, r: Round) -> npt.NDArray[np.bool_] | None:
+    def _known(self, r: Round) -> BoolArray | None:
         """Which points of a round's grid an earlier one has; None where there is no earlier one."""
         known = None
         for earlier in self.all[: r.number]:
-            if known is None:
-                known = np.zeros(len(r.lattice), dtype=bool)
-            known |= earlier.lattice.find(r.lattice) >= 0
+            if earlier.asked is not None:
+                has = np.zeros(len(earlier.lattice) + 1, dtype=bool)  # the last entry serves -1
+                has[earlier.asked] = True
+                here = has[:-1] if earlier.lattice is r.lattice else has[_places(earlier, r)]
+            else:
+                here = _places(earlier, r) >= 0
+            known = here if known is None else known | here
         return known
 
     def _count_new(self, r: Round) -> int:
+        if r.asked is not None:
+            return len(r.asked)
         known = self._known(r)
         return len(r.lattice) - (0 if known is None else int(known.sum()))
 
@@ -140,12 +230,37 @@ class Rounds:
         """For each round the new points of its grid, in the order in which it asks them."""
         orders = []
         for r in self.all:
-            known = self._known(r)
-            order = (
-                np.empty(0, dtype=np.int64) if r.again is not None else r.lattice.coarse_to_fine()
-            )
-            orders.append(order if known is None or r.again is not None else order[~known[order]])
+            if r.again is not None or r.asked is not None:
+                orders.append(np.array(r.asked or [], dtype=np.int64))
+                continue
+            known, order = self._known(r), r.lattice.coarse_to_fine()
+            orders.append(order if known is None else order[~known[order]])
         return orders
+
+    @functools.cached_property
+    def required(self) -> BoolArray:
+        """(points,) which numbers count: all but those that were asked as likely and not adopted.
+
+        They alone decide whether the run is complete, what is asked next, and the surface.
+        """
+        required = np.ones(self.total, dtype=bool)
+        for r in self.all:
+            end = r.first + r.points
+            required[end - r.likely : end] = False
+        for r in self.all:
+            required[r.adopted] = True
+        return required
+
+    @property
+    def foreseen(self) -> int:
+        """How many points there will be, as far as can be told before a refinement is done."""
+        more = FORESEEN if self.refining else 1
+        return min(more * self.total, max(self.total, len(self.last.lattice)))
+
+    @property
+    def refining(self) -> bool:
+        """True while a later round may ask more once this one is complete."""
+        return self.last.refine is not None and self.last.refine.state == Goal.OPEN
 
     @functools.cached_property
     def offsets(self) -> FloatArray:
@@ -195,7 +310,7 @@ class Rounds:
             path = folder.round(len(rounds))
             value = read_json(path)
             try:
-                r = Round(**{**value, "grid": {k: tuple(v) for k, v in value["grid"].items()}})
+                r = Round.of(value)
             except (TypeError, KeyError, AttributeError) as e:
                 raise DamagedFile(f"{path} is not a round: {e}") from None
             if r.plan != plan.digest or r.number != len(rounds):
@@ -221,11 +336,22 @@ class Rounds:
         """Return for each point of a lattice, in C order, its number, or -1 if never asked."""
         numbers = np.full(len(lattice), -1, dtype=np.int64)
         for r, order in zip(self.all, self._orders, strict=True):
-            place = np.full(len(r.lattice) + 1, -1, dtype=np.int64)  # the last entry serves -1
-            place[order] = r.first + np.arange(len(order))
-            found = place[:-1] if r.lattice is lattice else place[r.lattice.find(lattice)]
-            np.copyto(numbers, found, where=numbers < 0)
+            if r.lattice is lattice:  # what earlier rounds have is not in the order
+                numbers[order] = r.first + np.arange(len(order))
+            elif len(order):
+                place = np.full(len(r.lattice) + 1, -1, dtype=np.int64)  # the last entry serves -1
+                place[order] = r.first + np.arange(len(order))
+                np.copyto(numbers, place[r.lattice.find(lattice)], where=numbers < 0)
         return numbers
+
+    def optional_on(self, lattice: Lattice) -> list[int]:
+        """Return the numbers of optional points that lie on a lattice."""
+        if not any(r.likely for r in self.all):
+            return []
+        numbers = self.numbers_of(lattice)
+        numbers = numbers[numbers >= 0]
+        found: list[int] = np.sort(numbers[~self.required[numbers]]).tolist()
+        return found
 
     def step_numbers(self) -> IntArray:
         """Return the point numbers of the trajectory's steps, in order."""
@@ -236,85 +362,5 @@ class Rounds:
         return iter(self.all)
 
 
-def publish_round(
-    folder: RunFolder,
-    plan: Plan,
-    grid: dict[str, Axis],
-    *,
-    expected: dict[str, float] | None = None,
-    again: list[int] | None = None,
-    after: int | None = None,
-    unit_points: int | None = None,
-) -> Rounds:
-    """Ask for a grid, or for earlier points again; nothing is published when nothing changes.
-
-    Args:
-        folder: the run.
-        plan: its plan.
-        grid: the surface's axes after this round.
-        expected: values that the user expects at the centre.
-        again: earlier points to ask again.
-        after: publish nothing unless there are just so many rounds.
-        unit_points: points of a unit.
-
-    Returns:
-        All rounds, as they are published: when someone else was first, theirs.
-    """
-    while True:
-        try:
-            rounds = Rounds.read(folder, plan)
-            before = rounds.all
-        except LsweepError:
-            if there(folder.round(0)):
-                raise
-            before = []
-        if after is not None and len(before) != after:
-            return rounds
-        wanted = as_grid(grid)
-        if before and again is None:
-            last = before[-1]
-            if last.grid == wanted and last.expected == (expected or {}):
-                return rounds
-        total = sum(r.points for r in before)
-        steps = 0 if before else len(plan.steps)
-        draft = Round(
-            plan.digest, len(before), total, 0, wanted, steps, again, 1, 1, expected or {}
-        )
-        if again is not None:
-            points = len(again)
-        else:
-            seen = Rounds(plan, before) if before else None
-            points = steps + int(
-                (seen.numbers_of(draft.lattice) < 0).sum() if seen else len(draft.lattice)
-            )
-        wanted_units = LARGE_UNITS_WANTED if plan.facts.get("large") else UNITS_WANTED
-        unit = unit_points or max(1, min(MAX_UNIT_POINTS, points // wanted_units))
-        units = -(-points // unit) * plan.slices
-        draft = dataclasses.replace(
-            draft,
-            points=points,
-            unit_points=unit,
-            lease_units=max(1, -(-units // LEASES_WANTED)),
-        )
-        value: dict[str, Any] = dataclasses.asdict(draft)
-        if publish(folder.round(draft.number), sealed(value)):
-            return Rounds.read(folder, plan)
-
-
-def ask_again(folder: RunFolder, failed: Callable[[], list[int]]) -> None:
-    """Publish a round that asks for failed points again, on the grid there is.
-
-    Several ranks may do so at once: who finds that another round came first counts anew.
-    """
-    plan = Plan.read(folder)
-    while True:
-        before = Rounds.read(folder, plan)
-        points, last, count = failed(), before.last, len(before.all)
-        if not points:
-            return
-        grid = {n: Axis((Decimal(a), Decimal(b)), c) for n, (a, b, c) in last.grid.items()}
-        rounds = publish_round(
-            folder, plan, grid, expected=last.expected, again=points, after=count
-        )
-        if rounds.all[count].again == points:
-            return
+def _places(earlier: Round, r: Round) -> IntArray:
+    return earlier.lattice.find(r.lattice)

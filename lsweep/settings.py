@@ -20,10 +20,13 @@ KINDS = ("random", "to", "plane", "pca", "hessian", "gradient", "file")
 NORMALIZATIONS = ("filter", "layer", "weight", "none")
 BATCH_NORMS = ("eval", "batch", "recalibrate")
 PRECISIONS = ("float64", "float32", "tf32", "bfloat16", "float16")
-BACKENDS = ("auto", "eager", "channels_last", "fused", "vmap", "cudagraph", "compiled")
+BACKENDS = (
+    "auto", "eager", "channels_last", "fused", "native", "vmap", "cudagraph", "compiled"
+)  # fmt: skip
 AXES = ("x", "y", "z")
 LARGEST_GRID = 10**8  # points; beyond it the index arrays alone outgrow a node
 LARGEST_OFFSET = 10**6
+LEAST_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -184,12 +187,20 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Refinement:
-    """Adaptive resolution; not built yet, so every grid point is evaluated."""
+    """Adaptive resolution: points are asked where the picture needs them, the rest interpolated.
+
+    ``tolerance`` bounds the estimated error, as a share of the range of the loss on its log scale.
+    """
 
     tolerance: float
 
     def __post_init__(self) -> None:
-        raise LsweepError("not built yet: leave [refine] out, every grid point is evaluated")
+        if not LEAST_TOLERANCE <= self.tolerance < 1:
+            raise LsweepError(
+                f"tolerance = {self.tolerance:g}: a share of the loss's range on its log scale, "
+                f"from {LEAST_TOLERANCE:g} to below 1, such as 0.01; for no error at all leave "
+                "[refine] out"
+            )
 
 
 @dataclass(frozen=True)

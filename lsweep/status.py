@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections import Counter
@@ -15,7 +16,7 @@ from lsweep.display import duration, speed
 from lsweep.folder import RunFolder
 from lsweep.insist import there
 from lsweep.plan import Plan
-from lsweep.rounds import Rounds
+from lsweep.rounds import Goal, Refining, Rounds, describe_refining
 from lsweep.surface import Status
 from lsweep.workers import PATIENCE, UNITS_OF_PATIENCE, Observer, State, Verdict, all_workers
 
@@ -46,14 +47,15 @@ class Overview:
         """Return the state as plain values, ready for JSON."""
         rounds = Rounds.read(self._folder, self._plan)
         self._committed.look(rounds)
-        outcome, reason = self._committed.standing()
+        outcome, reason = (a[rounds.required] for a in self._committed.standing())
         texts = self._committed.reasons
         codes = reason[np.nonzero(outcome == Status.FAILED)[0]]
         failed = {texts[c]: int((codes == c).sum()) for c in np.unique(codes).tolist()}
-        done = int(np.count_nonzero(self._committed.status))
-        total = int(self._committed.status.size)
+        done, total = self._committed.share
+        refine = rounds.last.refine
         workers, beat = worker_states(self._folder, self._observer)
         rate = sum(w["rate"] for w in workers if w["state"] == State.WORKING)
+        merged = there(self._folder.surface)
         tasks, silent = slurm.told(self._folder)
         return {
             "run": str(self._folder.root),
@@ -65,16 +67,27 @@ class Overview:
             "missing": total - done,
             "nonfinite": int(np.count_nonzero(outcome == Status.NONFINITE)),
             "failed": failed,
-            "interpolated": 0,
+            "interpolated": _interpolated(rounds) if merged else 0,
+            "refine": dataclasses.asdict(refine) if refine else None,
+            "complete": self._committed.complete,
             "rate": rate,
             "eta": (total - done) / rate if rate else None,
             "workers": workers,
             "tasks": tasks,
             "slurm": silent,
             "damaged": self._committed.damage,
-            "merged": there(self._folder.surface),
+            "merged": merged,
             "last_beat": beat,
         }
+
+
+def _interpolated(rounds: Rounds) -> int:
+    """How many points of the grid a finished refinement has left out."""
+    refine = rounds.last.refine
+    if refine is None or refine.state != Goal.DONE:
+        return 0
+    numbers = rounds.numbers_of(rounds.last.lattice)
+    return int(((numbers < 0) | ~rounds.required[numbers]).sum())
 
 
 def status(folder: RunFolder) -> dict[str, Any]:
@@ -151,6 +164,8 @@ def _progress(state: dict[str, Any]) -> list[str]:
     ]
     if state["nonfinite"]:
         out.append(f"  {state['nonfinite']} NaN or infinite")
+    if state["refine"]:
+        out.append(f"  refinement: {describe_refining(Refining(**state['refine']))}")
     if state["interpolated"]:
         out.append(f"  {state['interpolated']} interpolated")
     out += [f"  {n} failed: {reason}" for reason, n in state["failed"].items()]
@@ -193,14 +208,18 @@ def _ahead(state: dict[str, Any]) -> list[str]:
         out.append(f"  {speed(state['rate'])}, {duration(state['eta'])} left")
     works = any(w["state"] == State.WORKING for w in state["workers"])
     works |= any(slurm.Task(**t).active for t in state["tasks"])
-    if state["missing"] and not works:
+    if not state["complete"] and not works:
         out.append(f"  nobody works on it: 'lsweep run {state['run']}' computes what is missing")
-    if not state["missing"]:
+    if state["complete"]:
         out.append("  complete" + (", merged" if state["merged"] else ": 'lsweep merge' it"))
     return out
 
 
 def share_done(folder: RunFolder) -> tuple[int, int]:
-    """Return (done, total) points times slices of a run."""
-    _, _, committed = read_run(folder)
-    return int(np.count_nonzero(committed.status)), int(committed.status.size)
+    """Return (done, total) points times slices of a run, as far as they have been asked."""
+    return read_run(folder)[2].share
+
+
+def is_complete(folder: RunFolder) -> bool:
+    """Return whether nothing is missing, and no later round will ask for more."""
+    return read_run(folder)[2].complete

@@ -87,13 +87,18 @@ def _say(text: str) -> None:
 def work_left(folder: RunFolder) -> tuple[int, int]:
     """Return how many points (times slices) are missing, and in how many leases they lie.
 
-    No more workers than leases can have something to do.
+    No more workers than leases can have something to do; while a refinement is open, it may be
+    all points of the grid.
     """
     from lsweep.committed import read_run
 
     _, rounds, committed = read_run(folder)
     leases = sum(int((committed.first_missing(r) >= 0).sum()) for r in rounds)
-    return int((committed.status == 0).sum()), leases
+    done, total = committed.share
+    if rounds.refining:
+        whole = len(rounds.last.lattice) * rounds.plan.slices
+        return whole - done, whole - done
+    return total - done, leases
 
 
 def _complete(folder: RunFolder) -> int:

@@ -155,6 +155,24 @@ class Surface:
         return tuple(n for n in self.values if "metric" in self.attributes.get(n, {"metric": ""}))
 
     @property
+    def evaluated(self) -> npt.NDArray[np.bool_]:
+        """Where the network was evaluated, with any outcome; not pending or interpolated.
+
+        >>> Surface({"x": np.zeros(3)}, {"a": np.zeros(3)}, np.array([0, 1, 4], np.uint8)).evaluated
+        array([False,  True, False])
+        """
+        return np.isin(self.status, (Status.PENDING, Status.INTERPOLATED), invert=True)
+
+    def evaluated_at(self, where: Mapping[str, float]) -> bool:
+        """Return whether the point at these offsets was evaluated.
+
+        >>> Surface({"x": np.array([0.0, 1.0])}, {"a": np.zeros(2)}).evaluated_at({"x": 1.0})
+        True
+        """
+        index = [int(np.flatnonzero(self.axes[d] == where[d])[0]) for d in self.dimensions]
+        return bool(self.evaluated[tuple(index)])
+
+    @property
     def complete(self) -> bool:
         """True when no point is pending."""
         return bool((self.status != Status.PENDING).all())
@@ -352,7 +370,7 @@ class Surface:
 
 
 def _variable_order(name: str) -> tuple[bool, bool, bool, str]:
-    by_the_way = name.endswith("_se") or name in ("weight_sq", "device_class")
+    by_the_way = name.endswith(("_se", "_error")) or name in ("weight_sq", "device_class")
     return by_the_way, "loss" not in name, not name.startswith("train"), name
 
 
@@ -370,7 +388,8 @@ def _attributes(dataset: h5py.Dataset, attributes: Mapping[str, str]) -> None:
         dataset.attrs[key] = _text(value)
 
 
-_TEXTS = ("long_name", "units", "split", "metric", "direction", "replicate", "norm")
+_TEXTS: tuple[str, ...] = ("long_name", "units", "split", "metric", "direction", "replicate")
+_TEXTS += ("norm", "samples", "estimator")
 _UNHASHED = {"lsweep_sha256", "CLASS", "NAME", "DIMENSION_LIST", "REFERENCE_LIST", "_Netcdf4Dimid"}
 
 

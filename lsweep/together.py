@@ -24,7 +24,7 @@ from lsweep.folder import RunFolder
 from lsweep.machine import host_identity, start_time
 from lsweep.ranks import Rank, end_launch, launch_of
 from lsweep.startup import CROWD, first_of_siblings
-from lsweep.status import share_done
+from lsweep.status import is_complete, share_done
 from lsweep.stopping import Stop
 from lsweep.workers import PATIENCE, Observer, State, Verdict, all_workers
 
@@ -91,9 +91,9 @@ def take_part(
         LsweepError: nothing could begin.
     """
     begun, pids = time.time(), {os.getpid()}
-    done, total = share_done(folder)
-    if done == total:
+    if is_complete(folder):
         return 0
+    done, total = share_done(folder)
     if rank.index == 0:
         print(f"{folder.root}: {total - done} of {total} points to evaluate", flush=True)
     told: list[str] = []
@@ -120,7 +120,7 @@ def take_part(
         finally:
             soon.cancel()
         look_for_singletons()
-        if share_done(folder)[0] == total:
+        if is_complete(folder):
             return 0
         if may_leave and not code:
             return None
@@ -137,7 +137,6 @@ def _own(folder: RunFolder, pids: set[int]) -> list[dict[str, Any]]:
 def _stay(folder: RunFolder, begun: float, pids: set[int], workers: int, stop: Stop) -> bool:
     """Wait until the run is complete, or nobody works on it; return whether it is complete."""
     observer, last, ended = Observer(folder), time.monotonic(), -1
-    total = share_done(folder)[1]
     while True:
         mine = {w["worker"] for w in _own(folder, pids)}
         seen = [w for w in all_workers(folder) if w["worker"] not in mine]
@@ -145,7 +144,7 @@ def _stay(folder: RunFolder, begun: float, pids: set[int], workers: int, stop: S
         alive = any(observer.verdict(w["worker"]) is Verdict.ALIVE for w in working)
         if not alive or len(seen) - len(working) != ended:
             ended = len(seen) - len(working)
-            if share_done(folder)[0] == total:
+            if is_complete(folder):
                 return True
         if alive:
             last = time.monotonic()

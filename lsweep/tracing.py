@@ -31,6 +31,7 @@ SECONDS = 120.0  # a trace that takes longer than this costs more than it can sa
 SAME = (aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default,
         aten.lift_fresh_copy.default, aten.lift_fresh.default)  # fmt: skip
 CASTS = (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device)
+RECURRENT = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 CHECKS = ("_assert", "sym_constrain")  # what export adds to guard a batch length
 
 
@@ -344,8 +345,12 @@ def _one_output(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _draws(node: fx.Node) -> bool:
+    """Whether it draws random numbers; some do so only where they are given a probability."""
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
     if node.target is aten.scaled_dot_product_attention.default:
         return bool(node.kwargs.get("dropout_p") or (node.args[4:5] and node.args[4]))
+    if node.target in RECURRENT:
+        _, _, _, _, _, dropout, train, *_ = node.args
+        return bool(dropout and train)
     return True

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lsweep import weights
 from lsweep.backends import Eager, Ground, Seat
@@ -104,9 +106,21 @@ class Vmapped:
             opaque.update({m: s.opaque for m, s in found.items()})
             return {m: (s.values, s.weights) for m, s in found.items()}
 
-        with ground.context():
+        with ground.context(), _no_fast_path():
             found = torch.func.vmap(one)({self._raw[n]: t for n, t in stack.items()})
         return {m: (v, w, opaque[m]) for m, (v, w) in found.items()}
+
+
+@contextlib.contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Attention as plain operations: what torch fuses of it cannot be stacked."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 class Replayed(Eager):

@@ -14,7 +14,7 @@ from lsweep.folder import RunFolder
 from lsweep.merge import merge
 from lsweep.plan import Plan
 from lsweep.rounds import Rounds
-from lsweep.surface import Status, Surface
+from lsweep.surface import Surface
 
 
 @dataclass
@@ -69,9 +69,11 @@ def verify(folder: RunFolder, data: bool = False, trust: bool = False) -> Findin
     found.checked += len(committed.readers)
     for name, what in committed.damage.items():
         found.problems.append(f"{name}: {what}; 'lsweep run' computes what is lost")
-    missing = int((committed.status == Status.PENDING).sum())
-    if missing:
-        found.notes.append(f"{missing} of {committed.status.size} points have no row yet")
+    done, total = committed.share
+    if done < total:
+        found.notes.append(f"{total - done} of {total} points have no row yet")
+    if rounds.refining:
+        found.notes.append("the refinement is open: more points will be asked")
     merged, report = merge(folder)
     if report.conflicts:
         found.problems.append(

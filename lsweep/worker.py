@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from lsweep import machine
-from lsweep.anchor import anchored
+from lsweep.anchor import anchored, let_go
 from lsweep.device import check_precision, choose_device, device_class, is_out_of_memory
 from lsweep.errors import LsweepError, SickDevice
 from lsweep.evaluate import Evaluator
@@ -72,14 +72,13 @@ def work(
     check_precision(plan.evaluate["precision"], device)
     name = machine.worker_name()
     shift = Shift(folder, plan, role, name, stop)
-    if shift.complete:
+    if not shift.open():
         return 0
     live = problem is not None
     with turn(plan.digest):
         problem, directions = load_problem(folder, plan, problem, role.trust)
     class_ = device_class(device)
     known = frozen_class(folder, plan, class_)
-    over_all = {} if known else anchored(problem, plan.evaluate, device)
     with (
         resident(problem, plan, 1 if live else role.of) as problem,
         Evaluator(problem, plan.evaluate, directions, device) as evaluator,
@@ -87,9 +86,13 @@ def work(
         if known is None:
             # Its choice takes time: others of the class wait for it instead of choosing too.
             with turn(f"{plan.digest} {class_}", CHOOSING):
-                known = frozen_class(folder, plan, class_) or _preflight(
-                    folder, plan, evaluator, shift.rounds, role.of, name, over_all
-                )
+                known = frozen_class(folder, plan, class_)
+                if known is None:
+                    over_all = anchored(problem, plan.evaluate, device)
+                    known = _preflight(
+                        folder, plan, evaluator, shift.rounds, role.of, name, over_all
+                    )
+        let_go(problem)
         _use(evaluator, known)
         _require_same_centre(evaluator, plan, known)
         with Ledger(folder, plan, name, known, role, evaluator) as ledger:
@@ -126,7 +129,7 @@ def _preflight(
     """Run the pre-flight: the first place where memory is too small, or the user's code fails."""
     axes = rounds.last.lattice.axes.values()
     corners = [Spot(tuple(float(a[end]) for a in axes)) for end in (0, -1)]
-    points, expected = rounds.total / workers, rounds.last.expected
+    points, expected = rounds.foreseen / workers, rounds.last.expected
     while True:
         try:
             return preflight(folder, plan, evaluator, expected, name, corners, points, over_all)
@@ -229,9 +232,14 @@ class _Bench:
                 self._ledger.new_part()  # its header names the batch sizes
 
     def _is_audited(self, point: int) -> bool:
-        """One point in a hundred, at least three: by number, so every worker agrees which."""
-        stride = min(AUDIT_SHARE, max(1, self._shift.rounds.total // LEAST_AUDITED))
-        return point % stride == stride // 2
+        """One point in a hundred, at least three of the first round's, none that may not count.
+
+        By number, so every worker agrees which.
+        """
+        first = self._shift.rounds.all[0].points
+        few = first // LEAST_AUDITED if point < first else AUDIT_SHARE
+        stride = min(AUDIT_SHARE, max(1, few))
+        return point % stride == stride // 2 and bool(self._shift.rounds.required[point])
 
     def _audit(self, points: list[int], slice_: int) -> Rows:
         rows = self._ledger.empty(len(points))

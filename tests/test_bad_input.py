@@ -128,6 +128,14 @@ WRONG_TOML = [
     ),
     ("slices = 1", "expected = { train_loss = nan }", "expected.train_loss = nan: must be finite"),
     ("slices = 1", "slices = 5", "slices = 5: the data split 'test' has 4 samples"),
+    ("slices = 1", 'samples = "fresh"', "fresh ones at each point are refused, for their noise"),
+    ("slices = 1", "samples = 1", "samples = 1: must be at least 2, or there is no standard error"),
+    ("slices = 1", "samples = 2.5", "samples = 2.5: expected a whole number"),
+    (
+        "slices = 1",
+        "samples = 3\nslices = 4",
+        "slices = 4: the data split 'train' has 3 samples",
+    ),
     ("slices = 1", "slices = 0", "slices = 0: must be between 1 and"),
     ("slices = 1", "batch_size = 0", "batch_size = 0: must be at least 1"),
     ("seed = 0", "seed = -1", "seed = -1: must be between 0 and"),
@@ -144,8 +152,12 @@ WRONG_TOML = [
     ('"random"', '"file"\nfile = "no.h5"', "no file "),
     ("[evaluate]", '[trajectory]\ncheckpoints = ["no.pt"]\n[evaluate]', "no checkpoint matches"),
     ("[evaluate]", "[trajectory]\ncheckpoints = []\n[evaluate]", "checkpoints = []: give at least"),
+    ("[evaluate]", "[refine]\ntolerance = 0\n[evaluate]", "tolerance = 0: a share of the loss's"),
+    ("[evaluate]", "[refine]\ntolerance = 1\n[evaluate]", "from 1e-06 to below 1, such as 0.01"),
+    ("[evaluate]", "[refine]\ntolerance = nan\n[evaluate]", "tolerance = nan: a share of the"),
+    ("[evaluate]", "[refine]\n[evaluate]", "refine: tolerance is missing"),
+    ("[evaluate]", "[refine]\ntolerances = 1\n[evaluate]", "did you mean 'tolerance'?"),
     # what is not built
-    ("[evaluate]", "[refine]\ntolerance = 0.01\n[evaluate]", "not built yet: leave [refine] out"),
     ('"random"', '"hessian"', 'kind = "hessian" is not built yet'),
     ("seed = 0", 'gauge = "equi"', "gauge = 'equi' is not built yet"),
     # no TOML at all

@@ -97,6 +97,18 @@ class Tied(nn.Module):
         return self.norms[1](self.second(x)) @ self.first.weight
 
 
+class Recurrent(nn.Module):
+    """An LSTM over embedded tokens, read by a weight-normalised layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.cells = nn.Embedding(9, 4), nn.LSTM(4, 6, 2, batch_first=True, dropout=0.1)
+        self.head = nn.utils.parametrizations.weight_norm(nn.Linear(6, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cells(self.embed(x))[0][:, -1])
+
+
 def language_model() -> nn.Module:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
@@ -118,6 +130,7 @@ NETS = {
     "odd": (Odd, lambda n: torch.randn(n, 3, 12, 12)),
     "attention": (Attention, images),
     "tied": (Tied, lambda n: torch.randn(n, 6)),
+    "recurrent": (Recurrent, lambda n: torch.randint(0, 9, (n, 5))),
     "gpt2": (language_model, lambda n: {"input_ids": torch.randint(0, 31, (n, 7))}),
 }
 
@@ -161,15 +174,18 @@ def test_graph_and_fused_network_are_the_network(name):
     assert aten.batch_norm.default not in targets(graph)
     packed = Packed(graph.pack(state_of(net)), [], CPU, torch.float32)
     fused = FusedNetwork(graph, packed.views, inputs(4), CPU, torch.float32, 2)
-    reduced = FusedNetwork(graph, packed.views, inputs(4), CPU, torch.bfloat16, 2)
     batches = [inputs(n) for n in (1, 7)]
     for batch in batches:
         want = call(net, batch)
         scale = want.abs().max()
         assert (fused(batch) - want).abs().max() <= 1e-5 * scale
-        error = (reduced(batch) - want).abs().max()
-        assert reduced(batch).dtype == torch.float32 and 1e-6 * scale < error < 0.05 * scale
+        if name != "recurrent":  # that state is float32: the reason is said, see below
+            reduced = FusedNetwork(graph, packed.views, inputs(4), CPU, torch.bfloat16, 2)
+            error = (reduced(batch) - want).abs().max()
+            assert reduced(batch).dtype == torch.float32 and 1e-6 * scale < error < 0.05 * scale
     net.double()
+    if name == "recurrent":  # the state that it starts from has the dtype that was traced
+        graph = traced(net, inputs(4), matrices(net))
     module, state = graph.module.double(), graph.pack(state_of(net))
     for batch in batches:
         leaves = [t.double() if t.is_floating_point() else t for t in graph.leaves(batch)]
@@ -304,6 +320,13 @@ def test_inputs_by_name_may_come_in_any_order_but_not_in_another_shape():
         fused(batch | {"input2": torch.randn(5, 4, 1)})
     with pytest.raises(Unsupported, match=r"does not trace|batch length is fixed"):
         traced(net, batch | {"input2": torch.randn(1, 4)}, frozenset())
+
+
+def test_what_does_not_run_in_bfloat16_says_why():
+    net, inputs = made("recurrent")
+    graph = traced(net, inputs(4), frozenset())
+    with pytest.raises(Unsupported, match="does not run fused in bfloat16: "):
+        FusedNetwork(graph, graph.pack(state_of(net)), inputs(4), CPU, torch.bfloat16, 2)
 
 
 def test_a_trace_that_takes_too_long_is_given_up(monkeypatch):

@@ -26,13 +26,14 @@ from cases import (
 )
 
 from lsweep import files, leases
+from lsweep.asking import ask_again
 from lsweep.committed import Committed
 from lsweep.files import link_once, publish, write_new
 from lsweep.folder import RunFolder
 from lsweep.leases import Lease
 from lsweep.parts import PartWriter
 from lsweep.plan import Plan
-from lsweep.rounds import Rounds, ask_again
+from lsweep.rounds import Rounds
 from lsweep.surface import Surface
 from lsweep.verify import verify
 

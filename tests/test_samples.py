@@ -20,10 +20,14 @@ import lsweep
 from lsweep import variates
 from lsweep.data import Split
 from lsweep.errors import LsweepError
+from lsweep.evaluate import Evaluator
 from lsweep.files import read_json
+from lsweep.folder import RunFolder
+from lsweep.packed import Spot
 from lsweep.plan import Plan
-from lsweep.planning import load_problem
+from lsweep.planning import LIVE, load_problem, plan_run
 from lsweep.rounds import Rounds
+from lsweep.settings import Settings
 from lsweep.subsets import classes_of, draw
 from lsweep.sums import standard_error
 
@@ -193,7 +197,8 @@ def test_a_surface_says_what_it_stands_on_and_the_errors_cover_the_truth(tmp_pat
     assert surface.values["train_loss_se"][4] == 0
     assert "24 of 240 train samples" in surface.provenance["caption"]
     assert "control variate" in surface.provenance["caption"]
-    attributes = surface.attributes
+    surface.save(tmp_path / "surface.h5")
+    attributes = lsweep.open(tmp_path / "surface.h5").attributes
     assert "drawn class by class (4)" in attributes["train_loss"]["samples"]
     assert "control variate" in attributes["train_loss"]["estimator"]
     assert "24 of 240, finite-population" in attributes["train_loss_se"]["replicate"]
@@ -296,17 +301,30 @@ class Stream(IterableDataset):
         yield from ((torch.tensor([float(i)]), torch.tensor([0.0])) for i in range(10))
 
 
-def test_streamed_data_is_read_once_for_all_points_of_a_unit(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("count", "unit"), [(15, 1), (81, 5), (300, 16)])
+def test_streamed_data_is_read_once_for_all_points_of_a_unit(tmp_path, monkeypatch, count, unit):
     monkeypatch.setattr("lsweep.evaluate.RESIDENT_SHARE", 0.0)
-    net = nn.Linear(1, 1, bias=False)
-    problem = lsweep.Problem(net, {"train": Stream()}, loss=nn.MSELoss())
-    reads = {}
-    for count in (256, 512):
-        Stream.passes = 0
-        run = tmp_path / f"{count}.run"
-        lsweep.sweep(problem, x=(-1, 1, count), run=run, batch_size=4)
-        folder = lsweep.folder.RunFolder(run)
-        rounds = Rounds.read(folder, Plan.read(folder))
-        assert rounds.last.unit_points == 16
-        reads[count] = Stream.passes
-    assert 16 <= reads[512] - reads[256] <= 16 + 2 * 3  # and once more for each audited unit
+    problem = lsweep.Problem(nn.Linear(1, 1), {"train": Stream()}, loss=nn.MSELoss())
+    settings = Settings.from_table(
+        {"problem": {"factory": LIVE}, "grid": {"x": {"range": [-1, 1], "count": count}}}
+    )
+    ready = plan_run(settings, problem, tmp_path, RunFolder(tmp_path / "a.run"))
+    round_ = ready.rounds.last
+    assert round_.unit_points == unit
+    problem, directions = load_problem(ready.folder, ready.plan, problem)
+    with Evaluator(problem, ready.plan.evaluate, directions, torch.device("cpu")) as evaluator:
+        evaluator.centre()
+        before = Stream.passes
+        for number in range(3):
+            points, slice_ = round_.unit(number, 1)
+            spots = [Spot((float(ready.rounds.offsets[p, 0]),)) for p in points]
+            assert evaluator.evaluate(spots, slice_).shape == (unit, 1, 8)
+        assert Stream.passes - before == 3
+
+
+def test_what_is_small_is_cut_into_units_for_many_workers(tmp_path):
+    rounds = [
+        Rounds.read(f, Plan.read(f)).last.unit_points
+        for f in (planned(sweep_file(tmp_path / str(n), x=n)) for n in (300, 2100))
+    ]
+    assert rounds == [1, 2]

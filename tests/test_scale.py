@@ -15,6 +15,7 @@ import pytest
 from cases import command, finished, merged, planned, process, sweep_file, wait_for, worked
 
 from lsweep import winners
+from lsweep.asking import LEASES_WANTED
 from lsweep.committed import Committed
 from lsweep.files import replace, sealed
 from lsweep.folder import RunFolder
@@ -24,7 +25,7 @@ from lsweep.parts import PartWriter
 from lsweep.plan import Plan
 from lsweep.prune import prune
 from lsweep.reading import DOUBT, PartReader, read_part
-from lsweep.rounds import LEASES_WANTED, Rounds
+from lsweep.rounds import Rounds
 from lsweep.rows import BLOCK, KIND_AT, STATUS_AT, Kind, row_type, seed_of, valid_rows
 from lsweep.status import lines, status
 from lsweep.surface import Status

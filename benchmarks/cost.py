@@ -1,0 +1,389 @@
+"""What one evaluation costs, against three others on the same weights, plane, points and images.
+
+``python benchmarks/cost.py --reference CHECKOUT`` times, in turns within one process, lsweep's
+evaluator as workers use it (its sums included, the backend chosen by measurement and each by name)
+and
+
+* the reference implementation's own set_weights and eval_loss with its DataLoader (which counts
+  hits, too), imported from a checkout of it;
+* the loss-landscapes package (``pip install loss-landscapes==3.0.6``), which takes all images as
+  one batch, and at batch size 128 and its best;
+* the plain loop over preloaded tensors at batch size 128 and its best.
+
+A ratio is the median over the rounds of the seconds of the other over those of lsweep in the same
+round, the spread half of the range over the median; on a busy machine the fastest rounds say more,
+so they stand beside. The error is the largest relative one of the points' losses against float64.
+Prints the tables of cost.md. ``--device cuda`` prints those of a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import functools
+import importlib.metadata
+import math
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import networks
+import ours
+import peers
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lsweep.device import synchronize
+from lsweep.errors import LsweepError
+from lsweep.machine import cpu_model
+
+LEAST_SECONDS = 0.2  # a turn takes at least so long; cheap points are evaluated many times
+AGREE = {"float32": 1e-4, "tf32": 1e-2, "bfloat16": 0.1}  # relative; beyond it something is wrong
+REFERENCE, WHOLE, PLAIN = "reference, as shipped", "package, one batch", "plain"
+AGAINST = (REFERENCE, WHOLE, PLAIN)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One network on some images.
+
+    Args:
+        title: as printed.
+        network: its name in `networks`.
+        samples: how many images.
+        threads: of the CPU.
+        floors: precision -> least ratio to reference, package (one batch) and plain at 128.
+        points: how many points are evaluated.
+        most: milliseconds a point by precision, at most.
+        train: whether its checkpoint is trained, or the initial weights serve.
+    """
+
+    title: str
+    network: str
+    samples: int
+    threads: int
+    floors: dict[str, tuple[float | None, float | None, float | None]]
+    points: int = 2
+    most: dict[str, float] | None = None
+    train: bool = True
+
+
+CPU = {
+    "resnet20": Workload(
+        "ResNet-20", "resnet20", 2048, 2, {"float32": (1.9, 5.5, 1.4), "bfloat16": (3.7, 11, 2.8)}
+    ),
+    "resnet56": Workload("ResNet-56", "resnet56", 256, 1, {"float32": (1.8, 2, 1.4)}),
+    "mlp": Workload("digits MLP 64-64-64-10", "mlp", 1797, 2, {"float32": (400, 1.3, 3)}, 8),
+    "vit": Workload("small ViT", "vit", 256, 1, {"float32": (None, None, 1.9)}),
+}
+CUDA = {
+    "resnet20": Workload(
+        "ResNet-20", "resnet20", 50_000, 2, {"float32": (None, None, 10)}, most={"float32": 120}
+    ),
+    "resnet20-tf32": Workload(
+        "ResNet-20", "resnet20", 50_000, 2, {"tf32": (None, None, 10)}, most={"tf32": 40}
+    ),
+    "resnet20-bfloat16": Workload(
+        "ResNet-20", "resnet20", 50_000, 2, {"bfloat16": (None, None, 10)}, most={"bfloat16": 40}
+    ),
+    "mlp": Workload("digits MLP 64-64-64-10", "mlp", 1797, 2, {"float32": (None, None, 10)}, 64),
+}
+QUICK = {
+    "tiny": Workload(
+        "one convolution", "tiny", 64, 1, {"float32": (None, None, None)}, train=False
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to evaluate the points: ``losses()`` is one pass over all of them."""
+
+    name: str
+    precision: str
+    batch: int
+    losses: Callable[[], list[float]]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A contender's seconds a point in each round, and its largest relative error."""
+
+    contender: Contender
+    seconds: list[float]
+    error: float
+
+    @property
+    def median(self) -> float:
+        """Seconds a point."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half of the range over the median."""
+        return (max(self.seconds) - min(self.seconds)) / 2 / self.median
+
+    def times_faster(self, other: Timed) -> float:
+        """Return the median over the rounds of the other's seconds over this one's."""
+        pairs = zip(other.seconds, self.seconds, strict=True)
+        return statistics.median(theirs / mine for theirs, mine in pairs)
+
+    def at_best(self, other: Timed) -> float:
+        """Return the other's seconds over this one's, each in its fastest round."""
+        return min(other.seconds) / min(self.seconds)
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that ``work`` takes on a device."""
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def best_batch(
+    make: Callable[[peers.Case, int], peers.Evaluate], case: peers.Case, largest: int
+) -> int:
+    """Return the batch size at which a peer is fastest, from one look at each power of two."""
+    sizes = [2**k for k in range(5, 14) if 2**k < min(largest, len(case.y))] + [len(case.y)]
+    found: dict[int, float] = {}
+    for size in sizes:
+        evaluate = make(case, size)
+        evaluate(0)
+        found[size] = min(seconds(lambda e=evaluate: e(1), case.device) for _ in range(2))  # type: ignore[misc]
+    return min(found, key=found.__getitem__)
+
+
+def others(case: peers.Case, checkout: Path | None, notes: list[str]) -> Iterator[Contender]:
+    """Yield the peers that are there; of one that is not, note it in one line."""
+
+    def contender(name: str, batch: int, evaluate: peers.Evaluate) -> Contender:
+        numbers = range(len(case.points))
+        return Contender(name, "float32", batch, lambda: [evaluate(k) for k in numbers])
+
+    n = len(case.y)
+    if checkout is None:
+        notes.append("the reference is left out: name a checkout of it with --reference")
+    else:
+        try:
+            yield contender(REFERENCE, peers.BATCH, peers.reference(case, checkout))
+        except ImportError as e:
+            notes.append(f"the reference is left out: {e}")
+    try:
+        yield contender(WHOLE, n, peers.package(case, n))
+        best = best_batch(peers.package, case, 8192)
+        for name, size in (("package", peers.BATCH), ("package, its best", best)):
+            yield contender(name, size, peers.package(case, size))
+    except ImportError as e:
+        notes.append(f"the package is left out: {e}")
+    yield contender(PLAIN, peers.BATCH, peers.plain(case, peers.BATCH))
+    best = best_batch(peers.plain, case, 8192)
+    yield contender("plain, its best", best, peers.plain(case, best))
+
+
+def in_turns(
+    contenders: Sequence[Contender],
+    rounds: int,
+    truth: Sequence[float],
+    device: torch.device,
+    least: float,
+) -> list[Timed]:
+    """Time all contenders in every round, each round beginning with another one."""
+    passes, errors = {}, {}
+    for c in contenders:
+        c.losses()  # the first pass is slower
+        losses: list[float] = []
+        once = seconds(lambda c=c, out=losses: out.extend(c.losses()), device)  # type: ignore[misc]
+        passes[c.name] = max(1, math.ceil(least / once))
+        errors[c.name] = max(abs(a - b) / abs(b) for a, b in zip(losses, truth, strict=True))
+    found: dict[str, list[float]] = {c.name: [] for c in contenders}
+    for r in range(rounds):
+        start = r % len(contenders)
+        for c in [*contenders[start:], *contenders[:start]]:
+            count = passes[c.name]
+            t = seconds(lambda c=c, k=count: [c.losses() for _ in range(k)], device)  # type: ignore[misc]
+            found[c.name].append(t / count / len(truth))
+    return [Timed(c, found[c.name], errors[c.name]) for c in contenders]
+
+
+def measured_peak(device: torch.device, precision: str) -> float:
+    """Return the FLOP a second of a large matrix product, the best of five."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    fastest = min(seconds(lambda: a @ a, device) for _ in range(6))
+    torch.set_float32_matmul_precision(before)
+    return float(2 * n**3 / fastest)
+
+
+def shares(load: Workload, case: peers.Case, timed: Sequence[Timed]) -> Iterator[str]:
+    """Yield for each precision what share of the device's measured peak is reached."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        case.network(case.x[:1])
+    flop = counter.get_total_flops() * len(case.y)
+    for precision in load.floors:
+        name = f"lsweep {precision}"
+        fastest = min(t.median for t in timed if t.contender.name.startswith(name))
+        share = flop / fastest / measured_peak(case.device, precision)
+        yield (
+            f"{precision}: {flop / 1e9:.3g} GFLOP a point; the fastest reaches {share:.1%} of what "
+            "a large matrix product reaches here"
+        )
+
+
+def compare(load: Workload, options: argparse.Namespace) -> tuple[list[Timed], list[str]]:
+    """Time one workload; return what was found, and lines to print under the table."""
+    device = torch.device(options.device)
+    torch.set_num_threads(load.threads)
+    checkpoint = str(networks.trained(load.network)) if load.train else ""
+    make = functools.partial(networks.problem, load.network, load.samples, checkpoint)
+    chance = torch.Generator().manual_seed(1)
+    offsets = (2 * torch.rand(load.points, 2, generator=chance) - 1).tolist()
+    points = [(round(a, 2), round(b, 2)) for a, b in offsets]
+    contenders: list[Contender] = []
+    notes: list[str] = []
+    with contextlib.ExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        evaluators = []
+        for precision in load.floors:
+            backends = ["auto"]
+            for backend in backends:  # which grow once a problem is there
+                asked = {"precision": precision, "backend": backend}
+                place = root / f"{precision}-{backend}"
+                try:
+                    found = stack.enter_context(ours.ready(make(), place, device, **asked))
+                except LsweepError as e:
+                    notes.append(f"lsweep {precision}, {backend} is left out: {e}")
+                    continue
+                evaluators.append(found)
+                name = f"lsweep {precision}, {backend}"
+                if backend == "auto":
+                    backends += found.by_name
+                    name += f" ({found.backend})"
+                    one = functools.partial(found.losses, points, 1)
+                    contenders.append(Contender(f"{name}, one by one", precision, found.batch, one))
+                unit = functools.partial(found.losses, points, found.unit)
+                contenders.append(Contender(name, precision, found.batch, unit))
+        problem = make()
+        x, y = problem.data["train"]
+        raw, _ = networks.images(networks.NETWORKS[load.network].large, load.samples)
+        case = peers.Case(
+            problem.model.to(device),
+            [d.tensors for d in evaluators[0].evaluator.directions.axes.values()],
+            points,
+            raw,
+            x.to(device),
+            y.to(device),
+            networks.GREY if raw.dim() == 3 else (networks.MEAN, networks.STD),
+        )
+        contenders = [*others(case, options.reference, notes), *contenders]
+        least = 0.0 if options.quick else LEAST_SECONDS
+        timed = in_turns(contenders, options.rounds, peers.truth(case), device, least)
+        if device.type == "cuda":
+            notes += list(shares(load, case, timed))
+    return timed, notes
+
+
+def verdicts(load: Workload, timed: Sequence[Timed]) -> Iterator[str]:
+    """Yield for each precision a line that holds what was chosen against the floors."""
+    by_name = {t.contender.name: t for t in timed}
+    for precision, floors in load.floors.items():
+        chosen = next(
+            t for n, t in by_name.items()
+            if n.startswith(f"lsweep {precision}, auto") and not n.endswith("one by one")
+        )  # fmt: skip
+        for how, ratio_of in (("", Timed.times_faster), (", fastest rounds", Timed.at_best)):
+            parts = []
+            for peer, floor in zip(AGAINST, floors, strict=True):
+                if floor is not None and peer in by_name:
+                    ratio = ratio_of(chosen, by_name[peer])
+                    word = "meets" if ratio >= floor else "below"
+                    parts.append(f"{peer.split(',')[0]} {ratio:.3g} {word} {floor:g}")
+            if load.most and not how:
+                word = "meets" if 1e3 * chosen.median <= load.most[precision] else "above"
+                parts.append(f"{1e3 * chosen.median:.3g} ms {word} {load.most[precision]:g}")
+            if parts:
+                yield f"{chosen.contender.name}{how}: " + ", ".join(parts)
+
+
+def report(load: Workload, timed: Sequence[Timed], notes: Sequence[str]) -> None:
+    """Print one workload's table."""
+    columns = [t for t in timed if not t.contender.name.startswith("lsweep")]
+    shape = "32 x 32 x 3" if networks.NETWORKS[load.network].large else "8 x 8"
+    trained = "trained briefly" if load.train else "untrained"
+    print(f"\n{load.title} ({trained}), {load.samples} samples of {shape}, {load.threads} "
+          f"thread{'s' * (load.threads > 1)}, {load.points} points")  # fmt: skip
+    head = "".join(f"{_short(t.contender.name):>12}" for t in columns)
+    print(f"{'':86}  times faster than")
+    print(f"{'':43}{'batch':>6}{'ms/point':>11}{'fastest':>9}{'spread':>8}{'error':>9}{head}")
+    for t in timed:
+        c = t.contender
+        line = f"{c.name:43}{c.batch:>6}{1e3 * t.median:>11.4g}{1e3 * min(t.seconds):>9.4g}"
+        line += f"{t.spread:>8.0%}{t.error:>9.1e}"
+        if t not in columns:
+            line += "".join(f"{t.times_faster(other):>12.3g}" for other in columns)
+        print(line)
+    for text in (*notes, *verdicts(load, timed)):
+        print(text)
+    sys.stdout.flush()
+
+
+def _short(name: str) -> str:
+    return {
+        REFERENCE: "reference", WHOLE: "pkg, whole", "package": "pkg 128",
+        "package, its best": "pkg best", PLAIN: "plain 128", "plain, its best": "plain best",
+    }[name]  # fmt: skip
+
+
+def main() -> None:
+    """Time the workloads asked for and print their tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--reference", type=Path, metavar="PATH", help="checkout of the reference")
+    parser.add_argument("--quick", action="store_true", help="tiny, to see that it works")
+    parser.add_argument("--rounds", type=int, help="default: 5; 2 with --quick")
+    parser.add_argument("--only", metavar="NAME", help=f"one of {', '.join(CPU)}")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    options = parser.parse_args()
+    loads = QUICK if options.quick else CPU if options.device == "cpu" else CUDA
+    if options.only:
+        if options.only not in loads:
+            parser.error(f"--only {options.only}: one of {', '.join(loads)}")
+        loads = {options.only: loads[options.only]}
+    options.rounds = options.rounds or (2 if options.quick else 5)
+    warnings.filterwarnings("ignore", "'pin_memory' argument is set as true")
+    where = torch.cuda.get_device_name() if options.device == "cuda" else cpu_model()
+    versions = [f"{p} {_version(p)}" for p in ("lsweep", "torch", "loss-landscapes")]
+    software = ", ".join((f"Python {platform.python_version()}", *versions))
+    print(f"{datetime.date.today()}; {where}, {os.cpu_count()} cores, "
+          f"load {os.getloadavg()[0]:.1f}; Linux {platform.release()}; {software}; "
+          f"{options.rounds} rounds", flush=True)  # fmt: skip
+    wrong = []
+    for load in loads.values():
+        timed, notes = compare(load, options)
+        report(load, timed, notes)
+        wrong += [t for t in timed if not t.error <= AGREE[t.contender.precision]]
+    for t in wrong:
+        print(f"{t.contender.name}: its losses are {t.error:.1e} off")
+    sys.exit(1 if wrong else 0)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "-"
+
+
+if __name__ == "__main__":
+    main()

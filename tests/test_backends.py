@@ -1,0 +1,329 @@
+"""packed, backends, summing, catalogue, choice: all ways to evaluate give eager's values.
+
+Promises: each backend's sums are those of eager to rounding, for networks of every kind, along
+directions that move batch norm too and at whole checkpoints; a point has the same bits alone, among
+others, streamed or resident, and from whichever worker; what is not for a problem says why in one
+line; one that disagrees is never taken; the first worker's choice is obeyed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import problems
+import pytest
+import torch
+from cases import Raised, committed, planned, worked
+from problems import fixed, labels, numbers
+from test_any_network import Transformer
+from torch import nn
+
+import lsweep
+from lsweep import catalogue, choice, evaluate, machine, settings
+from lsweep.choice import choose
+from lsweep.data import Split
+from lsweep.directions import Directions, Step
+from lsweep.errors import LsweepError
+from lsweep.evaluate import Evaluator
+from lsweep.files import read_json, replace, sealed
+from lsweep.packed import Spot
+from lsweep.problem import Sampled
+from lsweep.summing import Reference, Samples
+
+SINGLE = torch.float32
+COMPILES = pytest.mark.skipif(not machine.compiler(), reason="needs a C++ compiler")
+SLOW = [pytest.mark.full, pytest.mark.filterwarnings("ignore")]  # torch.compile warns of torch
+SPOTS = [Spot((0.0, 0.0)), Spot((1.0, -0.5)), Spot((-0.25, 1.0))]
+
+
+def mlp():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    data = (numbers(40, 4, dtype=SINGLE), labels(40, 3))
+    test = (numbers(20, 4, seed=6, dtype=SINGLE), labels(20, 3, seed=7))
+    return lsweep.Problem(
+        fixed(net),
+        {"train": data, "test": test},
+        loss=nn.CrossEntropyLoss(),
+        metrics={"accuracy": lsweep.accuracy},
+    )
+
+
+def cnn():
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, groups=2),
+        nn.BatchNorm2d(4),
+        nn.Flatten(),
+        nn.Linear(16, 3),
+    )
+    fixed(net)
+    for i in (1, 4):
+        net[i].running_mean.copy_(0.2 * numbers(4, seed=20 + i))
+        net[i].running_var.copy_(1 + 0.3 * numbers(4, seed=30 + i).abs())
+    data = {"train": (numbers(22, 2, 6, 6, dtype=SINGLE), labels(22, 3))}
+    return lsweep.Problem(net, data, loss=nn.CrossEntropyLoss(label_smoothing=0.1))
+
+
+def transformer():
+    ids = labels(14, 11, 6)
+    mask = (torch.arange(6) < (3 + labels(14, 4, seed=5))[:, None]).long()
+    data = {"train": {"input_ids": ids, "attention_mask": mask}}
+    return lsweep.Problem(fixed(Transformer()), data, forward=lsweep.causal_lm)
+
+
+def random_axes(problem, norms=False):
+    """Two directions through every weight; through batch norm's scales too where ``norms``."""
+    state = {n: p for n, p in problem.model.named_parameters() if norms or p.dim() > 1}
+    return Directions(
+        {
+            a: SimpleNamespace(
+                tensors={
+                    n: 0.3 * numbers(*p.shape, seed=s + i, dtype=SINGLE)
+                    for i, (n, p) in enumerate(state.items())
+                }
+            )
+            for a, s in (("x", 100), ("y", 200))
+        },
+        (),
+        {},
+    )
+
+
+@contextlib.contextmanager
+def evaluator(problem, backend="eager", directions=None, **options):
+    asked = {
+        "metrics": problem.metric_names,
+        "splits": tuple(problem.splits),
+        "slices": 1,
+        "batch_size": 8,
+        "precision": "float32",
+        "batch_norm": "eval",
+        "backend": backend,
+        **options,
+    }
+    cpu = torch.device("cpu")
+    with Evaluator(problem, asked, directions or random_axes(problem), cpu) as ev:
+        ev.use(backend, ev.batch_sizes)
+        yield ev
+
+
+def sums(make, backend, spots=SPOTS, **options):
+    with evaluator(make(), backend, **options) as ev:
+        return ev.evaluate(spots)
+
+
+# -- agreement -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "backend"),
+    [
+        *((m, b) for m in (mlp, cnn, transformer) for b in ("fused", "vmap")),
+        (cnn, "channels_last"),
+        pytest.param(mlp, "native", marks=COMPILES),
+        pytest.param(cnn, "native", marks=COMPILES),
+        pytest.param(mlp, "compiled", marks=SLOW),
+        pytest.param(cnn, "compiled", marks=SLOW),
+    ],
+    ids=lambda v: getattr(v, "__name__", v),
+)
+def test_a_backend_has_the_sums_of_eager(make, backend):
+    np.testing.assert_allclose(sums(make, backend), sums(make, "eager"), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", ["fused", "vmap"])
+def test_batch_norm_may_move_too(backend):
+    directions = random_axes(cnn(), norms=True)
+    expected = sums(cnn, "eager", directions=directions)
+    found = sums(cnn, backend, directions=directions)
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+    assert abs(expected - sums(cnn, "eager")).max() > 0.01  # they do move
+
+
+@pytest.mark.parametrize("backend", ["eager", "channels_last", "fused", "vmap"])
+def test_a_step_is_the_checkpoint_itself(backend, tmp_path):
+    state = problems.another(cnn().model)
+    torch.save(state, tmp_path / "a.pt")
+    other = cnn()
+    other.model.load_state_dict(state)
+    with evaluator(other) as ev:
+        expected = ev.centre()[0].mean
+    directions = Directions(random_axes(cnn()).axes, (Step("a", tmp_path / "a.pt"),), {})
+    with evaluator(cnn(), backend, directions) as ev:
+        found = ev.evaluate([SPOTS[1], Spot((0.0, 0.0), 0), SPOTS[2]])[1, 0]
+    assert found[2] / found[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_audits_are_eager_in_full_precision():
+    with evaluator(cnn(), "fused", precision="bfloat16") as ev:
+        reduced, audit = ev.evaluate(SPOTS)[..., 2], ev.evaluate(SPOTS, audit=True)[..., 2]
+    assert (audit == sums(cnn, "eager")[..., 2]).all()
+    assert 0 < abs(reduced - audit).max() < 0.05 * abs(audit).max()
+
+
+# -- sums ----------------------------------------------------------------------------------------
+
+
+def test_sums_are_those_of_their_definition():
+    """With weights that differ between spots, no weight where a value is infinite, and all one."""
+    values = numbers(3, 7, seed=1)
+    weights = torch.from_numpy(np.random.default_rng(2).integers(0, 3, (3, 7)).astype(float))
+    values[1, 2] = torch.inf
+    weights[1, 2] = 0.0
+    for w in (weights, torch.ones(3, 7), weights[:1].expand(3, 7)):
+        spots = [Sampled(v, u) for v, u in zip(values[: len(w)], w, strict=True)]
+        centre = Samples.of(spots[0])
+        found = Reference(centre).sums(spots).numpy()
+        v = np.where(w == 0, 0.0, values)
+        d, u = v - v[0], w.numpy()
+        with np.errstate(invalid="ignore"):
+            terms = [u, u**2, u * v, u**2 * v, u**2 * v**2, u * d, u**2 * d, u**2 * d**2]
+        np.testing.assert_allclose(found, np.stack([t.sum(1) for t in terms], 1), rtol=1e-12)
+
+
+def test_a_number_of_samples_that_changes_is_refused():
+    reference = Reference(Samples.of(Sampled(torch.ones(3), torch.ones(3))))
+    with pytest.raises(LsweepError, match="gave 2 samples here and 3 at the centre"):
+        reference.sums([Sampled(torch.ones(2), torch.ones(2))])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("backend", ["eager", "fused", "vmap"])
+def test_a_point_has_its_bits_alone_and_among_others(backend, threads, monkeypatch):
+    torch.set_num_threads(threads)
+    try:
+        spots = [Spot((x / 4, y / 4)) for x in range(-2, 3) for y in range(-2, 2)]
+        with evaluator(mlp(), backend) as ev:
+            streamed = ev.evaluate(spots)  # the first pass; then the data is resident
+            resident = ev.evaluate(spots)
+            alone = np.concatenate([ev.evaluate([s]) for s in spots])
+        monkeypatch.setattr(evaluate, "RESIDENT_SHARE", 0.0)
+        never = sums(mlp, backend, spots)
+    finally:
+        torch.set_num_threads(1)
+    for other in (resident, alone, never):
+        assert other.tobytes() == streamed.tobytes()
+
+
+# -- what is not for a problem -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "backend", "options", "why"),
+    [
+        (mlp, "channels_last", {}, "no two-dimensional convolution"),
+        (mlp, "cudagraph", {}, "CUDA graphs need a CUDA device, not cpu"),
+        (cnn, "fused", {"batch_norm": "batch"}, "needs the network itself"),
+        (cnn, "compiled", {"batch_norm": "recalibrate"}, "changes the network as it runs"),
+        (mlp, "native", {"precision": "bfloat16"}, "float32 on a CPU, not bfloat16"),
+        (mlp, "eagre", {}, "no backend 'eagre'.*eager"),
+    ],
+)
+def test_why_not(make, backend, options, why):
+    with pytest.raises(LsweepError, match=why), evaluator(make(), backend, **options):
+        pass
+
+
+def test_a_forward_of_the_users_own_is_the_networks_business():
+    def forward(model, batch):
+        return {"loss": (model(batch[0]) ** 2).mean(1) + float(model[0].weight.sum())}
+
+    problem = lsweep.Problem(mlp().model, {"train": mlp().data["train"]}, forward=forward)
+    with pytest.raises(LsweepError, match="forward= may use anything"), evaluator(problem, "fused"):
+        pass
+
+
+def test_the_settings_know_the_catalogue():
+    assert set(settings.BACKENDS) == {"auto", *catalogue.KINDS}
+    with pytest.raises(LsweepError, match=r"backend = 'fusd'.*fused"):
+        settings.Evaluation(backend="fusd")
+
+
+# -- the choice ----------------------------------------------------------------------------------
+
+
+class Lying:
+    """Gives every value a thousandth too much."""
+
+    name, together = "channels_last", False
+
+    def __init__(self, builder):
+        self._eager = builder.eager
+
+    def values(self, spots, batch, stay=False):
+        for found in self._eager.values(spots, batch, stay):
+            yield {m: Sampled(1.001 * s.values, s.weights, s.opaque) for m, s in found.items()}
+
+
+def chosen(problem, points, **options):
+    with evaluator(problem, **options) as ev:
+        ev.settings["backend"] = options.get("asked", "auto")
+        return choose(ev, SPOTS, seconds=1.0, points=points)
+
+
+def test_a_short_sweep_is_eager_untried():
+    assert chosen(cnn(), points=1).record()["tried"] == []
+    one_batch = mlp()
+    one_batch.splits["train"] = Split("train", [one_batch.data["train"]])
+    assert chosen(one_batch, points=50).record()["tried"] == []  # trials would cost a quarter
+
+
+def test_what_agrees_is_timed_and_what_does_not_says_why(monkeypatch):
+    liar = catalogue.Kind(Lying, lambda ground: None)
+    monkeypatch.setitem(catalogue.KINDS, "channels_last", liar)
+    found = chosen(cnn(), points=400)
+    tried = {t.backend: t for t in found.tried}
+    assert "disagrees with eager by 0.001" in tried["channels_last"].why_not
+    assert tried["eager"].seconds > 0 and tried["eager"].error == 0
+    assert tried["fused"].seconds > 0 and tried["fused"].error < 2e-5
+    assert tried["cudagraph"].why_not and found.backend not in ("channels_last", "cudagraph")
+    assert "not tried" in tried["compiled"].why_not
+    assert json.loads(json.dumps(found.record()))["backend"] == found.backend
+    with pytest.raises(LsweepError, match='backend = "channels_last": disagrees'):
+        chosen(cnn(), points=1, asked="channels_last")
+
+
+def test_batch_sizes_are_tried_where_they_are_free():
+    free = chosen(mlp(), points=400, batch_size="auto")
+    assert {t.batch_sizes["train"] for t in free.tried} >= {2048, 20}
+    given = chosen(mlp(), points=400)
+    assert {t.batch_sizes["train"] for t in given.tried} == {8}
+
+
+def sweep_of_classifier(folder, evaluate):
+    factory = problems.factory_file(folder, "classifier")
+    toml = folder / "sweep.toml"
+    toml.write_text(
+        f'[problem]\nfactory = "{factory}"\n[grid.x]\nrange = [-1.0, 1.0]\ncount = 9\n'
+        f"[evaluate]\n{evaluate}\n"
+    )
+    return toml
+
+
+def test_workers_of_a_class_obey_its_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(choice, "WORTH", 0.0)
+    monkeypatch.setattr(choice, "SHARE", 1e3)
+    folder = planned(sweep_of_classifier(tmp_path, ""), unit_points=2)
+    assert worked(folder) == 9
+    path = folder.all_devices()[0]
+    known = read_json(path)
+    assert {t["backend"] for t in known["tried"]} >= {"eager", "fused"}
+    assert all(t["why_not"] for t in known["tried"] if t["seconds"] is None)
+    values = {int(r["point"]): r["sums"].tobytes() for p in committed(folder).parts for r in p.rows}
+    for part in folder.all_parts():
+        part.unlink()
+    assert worked(folder) == 9
+    again = {int(r["point"]): r["sums"].tobytes() for p in committed(folder).parts for r in p.rows}
+    assert again == values
+    for part in folder.all_parts():
+        part.unlink()
+    changed = {k: v for k, v in known.items() if k != "sha256"} | {"backend": "cudagraph"}
+    replace(path, sealed(changed))
+    refused = worked(folder)
+    assert isinstance(refused, Raised) and refused.kind == "LsweepError"
+    assert "cannot build the backend 'cudagraph'" in refused.text

@@ -1,0 +1,46 @@
+"""The benchmarks still run: their quick forms print whole tables, and all evaluators agree."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def printed(name: str, *options: str) -> str:
+    """What the quick form of a benchmark prints; it exits with 1 where losses do not agree."""
+    command = [sys.executable, BENCHMARKS / name, "--quick", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_cost_compares_every_evaluator_with_every_other():
+    text = printed("cost.py")
+    tables = text.split("times faster than\n")[1:]
+    assert len(tables) == 1
+    for table in tables:
+        columns = re.findall(r"\S+ \S+|\S+", table.splitlines()[0].partition("error")[2])
+        rows = re.findall(r"^(lsweep .+?|plain.*?)  +(\d.*)$", table, re.MULTILINE)
+        names = [name for name, _ in rows]
+        assert "plain" in names and "plain, its best" in names
+        assert any("auto" in name for name in names) and "lsweep float32, eager" in names
+        for name, numbers in rows:
+            batch, median, fastest, spread, error, *ratios = numbers.split()
+            assert int(batch) > 0 and 0 < float(fastest) <= float(median)
+            assert float(spread.rstrip("%")) >= 0 and float(error) < 1e-5
+            assert len(ratios) == (len(columns) if name.startswith("lsweep") else 0)
+            assert all(0 < float(r) < float("inf") for r in ratios)
+
+
+def test_resolution_sweeps_to_the_tolerance(tmp_path):
+    text = printed("resolution.py", "--figures", str(tmp_path))
+    row = re.search(
+        r"^MLP, untrained +\S+ +([\d.]+) s +(\d+) of 289 +([\d.]+)% +([\d.]+)%", text, re.M
+    )
+    assert row, text
+    seconds, evaluated, stated, error = map(float, row.groups())
+    assert seconds > 0 and 0 < evaluated <= 289
+    assert stated <= 1 and error <= 1
+    assert re.search(r"peak memory, .+: \d+ MiB above the \d+", text)
