@@ -300,7 +300,8 @@ class Lowering:
         kept = [d for d in range(lies.dim()) if d not in along]
         x = self._straight(given["self"].viewed(lies.permute(kept + along)))
         n = math.prod(lies.shape[d] for d in along)
-        body = f"for (int r = 0; r < {lies.numel() // n}; r++) out[r] = mean(a0 + r * {n}, {n});"
+        pool = f"pool<0>(a0 + r * {n}, out + r, {n}, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0);"
+        body = f"for (int r = 0; r < {lies.numel() // n}; r++) {pool}"
         self._values[node] = self._step(body, [x], self._fresh(shape))
 
     def _on_max_pool2d(self, node: fx.Node, given: Given, shape: tuple[int, ...]) -> None:
