@@ -134,13 +134,20 @@ def model_at(graph: Graph, views: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 class Mixes(nn.Module):
+    def __init__(self, how) -> None:
+        super().__init__()
+        self.how = how
+
     def forward(self, x: Tensor) -> Tensor:
-        return x - x.mean(0)
+        return self.how(x)
 
 
 @pytest.mark.parametrize(
     ("model", "why"),
-    [(nn.Sequential(nn.Linear(4, 4), nn.GELU()), "aten.gelu"), (Mixes(), "mixes the samples"),
+    [(nn.Sequential(nn.Linear(4, 4), nn.GELU()), "aten.gelu"),
+     (Mixes(lambda x: x - x.mean(0)), "mixes"),
+     (Mixes(lambda x: x.t().relu().t()), "mixes"),
+     (Mixes(lambda x: torch.cat([x, x]).reshape(x.size(0), 8).relu()), "mixes"),
      (nn.Sequential(nn.Linear(4, 4), nn.Softmax(0)), "aten.softmax")],
 )  # fmt: skip
 def test_what_it_cannot_take_is_named(model, why):
