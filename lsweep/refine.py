@@ -176,20 +176,24 @@ def decide(
     return Decision("open", ask, order[count : max(needed, count)], error)
 
 
-def fill(lattice: Lattice, evaluated: Evaluated, *, log: bool = True) -> Filled:
+def fill(
+    lattice: Lattice, evaluated: Evaluated, *, log: bool = True, only: IntArray | None = None
+) -> Filled:
     """Return one variable on the whole lattice with the error that is stated for it.
 
     Args:
         lattice: the grid that is wanted.
         evaluated: all that is known of the variable.
         log: T is the log scale; False: the value itself.
+        only: C-order indices at which to interpolate, elsewhere NaN; by default everywhere.
     """
     known = Known(lattice, evaluated, log)
+    wanted = np.arange(len(lattice)) if only is None else only
     transformed = np.full(len(lattice), np.nan)
     error = np.full(len(lattice), np.nan)
     if known.model is not None:
-        for start in range(0, len(lattice), WHOLE):
-            here = np.arange(start, min(start + WHOLE, len(lattice)))
+        for start in range(0, len(wanted), WHOLE):
+            here = wanted[start : start + WHOLE]
             transformed[here], scale = known.model.predict(known.at(here))
             error[here] = known.factor * scale / known.spread
         known.spoil(transformed, error)
