@@ -62,8 +62,10 @@ class Builder:
 
     @functools.cached_property
     def rows(self) -> Packed:
-        """The packed tensors of the graph."""
+        """The packed tensors of the graph: the network's own rows where nothing is folded."""
         ground, graph = self.ground, self.graph
+        if not graph.folds and self.packed.views.keys() >= set(graph.names):
+            return self.packed
         moves = [
             graph.pack_direction({n: t.to(ground.device, ground.dtype) for n, t in axis.items()})
             for axis in ground.moves
@@ -77,8 +79,10 @@ class Builder:
         dtype = torch.bfloat16 if reduced else ground.dtype
         threads = torch.get_num_threads()
         made = getattr(importlib.import_module(f"lsweep.{module}"), kind)
-        network = made(self.graph, self.rows.views, self.inputs, ground.device, dtype, threads)
-        return Networked(name, ground, self.rows, network, self.graph.pack)
+        rows = self.rows
+        network = made(self.graph, rows.views, self.inputs, ground.device, dtype, threads)
+        pack = dict if rows is self.packed else self.graph.pack
+        return Networked(name, ground, rows, network, pack)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ WORTH = 2.0  # seconds of a sweep with eager, below which nothing is tried
 SHARE = 0.05  # of them may be spent on trials
 LONG = 30.0  # seconds of set-up, which are spent only where there is none of these:
 SHORTER = ("fused", "native")
+LEAST = 4  # passes over one batch at each spot: below, nothing can be told
 ROUNDS = 3  # passes of those that were near the fastest in the first
 NEAR = 1.3  # times the fastest
 LARGER = (2.0, 4.0, 8.0)  # times the default batch size, as long as that is faster
@@ -101,6 +102,11 @@ def choose(evaluator: Evaluator, spots: Sequence[Spot], seconds: float, points: 
     asked = str(evaluator.settings["backend"])
     total = seconds * points
     if asked == "eager" or (asked == "auto" and total < WORTH):
+        return Choice("eager", dict(evaluator.batch_sizes))
+    split = evaluator.splits[0]
+    batch = samples_in(next(evaluator.fresh(split, evaluator.batch_sizes[split])))
+    least = LEAST * len(spots) * seconds * batch / max(1, len(evaluator.centre()[0].values))
+    if asked == "auto" and least > SHARE * total:
         return Choice("eager", dict(evaluator.batch_sizes))
     trials = _Trials(evaluator, spots, seconds, SHARE * total)
     if asked != "auto":

@@ -80,12 +80,12 @@ def fill_gaps(
         found = fill(lattice, known, log=name.endswith("_loss"))
         values[name][gaps] = found.values[gaps]
         for suffix, error, units, what in (
-            ("error", found.error, "1", "as a share of the range on the log scale"),
+            ("error", found.error, "1", "(share of the log range)"),
             ("abs_error", found.margin, "percent" if metric == "accuracy" else "1", ""),
         ):
             stated = np.where(gaps, error, np.where(status == Status.PENDING, np.nan, 0.0))
             values[f"{name}_{suffix}"] = stated
-            text = f"stated interpolation error of {split} {metric} {what}".strip()
+            text = f"stated error of {split} {metric} {what}".strip()
             attributes[f"{name}_{suffix}"] = {"units": units, "split": split, "long_name": text}
         stated = values[f"{name}_error"][gaps]
         worst[name] = float(np.max(stated[np.isfinite(stated)], initial=0.0))

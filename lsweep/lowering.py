@@ -92,18 +92,21 @@ class Lowering:
             value = node.meta["val"]
             if not isinstance(value, Tensor) or value.dtype != torch.float32:
                 raise Unsupported(f"{node.name} is not float32")
-            lies = torch.empty(
-                tuple(value.shape[1:] if node in inputs else value.shape), device="meta"
-            )
-            weight = _Array(lies, None, f"in[{len(self._values)}]")
-            self._values[node] = self._fresh([groups, *lies.shape]) if node in inputs else weight
-        self._batch = inputs[0].meta["val"].shape[0]
+            if node in inputs and isinstance(value.shape[0], int):
+                raise Unsupported(f"{node.name} is the same for all samples")
+            if node in inputs:
+                self._values[node] = self._fresh([groups, *value.shape[1:]])
+            else:
+                lies = torch.empty(tuple(value.shape), device="meta")
+                self._values[node] = _Array(lies, None, f"in[{len(self._values)}]")
+        (self._batch,) = {_symbol(n.meta["val"].shape[0]) for n in inputs}
         for node in nodes:
             if node.op == "call_function" and node not in self._values:
                 self._take(node)
         output = self._straight(self._values[nodes[-1].args[0]])
+        cast(_Buffer, output.home).last = len(self._steps)
         self.shape, size = tuple(output.lies.shape), self._place()
-        self.memory = size + self._scratch
+        self.memory, length = size + self._scratch, output.lies.numel() // groups
         loads = [
             f"load(in[{i}], {a.at}, {a.lies.numel() // groups}, {groups}, first, n);"
             for i, a in enumerate((self._values[n] for n in inputs), len(weights) + len(constants))
@@ -118,15 +121,16 @@ class Lowering:
             f"vec *m = memory + (long)thread * {self.memory}, *scratch = m + {size};",
             *(f"vec* b{i} = m + {b.start};" for i, b in enumerate(self._buffers)),
             *(*loads, *self._steps),
-            f"if (!store({output.at}, result, {output.lies.numel() // groups}, {groups}, first, n))",
-            *("finite = false;", "});", "return finite;", "}", ""),
+            f"if (!store({output.at}, result, {length}, {groups}, first, n)) finite = false;",
+            *("});", "return finite;", "}", ""),
         ]
         self.text = "\n".join(lines)
 
     def _take(self, node: fx.Node) -> None:
         """Enter what a node computes: a number, views, or a new array."""
         target = cast(Any, node.target)
-        args, kwargs = (fx.map_arg(a, self._values.__getitem__) for a in (node.args, node.kwargs))
+        both = (node.args, node.kwargs)
+        args, kwargs = (cast(Any, fx.map_arg(a, self._values.__getitem__)) for a in both)
         if target is operator.getitem:
             self._values[node] = args[0][args[1]]
             return
@@ -145,10 +149,10 @@ class Lowering:
                 getattr(self, f"_on_{name}")(node, given, tuple(found.shape))
             else:
                 raise Unsupported(f"{target} is not among its operators")
-        value, like = self._values[node], node.meta["val"]
-        if isinstance(value, _Array) and value.home:
-            numbers = self._batch * (value.lies.numel() // self.groups)
-            if like.dim() != value.lies.dim() or like.numel() != numbers:
+        value, shape = self._values[node], getattr(node.meta["val"], "shape", ())
+        if isinstance(value, _Array) and value.home:  # then its rows are the samples' in order
+            rows = self._batch * (value.lies.shape[0] // self.groups) if shape else 0
+            if not shape or _symbol(shape[0]) != rows or shape[1:] != value.lies.shape[1:]:
                 raise Unsupported(f"{node.name} mixes the samples of a batch")
 
     # -- steps ------------------------------------------------------------------------------------
@@ -177,7 +181,8 @@ class Lowering:
         if out is None:
             if not any(a.home for a in operands):
                 raise Unsupported("it computes with weights alone")
-            out = self._fresh(torch.broadcast_shapes(*(a.lies.shape for a in operands)))
+            shapes = [a.lies.shape for a in operands]
+            out = self._fresh(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
         shape = out.lies.shape
         lies = [*(a.lies.expand(shape) for a in operands), out.lies]
         around: list[tuple[int, list[int]]] = []  # each loop's length and steps
@@ -220,6 +225,8 @@ class Lowering:
         That is adding the bias, and then each pointwise operator that is the only user.
         """
         used, end, chain = list(operands), "", [node]
+        if operands[1].home or (bias is not None and bias.home):
+            raise Unsupported("it has weights that follow from its input")
         if bias is not None:
             end = f"v += a{len(used)}[o * {bias.lies.stride(0)}]; "
             used.append(bias)
@@ -248,7 +255,7 @@ class Lowering:
 
     def _on_conv2d(self, node: fx.Node, given: Given, shape: tuple[int, ...]) -> None:
         x, w = self._straight(given["input"]), given["weight"]
-        if w.home or not w.lies.is_contiguous() or isinstance(given["padding"], str):
+        if not w.lies.is_contiguous() or isinstance(given["padding"], str):
             raise Unsupported("it has a convolution of another kind")
         (n, ci, height, width), (_, co, oh, ow) = x.lies.shape, shape
         kernel, pad = tuple(w.lies.shape[2:]), _pair(given["padding"])
@@ -258,11 +265,8 @@ class Lowering:
         direct, tiles = 9 * oh * ow * ci * co, math.ceil(oh / 4) * math.ceil(ow / 4)
         saved = direct - 36 * tiles * (ci * co + 6 * (ci + co))  # 6: additions of the transforms
         plain = how == (3, 3, 1, 1, *pad, 1, 1, 1)
-        numbers, room = (
-            [ci, co, height, width, *how],
-            ci * (height + 2 * pad[0]) * (width + 2 * pad[1]),
-        )
-        kind = "conv"
+        kind, numbers = "conv", [ci, co, height, width, *how]
+        room = ci * (height + 2 * pad[0]) * (width + 2 * pad[1])
         if self._winograd and plain and saved > direct / 4:
             kind, numbers, room = "winograd", [ci, co, height, width, *pad], 144 * (ci + 65)
             u = f"packed + {self.packed}"
@@ -275,8 +279,6 @@ class Lowering:
 
     def _on_linear(self, node: fx.Node, given: Given, shape: tuple[int, ...]) -> None:
         x, w = self._straight(given["input"]), given["weight"]
-        if w.home:
-            raise Unsupported("it has weights that follow from its input")
         (units, k), (sm, sk) = w.lies.shape, w.lies.stride()
         body = f"product<{units}, {x.lies.numel() // k}, {k}, {sm}, {sk}, 1, {k}>(a1, a0, "
         body += f"[=](int o, int n, vec v) {{ int i = n * {units} + o; END }});"
@@ -298,7 +300,8 @@ class Lowering:
         kept = [d for d in range(lies.dim()) if d not in along]
         x = self._straight(given["self"].viewed(lies.permute(kept + along)))
         n = math.prod(lies.shape[d] for d in along)
-        body = f"for (int r = 0; r < {lies.numel() // n}; r++) out[r] = mean(a0 + r * {n}, {n});"
+        pool = f"pool<0>(a0 + r * {n}, out + r, {n}, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0);"
+        body = f"for (int r = 0; r < {lies.numel() // n}; r++) {pool}"
         self._values[node] = self._step(body, [x], self._fresh(shape))
 
     def _on_max_pool2d(self, node: fx.Node, given: Given, shape: tuple[int, ...]) -> None:
@@ -309,9 +312,8 @@ class Lowering:
         stride = _pair(0 if even else given["stride"] or size)
         rim = given.get("count_include_pad", False)
         numbers = [h, w, oh, ow, *size, *stride, *_pair(given.get("padding", 0)), int(rim)]
-        body = (
-            f"for (int c = 0; c < {math.prod(shape[:-2])}; c++) pool<{int('dilation' in given)}>("
-        )
+        largest = int("dilation" in given)
+        body = f"for (int c = 0; c < {math.prod(shape[:-2])}; c++) pool<{largest}>("
         body += f"a0 + c * {h * w}, out + c * {oh * ow}, {', '.join(map(str, numbers))});"
         self._values[node] = self._step(body, [x], self._fresh(shape))
 
@@ -319,6 +321,8 @@ class Lowering:
 
     def _on_cat(self, node: fx.Node, given: Given, shape: tuple[int, ...]) -> None:
         out, at = self._fresh(shape), 0
+        if given["dim"] % len(shape) == 0:
+            raise Unsupported(f"{node.name} mixes the samples of a batch")
         for a in given["tensors"]:
             n = a.lies.shape[given["dim"]]
             self._loops("all(0) + {0}", [a], out.viewed(out.lies.narrow(given["dim"], at, n)))
@@ -345,7 +349,12 @@ class Lowering:
 
 
 def _id(t: Tensor) -> int:
-    return t.untyped_storage()._cdata
+    return int(t.untyped_storage()._cdata)
+
+
+def _symbol(size: Any) -> Any:
+    """Return a length as an expression of the batch's: compared by form, not at the example."""
+    return size if isinstance(size, int) else size.node.expr
 
 
 def _pair(value: Any) -> list[int]:

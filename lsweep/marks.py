@@ -120,8 +120,13 @@ def put_title(ax: Axes, text: str) -> None:
 def mark_points(
     surface: Surface, name: str, ax: Axes, height: Height | None = None
 ) -> list[Artist]:
-    """Mark the minimum with a star and the centre with a cross; return their legend entries."""
+    """Mark the minimum with a star and the centre with a cross; return their legend entries.
+
+    Of an error neither is of interest.
+    """
     entries: list[Artist] = []
+    if name.endswith(("_error", "_se")):
+        return entries
     x, y = surface.x, surface.y
     if x.min() <= 0 <= x.max() and y.min() <= 0 <= y.max():
         value = surface.center(name)

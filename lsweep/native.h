@@ -1,7 +1,7 @@
-// Kernels over samples in SIMD lanes: a `vec` holds one number of L samples, a weight is one scalar.
+// Kernels over samples in SIMD lanes: a `vec` holds one number of L samples, a weight is a scalar.
 //
-// An activation is laid out [...][L], so every operation is a loop of scalar weight times vector, of
-// any shape, and never a shuffle. Shapes are template parameters or literals of the emitted source.
+// An activation is laid out [...][L], so every operation is a loop of scalar weight times vector,
+// of any shape, and never a shuffle. Shapes are template parameters or literals of the source.
 // Float32 as written: no reassociation, NaN and infinity come through.
 #include <algorithm>
 #include <atomic>
@@ -42,14 +42,13 @@ template <int N> static INLINE vec poly(const float (&c)[N], vec x) {
   UNROLL for (int i = N - 2; i >= 0; i--) p = p * x + c[i];
   return p;
 }
-static INLINE vec power2(ivec n) { return (vec)((n + 127) << 23); }
 static INLINE vec vexp(vec x) {  // 2^n e^r with |r| <= log(2)/2; the polynomials here are our fits
   x = x > 89 ? vec{} + 89 : x < -104 ? vec{} - 104 : x;
   vec n = x * 1.44269504f + 12582912.f - 12582912.f;  // to the nearest integer
   vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
   vec p = poly({1, 1, .500000011f, .166664154f, .0416662181f, .00837513527f, .00139485899f}, r);
-  ivec i = __builtin_convertvector(n, ivec), half = i >> 1;
-  return p * power2(half) * power2(i - half);
+  ivec i = __builtin_convertvector(n, ivec), half = i >> 1;  // 2^n may be beyond a float
+  return p * (vec)((half + 127) << 23) * (vec)((i - half + 127) << 23);
 }
 static INLINE vec vtanh(vec x) {
   vec a = vabs(x), z = x * x, big = 1 - 2 / (vexp(2 * a) + 1);
@@ -61,10 +60,9 @@ static INLINE vec sigmoid(vec x) { return 1 / (1 + vexp(-x)); }
 
 // ---- products -----------------------------------------------------------------------------------
 
-// acc[m][n] = sum over c, y, x of a[m][c, y, x] b[c][y][x][n], at the strides A*, B*. A is float (a
-// weight, the same for all lanes) or vec.
-template <int M, int N, int C, int H, int W, int AM, int AK, int BC, int BH, int BW, int BN, class A>
-static INLINE void block(const A* a, const vec* b, vec (&acc)[M][N]) {
+// acc[m][n] = sum over c, y, x of a[m][c, y, x] b[c][y][x][n], at the strides A*, B*.
+template <int M, int N, int C, int H, int W, int AM, int AK, int BC, int BH, int BW, int BN>
+static INLINE void block(const float* a, const vec* b, vec (&acc)[M][N]) {
   UNROLL for (int m = 0; m < M; m++) UNROLL for (int n = 0; n < N; n++) acc[m][n] = vec{};
   int k = 0;
   for (int c = 0; c < C; c++)
@@ -74,15 +72,15 @@ static INLINE void block(const A* a, const vec* b, vec (&acc)[M][N]) {
         vec v[N];
         UNROLL for (int n = 0; n < N; n++) v[n] = p[n * BN];
         UNROLL for (int m = 0; m < M; m++) {
-          A w = a[m * AM + k * AK];
+          float w = a[m * AM + k * AK];
           UNROLL for (int n = 0; n < N; n++) acc[m][n] += w * v[n];
         }
       }
 }
 
 // end(m, n, value) for value = sum over k of a[m][k] b[k][n].
-template <int M, int N, int K, int AM, int AK, int BK, int BN, class A, class F>
-static INLINE void product(const A* a, const vec* b, F end) {
+template <int M, int N, int K, int AM, int AK, int BK, int BN, class F>
+static INLINE void product(const float* a, const vec* b, F end) {
   blocks<N, NB>([&](int n0, auto nb) {
     blocks<M, MB>([&](int m0, auto mb) {
       constexpr int ms = decltype(mb)::value, ns = decltype(nb)::value;
@@ -95,18 +93,18 @@ static INLINE void product(const A* a, const vec* b, F end) {
 }
 
 // Convolution over a copy with a rim of zeros. end(channel, index in the output, value).
-template <int CI, int CO, int H, int W, int KH, int KW, int SH, int SW, int PH, int PW, int DH, int DW,
-          int GROUPS, class F>
+template <int CI, int CO, int H, int W, int KH, int KW, int SH, int SW, int PH, int PW, int DH,
+          int DW, int GROUPS, class F>
 static INLINE void conv(const float* w, const vec* in, vec* scratch, F end) {
   constexpr int RH = H + 2 * PH, RW = W + 2 * PW, GI = CI / GROUPS, GO = CO / GROUPS;
   constexpr int OH = (RH - DH * (KH - 1) - 1) / SH + 1, OW = (RW - DW * (KW - 1) - 1) / SW + 1;
   const vec* rimmed = in;
   if (PH || PW) {
-    for (int i = 0; i < CI * RH * RW; i++) scratch[i] = vec{};
-    for (int c = 0; c < CI; c++)
-      for (int y = 0; y < H; y++)
-        for (int x = 0; x < W; x++)
-          scratch[(c * RH + y + PH) * RW + x + PW] = in[(c * H + y) * W + x];
+    for (int i = 0; i < CI * RH * RW; i++) {
+      int c = i / (RH * RW), y = i / RW % RH - PH, x = i % RW - PW;
+      bool there = y >= 0 && y < H && x >= 0 && x < W;
+      scratch[i] = there ? in[(c * H + y) * W + x] : vec{};
+    }
     rimmed = scratch;
   }
   for (int g = 0; g < GROUPS; g++)
@@ -116,7 +114,8 @@ static INLINE void conv(const float* w, const vec* in, vec* scratch, F end) {
           constexpr int ms = decltype(mb)::value, ns = decltype(nb)::value, K = GI * KH * KW;
           vec acc[ms][ns];
           const vec* corner = rimmed + (g * GI * RH + y * SH) * RW + x0 * SW;
-          block<ms, ns, GI, KH, KW, K, 1, RH * RW, DH * RW, DW, SW>(w + (g * GO + m0) * K, corner, acc);
+          const float* weights = w + (g * GO + m0) * K;
+          block<ms, ns, GI, KH, KW, K, 1, RH * RW, DH * RW, DW, SW>(weights, corner, acc);
           UNROLL for (int m = 0; m < ms; m++) UNROLL for (int n = 0; n < ns; n++) {
             int o = g * GO + m0 + m;
             end(o, (o * OH + y) * OW + x0 + n, acc[m][n]);
@@ -125,7 +124,7 @@ static INLINE void conv(const float* w, const vec* in, vec* scratch, F end) {
       });
 }
 
-// ---- Winograd F(4x4, 3x3): Y = A'[(G w G') * (B' d B)]A (Lavin and Gray 2015, arXiv:1509.09308) ---
+// ---- Winograd F(4x4, 3x3): Y = A'[(G w G') * (B' d B)]A (Lavin, Gray 2015, arXiv:1509.09308) ---
 
 constexpr int padded(int channels) { return (channels + WINO_M - 1) / WINO_M * WINO_M; }
 
@@ -138,7 +137,7 @@ template <int CI, int CO> static void winograd_weights(const float* w, float* u)
       const float* f = w + ((long)o * CI + c) * 9;
       double t[6][3] = {};
       for (int i = 0; i < 6 && o < CO; i++)
-        for (int j = 0; j < 3; j++) t[i][j] = G[i][0] * f[j] + G[i][1] * f[3 + j] + G[i][2] * f[6 + j];
+        for (int j = 0; j < 9; j++) t[i][j % 3] += G[i][j / 3] * f[j];
       for (int i = 0; i < 6; i++)
         for (int j = 0; j < 6; j++)
           u[(((i * 6L + j) * padded(CO) + o / WINO_M * WINO_M) * CI) + c * WINO_M + o % WINO_M] =
@@ -222,13 +221,8 @@ static INLINE void winograd(const float* u, const vec* in, vec* scratch, F end) 
   }
 }
 
-// ---- means and windows ---------------------------------------------------------------------------
+// ---- windows ------------------------------------------------------------------------------------
 
-static INLINE vec mean(const vec* x, int n) {
-  vec s[4] = {};  // four sums, so that an addition need not wait for the one before
-  for (int i = 0; i < n; i++) s[i % 4] += x[i];
-  return ((s[0] + s[1]) + (s[2] + s[3])) / (float)n;
-}
 // Where window i begins and ends, and its size with the rim; a stride of 0 shares the input evenly.
 struct Window {
   int begin, end, rimmed;
@@ -239,8 +233,8 @@ struct Window {
   }
 };
 template <bool MAX>
-static INLINE void pool(const vec* x, vec* out, int H, int W, int OH, int OW, int KH, int KW, int SH,
-                        int SW, int PH, int PW, bool rim) {
+static INLINE void pool(const vec* x, vec* out, int H, int W, int OH, int OW, int KH, int KW,
+                        int SH, int SW, int PH, int PW, bool rim) {
   for (int i = 0; i < OH; i++)
     for (int j = 0; j < OW; j++) {
       Window r(i, H, OH, KH, SH, PH), c(j, W, OW, KW, SW, PW);

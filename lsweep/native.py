@@ -1,4 +1,4 @@
-"""A network compiled for this machine: a backend for float32 on x86-64, where a compiler is at hand.
+"""A network compiled for this machine: for float32 on x86-64, where a compiler is at hand.
 
 Where there is none, or an operator is not known, it says so and other backends serve.
 """
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from lsweep.compiling import compiled
-from lsweep.errors import LsweepError
 from lsweep.graph import Graph
 from lsweep.lowering import Lowering
 from lsweep.tracing import Unsupported
@@ -49,7 +48,6 @@ class NativeNetwork:
         if platform.machine().lower() not in ("x86_64", "amd64"):
             raise Unsupported(f"native code is not made for {platform.machine()}")
         self._graph, self._views, self._threads = graph, views, threads
-        self._shapes = [t.shape[1:] for t in graph.leaves(example_inputs)]
         values = [n.meta.get("val") for n in graph.module.graph.nodes if n.op == "call_function"]
         flat = all(not isinstance(v, Tensor) or v.dim() <= 2 for v in values)
         self._groups = 4 if flat else 1  # of samples, so that a weight that is read is used 4 times
@@ -60,11 +58,11 @@ class NativeNetwork:
         """Return the output at the present weights for a batch of any length.
 
         Raises:
-            LsweepError: a sample is not what it was made for.
+            Unsupported: the samples are not what it was made for.
         """
         leaves = [t.detach().contiguous() for t in self._graph.leaves(inputs)]
-        if self._shapes != [t.shape[1:] for t in leaves if t.dtype == torch.float32]:
-            raise LsweepError(f"the samples are not float32 of shape {self._shapes}")
+        if any(t.dtype != torch.float32 for t in leaves):
+            raise Unsupported("the samples are not float32")
         weights = [self._views[n].detach().contiguous() for n in self._graph.names]
         found, finite = self._fast(weights, leaves)
         if finite or self._careful is self._fast:

@@ -388,8 +388,8 @@ def _attributes(dataset: h5py.Dataset, attributes: Mapping[str, str]) -> None:
         dataset.attrs[key] = _text(value)
 
 
-_TEXTS = ("long_name", "units", "split", "metric", "direction", "replicate", "norm")
-_TEXTS += ("samples", "estimator")
+_TEXTS: tuple[str, ...] = ("long_name", "units", "split", "metric", "direction", "replicate")
+_TEXTS += ("norm", "samples", "estimator")
 _UNHASHED = {"lsweep_sha256", "CLASS", "NAME", "DIMENSION_LIST", "REFERENCE_LIST", "_Netcdf4Dimid"}
 
 

@@ -24,6 +24,7 @@ from torch import nn
 import lsweep
 from lsweep import catalogue, choice, evaluate, machine, settings
 from lsweep.choice import choose
+from lsweep.data import Split
 from lsweep.directions import Directions, Step
 from lsweep.errors import LsweepError
 from lsweep.evaluate import Evaluator
@@ -34,6 +35,7 @@ from lsweep.summing import Reference, Samples
 
 SINGLE = torch.float32
 COMPILES = pytest.mark.skipif(not machine.compiler(), reason="needs a C++ compiler")
+SLOW = [pytest.mark.full, pytest.mark.filterwarnings("ignore")]  # torch.compile warns of torch
 SPOTS = [Spot((0.0, 0.0)), Spot((1.0, -0.5)), Spot((-0.25, 1.0))]
 
 
@@ -125,8 +127,8 @@ def sums(make, backend, spots=SPOTS, **options):
         (cnn, "channels_last"),
         pytest.param(mlp, "native", marks=COMPILES),
         pytest.param(cnn, "native", marks=COMPILES),
-        pytest.param(mlp, "compiled", marks=pytest.mark.full),
-        pytest.param(cnn, "compiled", marks=pytest.mark.full),
+        pytest.param(mlp, "compiled", marks=SLOW),
+        pytest.param(cnn, "compiled", marks=SLOW),
     ],
     ids=lambda v: getattr(v, "__name__", v),
 )
@@ -266,6 +268,9 @@ def chosen(problem, points, **options):
 
 def test_a_short_sweep_is_eager_untried():
     assert chosen(cnn(), points=1).record()["tried"] == []
+    one_batch = mlp()
+    one_batch.splits["train"] = Split("train", [one_batch.data["train"]])
+    assert chosen(one_batch, points=50).record()["tried"] == []  # trials would cost a quarter
 
 
 def test_what_agrees_is_timed_and_what_does_not_says_why(monkeypatch):

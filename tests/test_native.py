@@ -1,0 +1,195 @@
+"""Native code computes what the network computes: any layer it takes, any batch length, NaN too."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lsweep import compiling
+from lsweep.errors import LsweepError
+from lsweep.graph import Graph, traced
+from lsweep.lowering import Lowering
+from lsweep.native import NativeNetwork
+from lsweep.tracing import Unsupported
+
+builds = pytest.mark.skipif(
+    shutil.which("c++") is None or platform.machine() != "x86_64", reason="nothing to build with"
+)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        home = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(home))
+        yield home / "lsweep" / "native"
+
+
+class Residual(nn.Module):
+    """Blocks with both kinds of shortcuts, of odd sizes; Winograd's algorithm at their 3 x 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 9, 3, 1, 1), nn.BatchNorm2d(9)
+        self.inner, self.outer = nn.Conv2d(9, 11, 3, 1, 1), nn.Conv2d(11, 9, 3, 1, (1, 1))
+        self.smaller, self.way = nn.Conv2d(9, 10, 3, 2, 1, bias=False), nn.Conv2d(9, 10, 1, 2)
+        self.last, self.head = nn.Conv2d(20, 21, 3, 1, 1), nn.Linear(21, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        x = F.relu(self.outer(F.relu(self.inner(x))) + x)
+        x = F.relu(self.smaller(x) + self.way(x))
+        y = F.pad(x[:, ::2, ::2, ::2], (0, 0, 0, 0, 2, 3))
+        x = F.relu(F.avg_pool2d(x, 2, ceil_mode=True) - 0.5 * y)
+        return self.head(self.last(torch.cat([x, y], 1)).mean((2, 3)))
+
+
+class Windows(nn.Module):
+    """Convolutions and pools that Winograd's algorithm does not take, and batch norm by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.BatchNorm2d(3), nn.Conv2d(3, 10, 3, (2, 1), (2, 0)), nn.SiLU(),
+            nn.Conv2d(10, 10, 3, padding=2, dilation=2, groups=10), nn.Hardswish(),
+            nn.MaxPool2d(3, 2, 1), nn.Conv2d(10, 14, (1, 3), groups=2), nn.ELU(0.7),
+            nn.AvgPool2d(2, 1, 1), nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.Tanh(),
+            nn.AdaptiveAvgPool2d((3, 2)), nn.Flatten(), nn.Linear(84, 7), nn.LeakyReLU(0.1),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def flat() -> nn.Module:
+    return nn.Sequential(nn.Linear(13, 21), nn.Tanh(), nn.Linear(21, 17), nn.Sigmoid(),
+                         nn.Linear(17, 5, bias=False), nn.ReLU6())  # fmt: skip
+
+
+def graph_of(model: nn.Module, x: Tensor) -> tuple[Graph, dict[str, Tensor]]:
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    graph = traced(model, x[:3], frozenset(dict(model.named_parameters())))
+    return graph, {n: t.detach().clone() for n, t in graph.pack(state).items()}
+
+
+def native(graph: Graph, views: dict[str, Tensor], x: Tensor, threads: int = 1) -> NativeNetwork:
+    return NativeNetwork(graph, views, x[:3], CPU, torch.float32, threads)
+
+
+@builds
+@pytest.mark.parametrize("make", [Residual, Windows, flat])
+def test_it_computes_what_the_network_computes(make):
+    torch.manual_seed(1)
+    model = make().eval()
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            buffer.uniform_(0.5, 2)
+    x = torch.randn(70, 13) if make is flat else torch.randn(70, 3, 13, 15)
+    graph, views = graph_of(model, x)
+    network, both = native(graph, views, x), native(graph, views, x, threads=2)
+    assert (network._careful is None) == (make is Residual)  # Winograd's algorithm is in use
+    with torch.no_grad():
+        for move in (0.0, 0.3):  # the weights are read at each call
+            for t in views.values():
+                t.add_(move * t.sin())
+            eager = graph.module(*views.values(), x)
+            truth = graph.module.double()(*(t.double() for t in (*views.values(), x)))
+            graph.module.float()
+            allowed = 1e-6 * truth.abs().max() + 4 * (eager - truth).abs().max()
+            for n in (1, 7, 16, 33, 70):
+                found = network(x[:n])
+                assert found.shape == truth[:n].shape
+                assert (found - truth[:n]).abs().max() <= allowed
+                assert torch.equal(found, both(x[:n]))
+
+
+@builds
+def test_what_is_not_finite_comes_through_as_from_the_network():
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 1)).eval()
+    x = torch.randn(20, 8, 8, 8)
+    graph, views = graph_of(model, x)
+    network = native(graph, views, x)
+    assert network._careful is None  # Winograd's algorithm is in use
+    x[3, 0, 2, 2], x[5, 0, 3, 3], x[7, 1, 4, 4] = torch.nan, torch.inf, 3e38
+    views["0.weight"].mul_(30)
+    eager, found = model_at(graph, views, x), network(x)
+    finite = eager.isfinite()
+    assert 0 < (~finite).sum() < finite.numel() / 10
+    assert torch.equal(finite, found.isfinite()) and torch.equal(eager.isnan(), found.isnan())
+    assert torch.equal(eager[eager.isinf()], found[eager.isinf()])
+    assert torch.allclose(eager[finite], found[finite], rtol=1e-4, atol=1e-4)
+
+
+def model_at(graph: Graph, views: dict[str, Tensor], x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return graph.module(*views.values(), x)
+
+
+class Mixes(nn.Module):
+    def __init__(self, how) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.how(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [(nn.Sequential(nn.Linear(4, 4), nn.GELU()), "aten.gelu"),
+     (Mixes(lambda x: x - x.mean(0)), "mixes"),
+     (Mixes(lambda x: x.t().relu().t()), "mixes"),
+     (Mixes(lambda x: torch.cat([x, x]).reshape(x.size(0), 8).relu()), "mixes"),
+     (nn.Sequential(nn.Linear(4, 4), nn.Softmax(0)), "aten.softmax")],
+)  # fmt: skip
+def test_what_it_cannot_take_is_named(model, why):
+    graph, _ = graph_of(model.eval(), torch.randn(3, 4))
+    with pytest.raises(Unsupported, match=why):
+        Lowering(graph, 1, True)
+
+
+@builds
+def test_samples_of_another_shape_are_refused_before_memory_is_touched():
+    x = torch.randn(3, 13)
+    network = native(*graph_of(flat().eval(), x), x)
+    for wrong in (torch.randn(3, 12), torch.randn(3, 13).double()):
+        with pytest.raises(LsweepError, match=r"more than length|not float32"):
+            network(wrong)
+
+
+SOURCE = 'extern "C" int seven() { return 7; }\n'
+
+
+@builds
+def test_a_library_is_compiled_once_and_only_a_private_one_is_loaded(cache):
+    before = set(cache.iterdir()) if cache.exists() else set()
+    assert compiling.compiled(SOURCE).seven() == 7
+    (library,) = set(cache.iterdir()) - before
+    written = library.stat().st_mtime_ns
+    assert compiling.compiled(SOURCE).seven() == 7 and library.stat().st_mtime_ns == written
+    for path in (library, cache):
+        mode = path.stat().st_mode
+        path.chmod(mode | 0o020)
+        with pytest.raises(Unsupported, match=r"others could have written .*: remove it"):
+            compiling.compiled(SOURCE)
+        path.chmod(mode)
+
+
+def test_without_a_compiler_or_with_a_failing_one_it_says_so(monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for compiler, why in (("no-such-compiler", "no C\\+\\+ compiler"), ("false", "failed")):
+        monkeypatch.setenv("CXX", compiler)
+        with pytest.raises(Unsupported, match=why):
+            compiling.compiled(SOURCE)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(Unsupported, match="cache of native code cannot be used"):
+        compiling.compiled(SOURCE)
