@@ -192,13 +192,19 @@ def phrase(audit: Mapping[str, Any]) -> str:
     >>> phrase({"points": [3, 8], "variables": {"train_loss": facts}})
     'audit: typical error 0.0021 at 2 interpolated points'
     """
-    typical = {n: f["typical"] for n, f in _done(audit).items() if f["typical"] is not None}
-    if not typical:
+    each = {n: _typical(f) for n, f in _done(audit).items() if f["typical"] is not None}
+    if not each:
         return ""
-    each = [f"{t:.2g}" for t in typical.values()]
-    if len(typical) > 1:
-        each = [f"{t} ({n})" for t, n in zip(each, typical, strict=True)]
-    return f"audit: typical error {', '.join(each)} at {len(audit['points'])} interpolated points"
+    words = [w if len(each) == 1 else f"{w} ({n})" for n, w in each.items()]
+    return f"audit: typical error {', '.join(words)} at {len(audit['points'])} interpolated points"
+
+
+def _typical(facts: Mapping[str, Any]) -> str:
+    """Return the typical error, or what it would have to exceed to be seen."""
+    if facts["typical"]:
+        return f"{facts['typical']:.2g}"
+    seen = np.array([e for e in facts["se"] if e is not None])
+    return f"below {np.sqrt(np.mean(seen**2)):.2g}"
 
 
 def contradictions(audit: Mapping[str, Any]) -> list[str]:

@@ -303,3 +303,9 @@ def test_nothing_is_audited_where_nothing_is_interpolated() -> None:
     assert audited(lattice, {"train_loss": whole}, "key", Broken()) == {}
     assert audited(lattice, {"train_loss": blank}, "key", Broken()) == {}
     assert phrase({}) == "" and contradictions({}) == []
+
+
+def test_an_error_too_small_to_be_seen_is_not_called_none() -> None:
+    facts = {"typical": 0.0, "within": 1.0, "se": [0.003, None, 0.004]}
+    told = phrase({"points": [1, 2, 3], "variables": {"a_loss": facts, "b_loss": {"left_out": ""}}})
+    assert told == "audit: typical error below 0.0035 at 3 interpolated points"
