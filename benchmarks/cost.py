@@ -14,6 +14,10 @@ A ratio is the median over the rounds of the seconds of the other over those of 
 round, the spread half of the range over the median; on a busy machine the fastest rounds say more,
 so they stand beside. The error is the largest relative one of the points' losses against float64.
 Prints the tables of cost.md. ``--device cuda`` prints those of a GPU.
+
+Where other processes compute meanwhile, ``--threads 1 --clock cpu`` takes CPU seconds instead, of
+all processes together: those of the reference then count the loader's workers, which otherwise load
+while it computes.
 """
 
 from __future__ import annotations
@@ -26,14 +30,16 @@ import importlib.metadata
 import math
 import os
 import platform
+import resource
 import statistics
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from resource import RUSAGE_CHILDREN, RUSAGE_SELF
 
 import networks
 import ours
@@ -141,13 +147,22 @@ class Timed:
         return min(other.seconds) / min(self.seconds)
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
+def cpu_seconds() -> float:
+    """Return the CPU seconds of this process and of its children that have ended."""
+    own, children = (resource.getrusage(who) for who in (RUSAGE_SELF, RUSAGE_CHILDREN))
+    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": cpu_seconds}
+
+
+def seconds(work: Callable[[], object], device: torch.device, clock: str = "wall") -> float:
     """Return the seconds that ``work`` takes on a device."""
     synchronize(device)
-    start = time.perf_counter()
+    start = CLOCKS[clock]()
     work()
     synchronize(device)
-    return time.perf_counter() - start
+    return CLOCKS[clock]() - start
 
 
 def best_batch(
@@ -196,6 +211,7 @@ def in_turns(
     truth: Sequence[float],
     device: torch.device,
     least: float,
+    clock: str,
 ) -> list[Timed]:
     """Time all contenders in every round, each round beginning with another one."""
     passes, errors = {}, {}
@@ -210,9 +226,16 @@ def in_turns(
         start = r % len(contenders)
         for c in [*contenders[start:], *contenders[:start]]:
             count = passes[c.name]
-            t = seconds(lambda c=c, k=count: [c.losses() for _ in range(k)], device)  # type: ignore[misc]
+            work = functools.partial(repeated, c.losses, count)
+            t = max(seconds(work, device, clock), 1e-9)
             found[c.name].append(t / count / len(truth))
     return [Timed(c, found[c.name], errors[c.name]) for c in contenders]
+
+
+def repeated(losses: Callable[[], object], count: int) -> None:
+    """Pass over the points several times."""
+    for _ in range(count):
+        losses()
 
 
 def measured_peak(device: torch.device, precision: str) -> float:
@@ -289,7 +312,9 @@ def compare(load: Workload, options: argparse.Namespace) -> tuple[list[Timed], l
         )
         contenders = [*others(case, options.reference, notes), *contenders]
         least = 0.0 if options.quick else LEAST_SECONDS
-        timed = in_turns(contenders, options.rounds, peers.truth(case), device, least)
+        timed = in_turns(
+            contenders, options.rounds, peers.truth(case), device, least, options.clock
+        )
         if device.type == "cuda":
             notes += list(shares(load, case, timed))
     return timed, notes
@@ -353,13 +378,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny, to see that it works")
     parser.add_argument("--rounds", type=int, help="default: 5; 2 with --quick")
     parser.add_argument("--only", metavar="NAME", help=f"one of {', '.join(CPU)}")
+    parser.add_argument("--threads", type=int, help="of the CPU, instead of each workload's own")
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options = parser.parse_args()
+    if options.clock == "cpu" and options.threads != 1:
+        parser.error("--clock cpu needs --threads 1: threads that wait count, too")
     loads = QUICK if options.quick else CPU if options.device == "cpu" else CUDA
     if options.only:
         if options.only not in loads:
             parser.error(f"--only {options.only}: one of {', '.join(loads)}")
         loads = {options.only: loads[options.only]}
+    if options.threads:
+        loads = {n: replace(load, threads=options.threads) for n, load in loads.items()}
     options.rounds = options.rounds or (2 if options.quick else 5)
     warnings.filterwarnings("ignore", "'pin_memory' argument is set as true")
     where = torch.cuda.get_device_name() if options.device == "cuda" else cpu_model()
@@ -367,7 +398,7 @@ def main() -> None:
     software = ", ".join((f"Python {platform.python_version()}", *versions))
     print(f"{datetime.date.today()}; {where}, {os.cpu_count()} cores, "
           f"load {os.getloadavg()[0]:.1f}; Linux {platform.release()}; {software}; "
-          f"{options.rounds} rounds", flush=True)  # fmt: skip
+          f"{options.rounds} rounds, {options.clock} clock", flush=True)  # fmt: skip
     wrong = []
     for load in loads.values():
         timed, notes = compare(load, options)

@@ -217,7 +217,7 @@ def ask_again(folder: RunFolder, failed: Callable[[], list[int]]) -> None:
             return None
         last, refine = before.last, before.last.refine
         if refine is not None and refine.state == Goal.DONE:  # decided without them
-            refine = dataclasses.replace(refine, state=Goal.OPEN)
+            refine = dataclasses.replace(refine, state=Goal.OPEN, audit={})
         return Ask(last.grid, last.expected, again=points, refine=refine)
 
     publish_round(folder, plan, compose)

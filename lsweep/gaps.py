@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lsweep.audit import contradictions, phrase
 from lsweep.plan import Plan
 from lsweep.points import IntArray
 from lsweep.refine import Evaluated, fill
@@ -32,12 +33,14 @@ class Gaps:
         words: for the report, after "N of M points evaluated, "; "" without refinement.
         facts: for the surface's provenance.
         caption: what a reader of the picture must know; "" where nothing is interpolated.
+        contradictions: what the audit says against the stated error.
         attributes: of the variables that were added.
     """
 
     words: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
     caption: str = ""
+    contradictions: list[str] = field(default_factory=list)
     attributes: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
@@ -94,5 +97,6 @@ def fill_gaps(
     words = f"the rest interpolated, stated error at most {percent(largest)} of the log range"
     if without:
         words += f" ({without} left NaN, amid points without a value)"
-    caption = f" {len(indices)} of {len(gaps)} points evaluated, {words}."
-    return Gaps(words, facts, caption, attributes)
+    caption = f" {len(indices)} of {len(gaps)} points evaluated, {words}"
+    caption += "".join(f"; {p}" for p in [phrase(refine.audit)] if p) + "."
+    return Gaps(words, facts, caption, contradictions(refine.audit), attributes)

@@ -95,6 +95,20 @@ class Interpolant:
             scale[here] = self._roughness(squares) * np.maximum(variance, 0.0) ** (POWER / 2)
         return value, scale
 
+    def coefficients(self, points: FloatArray) -> FloatArray:
+        """Return (m, n) c with T̂ = Σ c_k f_k whatever the values f; each row adds up to 1.
+
+        Args:
+            points: (m, A) positions.
+
+        >>> line = Interpolant(np.array([[0.0], [1.0]]), np.zeros(2))
+        >>> line.coefficients(np.array([[0.25]])).round(9)
+        array([[0.75, 0.25]])
+        """
+        squares = _squares(points, self._nodes)
+        n = len(self._nodes)
+        return np.asarray(self._functions(points, squares) @ self._inverse[:, :n])
+
     def left_out(self) -> FloatArray:
         """Return (n,) |error| over scale with which all the other nodes predict each node."""
         ratio = np.empty(len(self._nodes))

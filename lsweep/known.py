@@ -43,6 +43,9 @@ STUCK = 0.5
 """Chaotic: four times the first points leave more than this share of their error."""
 WHOLE = 20_000
 """Grids up to so many points are looked at everywhere."""
+FINEST = 64
+"""Where finite values end is told to this part of an axis, or to a step where that is more: to a
+step of a large grid it would take the points of its whole perimeter."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,12 @@ class Known:
         """Return the bisection points that tell where finite values end."""
         if self.finite.all() or not self.finite.any():
             return np.empty(0, np.int64)
-        return self._open([c.points(2, self.shape) for c in self.cells if c.finite and c.nonfinite])
+        mixed = [c for c in self.cells if c.finite and c.nonfinite and self._is_wide(c)]
+        return self._open([c.points(2, self.shape) for c in mixed])
+
+    def _is_wide(self, cell: Cell) -> bool:
+        sides = zip(cell.low, cell.high, self.shape, strict=True)
+        return any(b - a > max(1, (n - 1) // FINEST) for a, b, n in sides)
 
     def open_corners(self) -> IntArray:
         """Return the bisection points of all cells with finite values."""
@@ -181,7 +189,7 @@ class Known:
                 sound[box] = True
             elif cell.finite:
                 unclear[box] = True
-        transformed[~(sound | unclear).ravel()] = error[~(sound | unclear).ravel()] = np.nan
+        transformed[~sound.ravel()] = error[~sound.ravel()] = np.nan
         error[(unclear & ~sound).ravel()] = np.inf
 
     def _open(self, points: list[IntArray]) -> IntArray:

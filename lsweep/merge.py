@@ -42,6 +42,7 @@ class Report:
         points: how many points the surface has.
         evaluated: how many of them count as evaluated: the others are pending or interpolated.
         refined: how the refinement ended, or what it still lacks; "" without one.
+        contradictions: what the audit of interpolated points says against their stated error.
         missing: how many of them are pending.
         failed: reason -> how many points.
         nonfinite: how many are NaN or infinite, a result like others.
@@ -53,6 +54,7 @@ class Report:
     points: int = 0
     evaluated: int = 0
     refined: str = ""
+    contradictions: list[str] = field(default_factory=list)
     missing: int = 0
     failed: dict[str, int] = field(default_factory=dict)
     nonfinite: int = 0
@@ -70,6 +72,7 @@ class Report:
         out = []
         if self.refined:
             out.append(f"{self.evaluated} of {self.points} points evaluated, {self.refined}")
+        out += self.contradictions
         if self.missing:
             out.append(f"{self.missing} of {self.points} points are missing")
         for reason, count in self.failed.items():
@@ -131,6 +134,7 @@ def merge(folder: RunFolder, parts: Sequence[Path] | None = None) -> tuple[Surfa
         points=len(lattice),
         evaluated=int(((status > 0) & (status < Status.INTERPOLATED)).sum()),
         refined=gaps.words,
+        contradictions=gaps.contradictions,
         missing=int((status == Status.PENDING).sum()),
         failed=_reasons(winners, failed),
         nonfinite=int((status == Status.NONFINITE).sum()),

@@ -12,8 +12,9 @@ of any count, a cell with an evaluated point inside is split, and every cell tha
 at the points of two further bisections. A surface of which half would be asked is asked whole.
 
 Where the network gives NaN or Inf there is nothing to interpolate. A cell with finite and
-nonfinite points is split down to single steps, so that the border of such a region is evaluated
-exactly; a cell of which every evaluated point is nonfinite is taken to be so throughout: NaN.
+nonfinite points is split down to single steps, of large grids to a 64th of an axis, so that the
+border of such a region is told; what is left of it, and a cell of which every evaluated point is
+nonfinite, is NaN.
 
 Everything here is a function of the evaluated points as a set, so every process decides the same.
 """
@@ -85,7 +86,7 @@ class Filled:
 
     Attributes:
         values: (N,) float64: what was evaluated, elsewhere the interpolant; NaN in regions of
-            which every evaluated point is nonfinite.
+            which an evaluated point is nonfinite.
         error: (N,) stated refinement error, a fraction of ``spread``: 0 at evaluated points, NaN
             where the value is not finite, inf where it cannot be told.
         margin: (N,) the same in units of the variable, the larger of its two sides.
@@ -175,20 +176,24 @@ def decide(
     return Decision("open", ask, order[count : max(needed, count)], error)
 
 
-def fill(lattice: Lattice, evaluated: Evaluated, *, log: bool = True) -> Filled:
+def fill(
+    lattice: Lattice, evaluated: Evaluated, *, log: bool = True, only: IntArray | None = None
+) -> Filled:
     """Return one variable on the whole lattice with the error that is stated for it.
 
     Args:
         lattice: the grid that is wanted.
         evaluated: all that is known of the variable.
         log: T is the log scale; False: the value itself.
+        only: C-order indices at which to interpolate, elsewhere NaN; by default everywhere.
     """
     known = Known(lattice, evaluated, log)
+    wanted = np.arange(len(lattice)) if only is None else only
     transformed = np.full(len(lattice), np.nan)
     error = np.full(len(lattice), np.nan)
     if known.model is not None:
-        for start in range(0, len(lattice), WHOLE):
-            here = np.arange(start, min(start + WHOLE, len(lattice)))
+        for start in range(0, len(wanted), WHOLE):
+            here = wanted[start : start + WHOLE]
             transformed[here], scale = known.model.predict(known.at(here))
             error[here] = known.factor * scale / known.spread
         known.spoil(transformed, error)

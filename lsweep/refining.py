@@ -11,6 +11,7 @@ import math
 import numpy as np
 
 from lsweep.asking import Ask, publish_round, split
+from lsweep.audit import Sampler, audited
 from lsweep.estimates import estimate
 from lsweep.files import readable
 from lsweep.folder import RunFolder
@@ -23,13 +24,16 @@ from lsweep.winners import Winners
 CHEAP = 1.0  # seconds of one worker; below it the whole grid costs less than deciding
 
 
-def plan_next(folder: RunFolder, plan: Plan, rounds: Rounds) -> Rounds:
+def plan_next(
+    folder: RunFolder, plan: Plan, rounds: Rounds, sampler: Sampler | None = None
+) -> Rounds:
     """Publish the round that follows a complete one, unless someone else has.
 
     Args:
         folder: the run.
         plan: its plan.
         rounds: its rounds; the last refines and all its required points are done.
+        sampler: by which a refinement is audited that turns out to be done; None: it is not.
 
     Returns:
         All rounds, as they are published.
@@ -39,12 +43,12 @@ def plan_next(folder: RunFolder, plan: Plan, rounds: Rounds) -> Rounds:
     def compose(before: Rounds | None) -> Ask | None:
         if before is None or len(before.all) != known:
             return None
-        return _next(folder, plan, before)
+        return _next(folder, plan, before, sampler)
 
     return publish_round(folder, plan, compose)
 
 
-def _next(folder: RunFolder, plan: Plan, rounds: Rounds) -> Ask:
+def _next(folder: RunFolder, plan: Plan, rounds: Rounds, sampler: Sampler | None) -> Ask:
     last = rounds.last
     goal, lattice = last.refine, last.lattice
     assert goal is not None
@@ -54,9 +58,10 @@ def _next(folder: RunFolder, plan: Plan, rounds: Rounds) -> Ask:
     if goal.error is None and left and left * seconds < CHEAP:
         why = f"all {left} points that are left take {left * seconds:.2g} s, less than deciding"
         return _dense(rounds, goal, None, why)
+    known = evaluations(folder, plan, rounds, numbers)
     found = [
         decide(lattice, goal.tolerance, evaluated, log=name.endswith("_loss"))
-        for name, evaluated in evaluations(folder, plan, rounds, numbers).items()
+        for name, evaluated in known.items()
     ]
     error = _finite(max(d.error for d in found))
     if any(d.state == "dense" for d in found):
@@ -67,7 +72,8 @@ def _next(folder: RunFolder, plan: Plan, rounds: Rounds) -> Ask:
     likely = [i for i in likely if i not in taken]
     ends = not asked and not adopted  # also where all that is asked for has failed
     state = Goal.DONE if ends else Goal.OPEN
-    refine = Refining(goal.tolerance, state, goal.held_out, error)
+    audit = audited(lattice, known, plan.digest, sampler) if ends and sampler else {}
+    refine = Refining(goal.tolerance, state, goal.held_out, error, audit=audit)
     return Ask(
         last.grid,
         last.expected,

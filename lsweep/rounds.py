@@ -54,6 +54,7 @@ class Refining:
             learned how far the estimated error may be trusted.
         error: what was estimated when the round was decided on; None where that was not possible.
         why: the reason for ``dense``.
+        audit: what `lsweep.audit` found when the refinement was done; empty where it was not made.
     """
 
     tolerance: float
@@ -61,6 +62,7 @@ class Refining:
     held_out: list[int] = field(default_factory=list)
     error: float | None = None
     why: str = ""
+    audit: dict[str, Any] = field(default_factory=dict)
 
 
 def describe_refining(refine: Refining) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Generator, Iterator
 import numpy as np
 
 from lsweep import leases
+from lsweep.audit import Sampler
 from lsweep.committed import Committed
 from lsweep.folder import RunFolder
 from lsweep.insist import names
@@ -57,23 +58,27 @@ class Shift:
         self._folder, self._plan, self._role = folder, plan, role
         self._name, self._stop = name, stop
         self._observer = Observer(folder)
+        self._sampler: Sampler | None = None
         self._chance = random.Random(name)  # when to look again and where, never what to compute
         self.rounds = Rounds.read(folder, plan)
         self.committed = Committed.read(folder, plan, self.rounds)
 
     def open(self) -> bool:
-        """Whether something is left to evaluate, now that rounds that were due are planned."""
-        while self.committed.share[0] == self.committed.share[1]:
+        """Whether something is left to evaluate or, with the network at hand, to plan."""
+        while self.committed.share[0] == self.committed.share[1] and not self.rounds.refining:
             if not self._went_on():
                 return False
         return True
 
-    def leases(self) -> Iterator[Claimed]:
+    def leases(self, sampler: Sampler | None = None) -> Iterator[Claimed]:
         """Yield (round, number, lease) of what is now this worker's to do; the lease may be None.
 
         Each is to be done before the next is asked for.
+
+        Args:
+            sampler: by which a refinement is audited that this worker finds done.
         """
-        going = True
+        self._sampler, going = sampler, True
         while going:
             if self._role.claims == "static":
                 for round_ in self.rounds:
@@ -102,7 +107,7 @@ class Shift:
             self._stop.check()
             time.sleep(TURN)
         if due:
-            fresh = plan_next(self._folder, self._plan, fresh)
+            fresh = plan_next(self._folder, self._plan, fresh, self._sampler)
         if len(fresh.all) == known:
             return False
         self.rounds = fresh

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lsweep import slurm
+from lsweep.audit import contradictions, phrase
 from lsweep.committed import Committed, read_run
 from lsweep.display import duration, speed
 from lsweep.folder import RunFolder
@@ -165,7 +166,10 @@ def _progress(state: dict[str, Any]) -> list[str]:
     if state["nonfinite"]:
         out.append(f"  {state['nonfinite']} NaN or infinite")
     if state["refine"]:
-        out.append(f"  refinement: {describe_refining(Refining(**state['refine']))}")
+        refine = Refining(**state["refine"])
+        words = [describe_refining(refine), phrase(refine.audit)]
+        out.append(f"  refinement: {', '.join(filter(None, words))}")
+        out += [f"  {line}" for line in contradictions(refine.audit)]
     if state["interpolated"]:
         out.append(f"  {state['interpolated']} interpolated")
     out += [f"  {n} failed: {reason}" for reason, n in state["failed"].items()]

@@ -24,6 +24,7 @@ from lsweep.folder import RunFolder
 from lsweep.leases import Lease
 from lsweep.ledger import Ledger
 from lsweep.packed import Spot
+from lsweep.picking import Picker
 from lsweep.plan import Plan
 from lsweep.planning import load_problem
 from lsweep.preflight import frozen_class, preflight
@@ -97,8 +98,9 @@ def work(
         _require_same_centre(evaluator, plan, known)
         with Ledger(folder, plan, name, known, role, evaluator) as ledger:
             bench = _Bench(plan, shift, evaluator, ledger, stop)
+            picker = Picker(evaluator, plan, stop)
             try:
-                for round_, number, lease in shift.leases():
+                for round_, number, lease in shift.leases(picker):
                     bench.do(round_, number, lease)
             except Stopped as e:
                 e.points = ledger.points

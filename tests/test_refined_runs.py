@@ -316,7 +316,7 @@ def test_who_dies_between_completing_and_planning_leaves_that_to_the_next(
 
 
 def dies_after(known: int) -> Callable[..., Any]:
-    def plan_next(folder: RunFolder, plan: Plan, rounds: Rounds) -> Any:
+    def plan_next(folder: RunFolder, plan: Plan, rounds: Rounds, sampler: Any) -> Any:
         assert len(rounds.all) == known
         os.kill(os.getpid(), signal.SIGKILL)
 
