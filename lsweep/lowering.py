@@ -65,8 +65,9 @@ class Lowering:
     """A network as C++ source; convolutions by Winograd's algorithm only where that is asked.
 
     Attributes:
-        text: the source. ``forward(in, out, n, packed, memory, threads)`` takes the addresses of
-            the packed tensors, the ``constants``, then the inputs; returns whether all is finite.
+        text: the source. ``forward(in, out, n, packed, memory, threads, moved)`` takes the
+            addresses of the packed tensors, the ``constants``, then the inputs, and whether the
+            weights have moved since the last call; it returns whether all is finite.
         packed: floats that weights in Winograd's domain take.
         memory: vectors that each thread needs.
         shape: of the output where dimension 0 of the inputs is ``groups``.
@@ -115,8 +116,8 @@ class Lowering:
             '#include "native.h"',
             *(f"static void __attribute__((noinline)) {f}{x}" for x, f in self._functions.items()),
             'extern "C" int forward(const float* const* in, float* result, long n, float* packed,',
-            "                       vec* memory, int threads) {",
-            *(*self._prologue, "std::atomic<bool> finite{true};"),
+            "                       vec* memory, int threads, int moved) {",
+            *("if (moved) {", *self._prologue, "}", "std::atomic<bool> finite{true};"),
             f"over(n, {groups} * L, threads, [&](long first, int thread) {{",
             f"vec *m = memory + (long)thread * {self.memory}, *scratch = m + {size};",
             *(f"vec* b{i} = m + {b.start};" for i, b in enumerate(self._buffers)),

@@ -130,18 +130,24 @@ constexpr int padded(int channels) { return (channels + WINO_M - 1) / WINO_M * W
 
 // G w G' of every filter, in float64, laid out [36][channels / WINO_M][CI][WINO_M].
 template <int CI, int CO> static void winograd_weights(const float* w, float* u) {
+  typedef double wide __attribute__((vector_size(8 * WINO_M)));
+  typedef float narrow __attribute__((vector_size(4 * WINO_M)));
   const double G[6][3] = {{1 / 4., 0, 0}, {-1 / 6., -1 / 6., -1 / 6.}, {-1 / 6., 1 / 6., -1 / 6.},
                           {1 / 24., 1 / 12., 1 / 6.}, {1 / 24., -1 / 12., 1 / 6.}, {0, 0, 1}};
-  for (int o = 0; o < padded(CO); o++)
+  for (long o = 0; o < CO; o += WINO_M)
     for (int c = 0; c < CI; c++) {
-      const float* f = w + ((long)o * CI + c) * 9;
-      double t[6][3] = {};
-      for (int i = 0; i < 6 && o < CO; i++)
-        for (int j = 0; j < 9; j++) t[i][j % 3] += G[i][j / 3] * f[j];
-      for (int i = 0; i < 6; i++)
-        for (int j = 0; j < 6; j++)
-          u[(((i * 6L + j) * padded(CO) + o / WINO_M * WINO_M) * CI) + c * WINO_M + o % WINO_M] =
-              t[i][0] * G[j][0] + t[i][1] * G[j][1] + t[i][2] * G[j][2];
+      wide f[9] = {}, t[6][3] = {};
+      for (int m = 0; m < WINO_M && o + m < CO; m++)
+        for (int j = 0; j < 9; j++) f[j][m] = w[((o + m) * CI + c) * 9 + j];
+      UNROLL for (int i = 0; i < 6; i++)
+        UNROLL for (int j = 0; j < 9; j++) t[i][j % 3] += G[i][j / 3] * f[j];
+      UNROLL for (int k = 0; k < 36; k++) {
+        const wide* row = t[k / 6];
+        wide g = row[0] * G[k % 6][0] + row[1] * G[k % 6][1] + row[2] * G[k % 6][2];
+        narrow rounded = __builtin_convertvector(g, narrow);
+        float* to = u + (k * (long)padded(CO) + o) * CI + c * WINO_M;
+        __builtin_memcpy(to, &rounded, sizeof rounded);
+      }
     }
 }
 static INLINE void into(const vec* d, vec* t, int step) {  // a row of six times B

@@ -45,6 +45,8 @@ class NativeNetwork:
     ) -> None:  # fmt: skip
         if device.type != "cpu" or dtype != torch.float32:
             raise Unsupported(f"native code is for float32 on a CPU, not {dtype} on {device}")
+        if any(t.is_inference() for t in views.values()):
+            raise Unsupported("its weights are inference tensors, whose changes are not counted")
         if platform.machine().lower() not in ("x86_64", "amd64"):
             raise Unsupported(f"native code is not made for {platform.machine()}")
         self._graph, self._views, self._threads = graph, views, threads
@@ -64,12 +66,13 @@ class NativeNetwork:
         if any(t.dtype != torch.float32 for t in leaves):
             raise Unsupported("the samples are not float32")
         weights = [self._views[n].detach().contiguous() for n in self._graph.names]
-        found, finite = self._fast(weights, leaves)
+        version = sum(t._version for t in self._views.values())  # changes in place count up
+        found, finite = self._fast(weights, leaves, version)
         if finite or self._careful is self._fast:
             return found
         if self._careful is None:
             self._careful = _Function(Lowering(self._graph, self._groups, False), self._threads)
-        return self._careful(weights, leaves)[0]
+        return self._careful(weights, leaves, version)[0]
 
 
 class _Function:
@@ -80,14 +83,18 @@ class _Function:
         self.packed = torch.empty(lowering.packed)
         self._memory = torch.empty(lowering.memory * threads * LANES)
         self._constants = [t.contiguous() for t in lowering.constants]
-        self._forward = compiled(lowering.text).forward
+        self._forward, self._version = compiled(lowering.text).forward, -1
 
-    def __call__(self, weights: Sequence[Tensor], leaves: Sequence[Tensor]) -> tuple[Tensor, bool]:
-        """Return the output, and whether all of it is finite."""
+    def __call__(
+        self, weights: Sequence[Tensor], leaves: Sequence[Tensor], version: int
+    ) -> tuple[Tensor, bool]:
+        """Return the output at a version of the weights, and whether all of it is finite."""
         n, (groups, *rest) = len(leaves[0]), self._shape
         out = torch.empty(n * groups // self._groups, *rest)
         tensors = [*weights, *self._constants, *leaves]
         addresses = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
         places = [ctypes.c_void_p(t.data_ptr()) for t in (out, self.packed, self._memory)]
-        finite = self._forward(addresses, places[0], ctypes.c_long(n), *places[1:], self._threads)
+        how = (self._threads, int(version != self._version))
+        finite = self._forward(addresses, places[0], ctypes.c_long(n), *places[1:], *how)
+        self._version = version
         return out, bool(finite)
