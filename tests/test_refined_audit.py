@@ -174,7 +174,9 @@ def test_it_finds_the_true_error_without_bias_and_confirms_what_is_stated(calm: 
         spent = facts["samples"] * (facts["nodes"] + POINTS) / facts["of"]
         assert spent <= SHARE * surface.evaluated.sum()
     assert report.clean and report.lines()[1:] == []
-    assert surface.provenance["refinement"]["audit"] == found
+    surface.save(calm.surface)
+    kept = Surface.load(calm.surface)
+    assert kept.provenance["refinement"]["audit"] == found
     words = "audit: typical error "
     assert words in surface.provenance["caption"] and words in "\n".join(lines(status(calm)))
 
