@@ -63,6 +63,13 @@ problem = networks.problem("{network}", 64, "{checkpoint}")
 with torch.no_grad():
     problem.model(problem.data["train"][0])
 """
+WORK = """\
+from lsweep.cli import main
+main(["work", "sweep.run", "--index", "0", "--of", "1"])
+"""
+PEAK = """
+print(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])  # kB; Linux
+"""
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,6 @@ class Swept:
     folder: RunFolder
     surface: Surface
     seconds: float
-    peak: int
 
     @property
     def evaluated(self) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
@@ -114,22 +120,25 @@ class Swept:
         return str(next(iter(readable(self.folder.all_devices())))["backend"])
 
 
-def lsweep(*arguments: object) -> tuple[float, int]:
-    """Run a command as a user would; return its seconds, and its own peak memory in bytes."""
-    return child([sys.executable, "-m", "lsweep", *map(str, arguments)])
-
-
-def child(command: Sequence[str]) -> tuple[float, int]:
-    """Run a process; return its seconds, and its own peak memory in bytes."""
+def lsweep(*arguments: object) -> float:
+    """Run a command as a user would; return its seconds."""
     start = time.perf_counter()
-    with tempfile.TemporaryFile() as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0)
-        if process.returncode:
-            sys.exit(f"{' '.join(command)}\n{out.read().decode()}")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024
+    said([sys.executable, "-m", "lsweep", *map(str, arguments)])
+    return time.perf_counter() - start
+
+
+def said(command: Sequence[str]) -> str:
+    """Run a process, which must not fail; return what it prints."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def peak(code: str, place: Path) -> int:
+    """Return the peak memory of a process that runs Python code, in bytes."""
+    command = [sys.executable, "-c", code + PEAK]
+    return 1024 * int(subprocess.check_output(command, text=True, cwd=place).split()[-1])
 
 
 def written(place: Path, goal: Goal, count: int, refine: bool) -> Path:
@@ -156,9 +165,9 @@ def planned(place: Path, goal: Goal, count: int) -> RunFolder:
 
 def swept(place: Path, goal: Goal, count: int, refine: bool, *options: str) -> Swept:
     """Run one sweep from nothing to surface and picture."""
-    seconds, peak = lsweep("run", written(place, goal, count, refine), *options)
+    seconds = lsweep("run", written(place, goal, count, refine), *options)
     folder = RunFolder(place / "sweep.run")
-    return Swept(folder, Surface.load(folder.surface), seconds, peak)
+    return Swept(folder, Surface.load(folder.surface), seconds)
 
 
 def checkpoint_of(network: str) -> str:
@@ -329,14 +338,13 @@ def memory(place: Path, goal: Goal) -> None:
     """Print a worker's peak above a process that has imported torch and run one batch."""
     folder = planned(place, goal, 5)
     text = BASELINE.format(network=goal.network, checkpoint=checkpoint_of(goal.network))
-    (place / "baseline.py").write_text(text)
-    _, baseline = child([sys.executable, str(place / "baseline.py")])
+    baseline = peak(text, place)
     problem = networks.problem(goal.network, goal.samples)
     data = sum(t.numel() * t.element_size() for t in problem.data["train"])
     parameters = sum(p.numel() * p.element_size() for p in problem.model.parameters())
-    _, peak = lsweep("work", folder.root, "--index", 0, "--of", 1)
+    most_used = peak(WORK, place)
     backend = next(iter(readable(folder.all_devices())))["backend"]
-    above, most = (peak - baseline) / 2**20, (1.5 * data + 6 * parameters) / 2**20
+    above, most = (most_used - baseline) / 2**20, (1.5 * data + 6 * parameters) / 2**20
     word = "meets" if above <= most else "above"
     print(f"peak memory, {goal.title} ({backend}): {above:.0f} MiB above the "
           f"{baseline / 2**20:.0f} of a process with torch and one batch, {word} {most:.0f} = "
