@@ -357,7 +357,8 @@ def test_the_version(capfd):
 def test_workers_that_refuse_say_so_once(toml, capfd):
     words = ["run", toml, "--workers", "2", "--device", "cuda:99"]
     assert command(*words) == 1
-    assert re.fullmatch(r"lsweep: no device 'cuda:99': .*\n", capfd.readouterr().err)
+    said = [line for line in capfd.readouterr().err.splitlines() if "points, " not in line]
+    assert len(said) == 1 and said[0].startswith("lsweep: no device 'cuda:99': ")
 
 
 # -- progress --------------------------------------------------------------------------------------

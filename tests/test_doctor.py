@@ -99,6 +99,7 @@ def test_a_file_system_without_links_is_safe(tmp_path):
         assert (found["code"], found["verdict"]) == (0, "safe with leases"), found
 
 
+@pytest.mark.full
 def test_links_that_two_nodes_win_are_not_safe(tmp_path):
     said = on_two_nodes(tmp_path, seconds=30, links="overwrite")
     assert 1 in [found["code"] for found in said], said

@@ -380,7 +380,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_does_exactly_the_rest(
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS[1:], indirect=True)
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.full)])
 def test_where_the_mpi_allows_survivors_finish_what_a_killed_rank_left(
     launcher: Launcher, tmp_path: Path, calm: Surface, victim: int
 ) -> None:
@@ -459,7 +459,9 @@ def test_failed_points_are_the_launchs_exit_status_and_asked_again_once(
 
 
 @mostly_mpich
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)]
+)
 def test_what_an_interrupted_launch_committed_is_kept(
     launcher: Launcher, tmp_path: Path, calm: Surface, how: signal.Signals
 ) -> None:

@@ -252,6 +252,7 @@ def test_a_merge_during_the_sweep_never_shows_a_wrong_value(nodes, undisturbed):
     assert_whole(nodes, undisturbed, again=len(POINTS))
 
 
+@pytest.mark.full
 def test_another_node_goes_on_where_the_first_ended(nodes, undisturbed):
     planned_on(nodes, pause=0.05)
     other = nodes.run(1)
