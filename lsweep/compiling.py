@@ -41,8 +41,9 @@ def compiled(source: str) -> ctypes.CDLL:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lsweep" / "native"
     library = cache / f"{key}.so"
     try:
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _private(cache, stat.S_ISDIR)
+        for folder in (cache.parent, cache):  # who may write the outer one may replace the inner
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _private(folder, stat.S_ISDIR)
         if not library.exists():
             _compile(compiler, source, header.read_text(), library)
         _private(library, stat.S_ISREG)
