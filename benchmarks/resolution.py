@@ -362,6 +362,7 @@ def main() -> None:
     parser.add_argument("--only", choices=parts, help="one part; by default all")
     parser.add_argument("--figures", type=Path, default=figures, help="where pictures go")
     options = parser.parse_args()
+    options.figures.mkdir(parents=True, exist_ok=True)
     goals = QUICK if options.quick else GOALS
     count = 17 if options.quick else 51
     chosen = [options.only] if options.only else [*goals, *(() if options.quick else parts[3:])]
