@@ -21,6 +21,7 @@ from lsweep.machine import host_identity, short_hash, start_time
 
 PATIENCE = 5.0  # seconds for an answer of a launcher
 GRACE = 2.0
+HEARD = 0.3  # seconds in which hydra passes on what was said: an abort may overtake it
 
 # Who sets which variables for: rank, number of ranks, rank on this node.
 _LAUNCHERS = (
@@ -211,4 +212,5 @@ def end_launch(rank: Rank, code: int, environment: Mapping[str, str] = os.enviro
             subprocess.run(["scancel", "--signal=TERM", step], capture_output=True,
                            timeout=PATIENCE, check=False)  # fmt: skip
     elif rank.source == "MPICH":
+        time.sleep(HEARD)
         _told_by_hydra(environment, f"abort exitcode={code}")
