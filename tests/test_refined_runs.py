@@ -49,6 +49,7 @@ from lsweep.status import is_complete, lines, share_done, status
 from lsweep.submitting import work_left
 from lsweep.surface import Status, Surface
 from lsweep.verify import verify
+from lsweep.workers import all_workers
 
 FACTORY = """\
 import math, pathlib, time
@@ -323,17 +324,30 @@ def dies_after(known: int) -> Callable[..., Any]:
     return plan_next
 
 
+def dear(folder: RunFolder, calm: RunFolder) -> RunFolder:
+    """Have points cost so much that no other process finds the whole grid cheap."""
+    folder.devices.mkdir()
+    for known in map(read_json, calm.all_devices()):
+        publish(folder.device(known["class"]), sealed({**known, "seconds_per_point": 60.0}))
+    return folder
+
+
+@pytest.mark.usefixtures("cluster")
+def test_tasks_of_slurm_refine_together(base: Path, calm: RunFolder, reference: Surface) -> None:
+    folder = dear(fresh(base, "tasks"), calm)
+    done = command("submit", folder.root, "--tasks", 2, "--ranks", 2, "--time", 5, "--wait")
+    assert done.code == 0, done
+    assert differences(Surface.load(folder.surface), reference) == []
+    assert len(all_workers(folder)) > 1
+
+
 def test_ranks_of_mpi_refine_together(base: Path, calm: RunFolder, reference: Surface) -> None:
     mpiexec = Path(sys.executable).with_name("mpiexec.hydra")
     if not mpiexec.exists():
         pytest.skip("needs the mpich wheel: pip install 'lsweep[mpi]'")
     from test_mpi import Launcher
 
-    folder = fresh(base, "ranks")
-    folder.devices.mkdir()
-    for known in map(read_json, calm.all_devices()):  # so dear that no rank finds it cheap
-        value = {**known, "seconds_per_point": 60.0}
-        publish(folder.device(known["class"]), sealed(value))
+    folder = dear(fresh(base, "ranks"), calm)
     done = Launcher((str(mpiexec),)).run(
         2, "run", base / "sweep.toml", "--run", folder.root, "--on", "mpi", "--no-picture"
     )
