@@ -13,11 +13,8 @@ from typing import Any
 
 import torch
 
-from lsweep.device import is_out_of_memory
 from lsweep.directions import Directions
-from lsweep.errors import LsweepError
 from lsweep.evaluate import Evaluator
-from lsweep.factory import describe
 from lsweep.packed import Spot
 from lsweep.problem import Problem
 
@@ -58,16 +55,10 @@ def let_go(problem: Problem) -> None:
 
 def _at_centre(evaluator: Evaluator) -> list[float]:
     """Return each variable's mean over all data; NaN of an opaque one."""
-    while True:
-        try:
-            return [
-                math.nan if s.opaque else float((s.weights * s.values).sum() / s.weights.sum())
-                for s in evaluator.whole(Spot(()))
-            ]
-        except LsweepError:
-            raise
-        except Exception as e:
-            if not is_out_of_memory(e) or not evaluator.halve_batch():
-                raise LsweepError(
-                    f"the problem fails at its own weights, on all the data: {describe(e)}"
-                ) from e
+    samples = evaluator.fitted(
+        lambda: evaluator.whole(Spot(())), "the problem fails at its own weights, on all the data"
+    )
+    return [
+        math.nan if s.opaque else float((s.weights * s.values).sum() / s.weights.sum())
+        for s in samples
+    ]

@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,15 +20,17 @@ from torch import Tensor
 from lsweep import batchnorm, catalogue
 from lsweep.backends import Backend, Eager, Ground, Seat
 from lsweep.data import Batch, Split, map_tensors, moved, samples_in, tensors_of
-from lsweep.device import free_memory, synchronize
+from lsweep.device import free_memory, is_out_of_memory, synchronize
 from lsweep.directions import Directions
 from lsweep.errors import LsweepError, nearest
+from lsweep.factory import describe
 from lsweep.packed import Packed, Spot
 from lsweep.problem import Problem, Sampled
 from lsweep.summing import Reference, Samples, stacked
 from lsweep.sums import SUMS
 from lsweep.takeover import generators_kept, model_kept, numerics
 
+T = TypeVar("T")
 FloatArray = npt.NDArray[np.float64]
 RESIDENT_SHARE = 0.25  # of the free memory may hold the data
 
@@ -383,6 +385,21 @@ class Evaluator:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return True
+
+    def fitted(self, work: Callable[[], T], what: str) -> T:
+        """Return what ``work`` does, with smaller batches where memory is too small for it.
+
+        Raises:
+            LsweepError: ``what``, with the reason.
+        """
+        while True:
+            try:
+                return work()
+            except LsweepError:
+                raise
+            except Exception as e:
+                if not is_out_of_memory(e) or not self.halve_batch():
+                    raise LsweepError(f"{what}: {describe(e)}") from e
 
     def timed(self, work: Callable[[], Any]) -> float:
         """Return the seconds that ``work`` takes, the device synchronised on both sides.

@@ -132,16 +132,10 @@ def _preflight(
     axes = rounds.last.lattice.axes.values()
     corners = [Spot(tuple(float(a[end]) for a in axes)) for end in (0, -1)]
     points, expected = rounds.foreseen / workers, rounds.last.expected
-    while True:
-        try:
-            return preflight(folder, plan, evaluator, expected, name, corners, points, over_all)
-        except LsweepError:
-            raise
-        except Exception as e:
-            if not is_out_of_memory(e) or not evaluator.halve_batch():
-                raise LsweepError(
-                    f"the problem fails at its own weights, before any is moved: {describe(e)}"
-                ) from e
+    return evaluator.fitted(
+        lambda: preflight(folder, plan, evaluator, expected, name, corners, points, over_all),
+        "the problem fails at its own weights, before any is moved",
+    )
 
 
 def _require_same_centre(evaluator: Evaluator, plan: Plan, known: dict[str, Any]) -> None:
