@@ -193,6 +193,19 @@ def fork() -> int:
     return pid
 
 
+def start(folder: RunFolder, **task: Any) -> int:
+    """Start a worker in a child."""
+    pid = fork()
+    if pid == 0:
+        code = 1
+        try:
+            work(folder, Role(device="cpu", beat=0.2, **task))
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+
 def each_in_child(
     check: Callable[[Any], Any], items: Iterable[Any], seconds: int = 20
 ) -> list[Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import Died, command, differences, evaluated, fork, in_child, merged, worked
+from cases import Died, command, differences, evaluated, in_child, merged, start, worked
 
 import lsweep
 from lsweep import audit, refining, worker
@@ -117,19 +117,6 @@ def truth(surface: Surface, split: str) -> np.ndarray:
 
 
 SPLITS = {"train": (HERE["TRAIN"], 1), "test": (HERE["TEST"], 2)}
-
-
-def start(folder: RunFolder, **task: Any) -> int:
-    """Start a worker in a child."""
-    pid = fork()
-    if pid == 0:
-        code = 1
-        try:
-            worker.work(folder, Role(device="cpu", beat=0.2, **task))
-            code = 0
-        finally:
-            os._exit(code)
-    return pid
 
 
 def audit_of(folder: RunFolder) -> dict[str, Any]:

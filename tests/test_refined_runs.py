@@ -27,9 +27,9 @@ from cases import (
     committed,
     differences,
     evaluated,
-    fork,
     in_child,
     merged,
+    start,
     worked,
 )
 
@@ -250,19 +250,6 @@ def test_three_workers_ask_the_same_and_evaluate_ahead(
     assert len(rows) == len(set(rows)) >= share_done(folder)[0]
     owners = {p.header["worker"] for p in committed(folder).parts if len(p.rows)}
     assert len(owners) == 3
-
-
-def start(folder: RunFolder, **task: Any) -> int:
-    """Start a worker in a child."""
-    pid = fork()
-    if pid == 0:
-        code = 1
-        try:
-            worker.work(folder, Role(device="cpu", beat=0.2, **task))
-            code = 0
-        finally:
-            os._exit(code)
-    return pid
 
 
 def test_static_shards_wait_for_each_other(base: Path, reference: Surface) -> None:
