@@ -154,13 +154,18 @@ def do_plan(options: Namespace) -> int:
     print(f"  on disk: about {rounds.total * row * plan.slices / 2**20:.1f} MiB of rows, at most "
           f"{leases + 20} files and 2 more a worker")  # fmt: skip
     for axis in plan.axes:
-        facts = plan.facts["axes"][axis]
+        facts, kind = plan.facts["axes"][axis], plan.directions[axis]["kind"]
+        if axis not in plan.moving:
+            layers = f": {', '.join(plan.facts['layers'])}" if kind == "layer" else ""
+            print(f"  {axis}: {kind}, moves nothing itself{layers}")
+            continue
         print(f"  {axis}: norm {facts['norm']:.4g}, {facts['zero_filters']} filters of norm zero, "
               f"{len(facts['ignored'])} tensors held still"
               + (f": {', '.join(facts['ignored'])}" if facts["ignored"] else ""))  # fmt: skip
     for i, a in enumerate(plan.axes):
         for j, b in enumerate(plan.axes[:i]):
-            print(f"  cos({b}, {a}) = {plan.facts['cosines'][j][i]:+.4f}")
+            if {a, b} <= set(plan.moving):
+                print(f"  cos({b}, {a}) = {plan.facts['cosines'][j][i]:+.4f}")
     print("  a kill -9 at any moment loses at most the unit in flight; a node's crash at most the "
           "last second")  # fmt: skip
     planned_children(folder, wanted, problem, options)

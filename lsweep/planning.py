@@ -113,9 +113,9 @@ def make_plan(
         directions={
             axis: {
                 **plain(dataclasses.asdict(settings.directions[axis])),
-                "sha256": fingerprint({n: t.float() for n, t in d.tensors.items()}),
+                "sha256": directions.fingerprint(axis),
             }
-            for axis, d in directions.axes.items()
+            for axis in directions.axes
         },
         steps=steps,
         data={s: described(problem.splits[s]) for s in evaluate.splits},
@@ -133,6 +133,7 @@ def make_plan(
                 }
                 for axis, d in directions.axes.items()
             },
+            "layers": list(directions.layers),
             "gram": directions.gram.tolist(),
             "cosines": directions.cosines().tolist(),
             "projections": projections,
@@ -144,8 +145,13 @@ def make_plan(
     return plan, directions
 
 
-def _weight_products(origin: Origin, directions: Directions) -> dict[str, Any]:
-    """Inner products over parameters alone, from which ||θ||² follows at every point exactly."""
+def _weight_products(origin: Origin, directions: Directions) -> dict[str, Any] | None:
+    """Inner products over parameters alone, from which ||θ||² follows at every point exactly.
+
+    None where directions change along an axis: there are too many of them.
+    """
+    if directions.family is not None and directions.moving:
+        return None
     moved = [d.weights for d in directions.axes.values()]
     return {
         "origin": dot(origin.parameters, origin.parameters),
@@ -278,7 +284,7 @@ def write_directions(folder: RunFolder, plan: Plan, directions: Directions) -> N
                 [math.sqrt(float(d.tensors[n].double().square().sum())) for n in names]
             )
             g.create_dataset("tensor_norms", data=norms, fletcher32=True)
-            joined = np.array([n.encode() for n in names])
+            joined = np.array([n.encode() for n in names], dtype=None if names else "S1")
             g.create_dataset("tensor_names", data=joined, fletcher32=True)
     write_whole(folder.directions, image.getvalue())
 
@@ -384,9 +390,9 @@ def load_problem(
             (
                 f"directions.{axis}.sha256",
                 plan.directions[axis]["sha256"],
-                fingerprint({n: t.float() for n, t in d.tensors.items()}),
+                directions.fingerprint(axis),
             )
-            for axis, d in directions.axes.items()
+            for axis in directions.axes
         ),
         *_data_fields(plan, problem),
         *_step_fields(plan, directions, origin),
