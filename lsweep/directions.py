@@ -7,7 +7,6 @@ array travels and none can differ.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -18,10 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from lsweep import weights
 from lsweep.errors import LsweepError
+from lsweep.noise import random_tensor
 from lsweep.reference import read_reference_directions
 from lsweep.settings import Axis, Recipe, Settings
 from lsweep.trajectory import gram_matrix, mixture, principal_components, project
@@ -76,19 +75,6 @@ class Directions:
         norms = np.sqrt(np.diag(gram))
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.asarray(gram / np.outer(norms, norms))
-
-
-def random_tensor(seed: int, axis: str, name: str, like: Tensor) -> Tensor:
-    """Return N(0,1) noise from Philox keyed by (seed, axis, name), never from global state.
-
-    >>> a = random_tensor(0, "x", "w", torch.zeros(2))
-    >>> bool((a == random_tensor(0, "x", "w", torch.zeros(2))).all())
-    True
-    """
-    key = hashlib.sha256(f"{seed}\0{axis}\0{name}".encode()).digest()[:16]
-    bits = np.random.Philox(key=np.frombuffer(key, "<u8").astype(np.uint64))
-    noise = np.random.Generator(bits).standard_normal(tuple(like.shape))
-    return torch.from_numpy(np.asarray(noise)).to(dtype_of(like))
 
 
 def _random(axis: str, recipe: Recipe, origin: Origin) -> Direction:
