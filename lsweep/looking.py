@@ -125,6 +125,7 @@ def do_convert(options: Namespace) -> int:
 def do_measure(options: Namespace) -> int:
     """Print the numbers of runs: a table each, CSV, or JSON; keep them in the runs."""
     from lsweep import sheet
+    from lsweep.measured import jsonable
     from lsweep.measures import measure_path
 
     if options.json and options.csv:
@@ -139,7 +140,8 @@ def do_measure(options: Namespace) -> int:
     if options.only is not None:
         reports = sheet.only(reports, options.only)
     if options.json:
-        print(json.dumps([sheet.as_json(r) for r in reports], allow_nan=False))
+        rows = [{**jsonable(r.summary), **sheet.as_json(r)} for r in reports]
+        print(json.dumps(rows, allow_nan=False))
     elif options.csv:
         print(sheet.as_csv(reports), end="")
     else:
