@@ -141,6 +141,7 @@ def make_plan(
             },
             "layers": list(directions.layers),
             "curvature": str(directions.curved),
+            "curved": _curved_weights(origin, directions),
             "gram": directions.gram.tolist(),
             "cosines": directions.cosines().tolist(),
             "projections": projections,
@@ -150,6 +151,12 @@ def make_plan(
         },
     )
     return plan, directions
+
+
+def _curved_weights(origin: Origin, directions: Directions) -> int:
+    """How many weights derivatives are taken over: the size of the Hessian."""
+    names = directions.curved.names if directions.curved else ()
+    return sum(origin.parameters[n].numel() for n in names)
 
 
 def _weight_products(origin: Origin, directions: Directions) -> dict[str, Any] | None:
