@@ -293,7 +293,7 @@ def _convexity(child: Finished) -> list[Measured]:
     more: dict[str, Any] = {"grid": grid, "threshold": BENT}
     share = float((ratio[known] > BENT).mean()) if known.any() else math.nan
     most = float(ratio[known].max()) if known.any() else math.nan
-    text = f"share of a {grid} grid where the whole Hessian has |λmin/λmax| > {BENT:g}"
+    text = f"share of {grid} points where the whole Hessian has |λmin/λmax| > {BENT:g}"
     return [
         child.row("map_nonconvex_fraction", share, note="; ".join([text, *note]), **more),
         child.row("map_largest_ratio", most, note="; ".join(note), **more),
