@@ -21,6 +21,7 @@ import torch
 from lsweep import weights
 from lsweep.errors import LsweepError
 from lsweep.families import Family, moved_layers
+from lsweep.noise import dtype_of
 from lsweep.reference import read_reference_directions
 from lsweep.settings import INDEXES, STILL, Axis, Recipe, Settings
 from lsweep.trajectory import gram_matrix, mixture, principal_components, project
@@ -29,12 +30,10 @@ from lsweep.vectors import (
     Origin,
     difference,
     dot,
-    dtype_of,
     finish,
     random_direction,
     weighted_sum,
 )
-from lsweep.vectors import random_tensor as random_tensor
 
 PARALLEL = 0.99
 MARGIN = 0.1  # of the trajectory's extent, left free on each side of an automatic range

@@ -6,18 +6,17 @@ A vector is one tensor per parameter name; what it does not name does not move.
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lsweep import weights
 from lsweep.errors import LsweepError
 from lsweep.filters import count_zero_filters, is_norm, normalize
+from lsweep.noise import dtype_of, random_tensor
 from lsweep.settings import Recipe
 from lsweep.weights import State
 
@@ -92,11 +91,6 @@ def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     )
 
 
-def dtype_of(like: Tensor) -> torch.dtype:
-    """Return the precision of a direction for a tensor: float64 for float64, else float32."""
-    return torch.float64 if like.dtype == torch.float64 else torch.float32
-
-
 def difference(state: State, origin: State) -> State:
     """Return ``state - origin`` for each tensor of ``origin``."""
     # In float64 first: two nearby float32 checkpoints differ in their last bits.
@@ -137,19 +131,6 @@ def finish(tensors: State, recipe: Recipe, origin: Origin) -> Direction:
             out[name] = d
     still = tuple(n for n in origin.parameters if n in ignored)
     return Direction(out, still, zeros, frozenset(out) & frozenset(origin.buffers))
-
-
-def random_tensor(seed: int, axis: str, name: str, like: Tensor) -> Tensor:
-    """Return N(0,1) noise from Philox keyed by (seed, axis, name), never from global state.
-
-    >>> a = random_tensor(0, "x", "w", torch.zeros(2))
-    >>> bool((a == random_tensor(0, "x", "w", torch.zeros(2))).all())
-    True
-    """
-    key = hashlib.sha256(f"{seed}\0{axis}\0{name}".encode()).digest()[:16]
-    bits = np.random.Philox(key=np.frombuffer(key, "<u8").astype(np.uint64))
-    noise = np.random.Generator(bits).standard_normal(tuple(like.shape))
-    return torch.from_numpy(np.asarray(noise)).to(dtype_of(like))
 
 
 def random_direction(key: str, recipe: Recipe, origin: Origin) -> Direction:
