@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from lsweep import commands, looking, submitting
 from lsweep.errors import LsweepError, nearest
+from lsweep.study import through
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,7 +122,9 @@ def _waiting(text: str) -> float:
 
 
 def _takes_sweep(p: argparse.ArgumentParser) -> None:
-    p.add_argument("sweep", metavar="SWEEP", type=Path, help="a sweep.toml, or a run")
+    p.add_argument(
+        "sweep", metavar="SWEEP", type=Path, help="a sweep.toml, a run, or a folder of runs"
+    )
     p.add_argument("--run", type=Path, metavar="DIR", help="the run (default: <stem>.run)")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                    help="override a TOML key, such as grid.x.count=11")  # fmt: skip
@@ -275,14 +278,26 @@ Command = Callable[[argparse.Namespace], int]
 _COMMANDS: dict[str, tuple[Command, Callable[[argparse.ArgumentParser], None], str]] = {
     "demo": (commands.do_demo, _add_demo, "two small nets on real digits, with and without skips"),
     "init": (commands.do_init, _add_init, "write a commented sweep.toml and problem.py to edit"),
-    "plan": (commands.do_plan, _takes_sweep, "freeze the plan and publish the first round"),
-    "run": (commands.do_run, _add_run, "plan if needed, evaluate what is missing, merge, draw"),
+    "plan": (
+        through(commands.do_plan),
+        _takes_sweep,
+        "freeze the plan and publish the first round",
+    ),
+    "run": (
+        through(commands.do_run),
+        _add_run,
+        "plan if needed, evaluate what is missing, merge, draw",
+    ),
     "submit": (submitting.do_submit, _add_submit, "a Slurm array of workers, and a merge after it"),
     "work": (commands.do_work, _add_work, "be one worker of a run"),
     "status": (looking.do_status, _add_status, "what is done and who works"),
-    "merge": (looking.do_merge, _add_merge, "combine what is committed into surface.h5"),
-    "verify": (looking.do_verify, _add_verify, "check every file of a run"),
-    "prune": (looking.do_prune, _takes_run, "few parts and no leases, once a run is merged"),
+    "merge": (through(looking.do_merge), _add_merge, "combine what is committed into surface.h5"),
+    "verify": (through(looking.do_verify), _add_verify, "check every file of a run"),
+    "prune": (
+        through(looking.do_prune),
+        _takes_run,
+        "few parts and no leases, once a run is merged",
+    ),
     "doctor": (looking.do_doctor, _add_doctor, "whether a file system is safe for runs"),
     "measure": (looking.do_measure, _add_measure, "numbers from surfaces"),
     "render": (looking.do_render, _add_render, "draw runs or surfaces"),
