@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
     for name, (function, add, text) in _COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        sub.set_defaults(run_command=function)
+        sub.set_defaults(run_command=through(function) if name in _OF_A_STUDY else function)
         sub.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS,
                          help="show tracebacks")  # fmt: skip
         add(sub)
@@ -122,9 +122,7 @@ def _waiting(text: str) -> float:
 
 
 def _takes_sweep(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "sweep", metavar="SWEEP", type=Path, help="a sweep.toml, a run, or a folder of runs"
-    )
+    p.add_argument("sweep", metavar="SWEEP", type=Path, help="a sweep.toml, a run, or a study")
     p.add_argument("--run", type=Path, metavar="DIR", help="the run (default: <stem>.run)")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                    help="override a TOML key, such as grid.x.count=11")  # fmt: skip
@@ -275,29 +273,18 @@ def _add_demo(p: argparse.ArgumentParser) -> None:
 
 
 Command = Callable[[argparse.Namespace], int]
+_OF_A_STUDY = ("plan", "run", "merge", "verify", "prune")  # gone through run by run
 _COMMANDS: dict[str, tuple[Command, Callable[[argparse.ArgumentParser], None], str]] = {
     "demo": (commands.do_demo, _add_demo, "two small nets on real digits, with and without skips"),
     "init": (commands.do_init, _add_init, "write a commented sweep.toml and problem.py to edit"),
-    "plan": (
-        through(commands.do_plan),
-        _takes_sweep,
-        "freeze the plan and publish the first round",
-    ),
-    "run": (
-        through(commands.do_run),
-        _add_run,
-        "plan if needed, evaluate what is missing, merge, draw",
-    ),
+    "plan": (commands.do_plan, _takes_sweep, "freeze the plan and publish the first round"),
+    "run": (commands.do_run, _add_run, "plan if needed, evaluate what is missing, merge, draw"),
     "submit": (submitting.do_submit, _add_submit, "a Slurm array of workers, and a merge after it"),
     "work": (commands.do_work, _add_work, "be one worker of a run"),
     "status": (looking.do_status, _add_status, "what is done and who works"),
-    "merge": (through(looking.do_merge), _add_merge, "combine what is committed into surface.h5"),
-    "verify": (through(looking.do_verify), _add_verify, "check every file of a run"),
-    "prune": (
-        through(looking.do_prune),
-        _takes_run,
-        "few parts and no leases, once a run is merged",
-    ),
+    "merge": (looking.do_merge, _add_merge, "combine what is committed into surface.h5"),
+    "verify": (looking.do_verify, _add_verify, "check every file of a run"),
+    "prune": (looking.do_prune, _takes_run, "few parts and no leases, once a run is merged"),
     "doctor": (looking.do_doctor, _add_doctor, "whether a file system is safe for runs"),
     "measure": (looking.do_measure, _add_measure, "numbers from surfaces"),
     "render": (looking.do_render, _add_render, "draw runs or surfaces"),
