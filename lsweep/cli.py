@@ -17,6 +17,7 @@ from typing import NoReturn
 from lsweep import commands, looking, running, submitting
 from lsweep.children import CHILDREN
 from lsweep.errors import LsweepError, nearest
+from lsweep.study import through
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
     for name, (function, add, text) in _COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        sub.set_defaults(run_command=function)
+        sub.set_defaults(run_command=through(function) if name in _OF_A_STUDY else function)
         sub.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS,
                          help="show tracebacks")  # fmt: skip
         add(sub)
@@ -122,7 +123,7 @@ def _waiting(text: str) -> float:
 
 
 def _takes_sweep(p: argparse.ArgumentParser) -> None:
-    p.add_argument("sweep", metavar="SWEEP", type=Path, help="a sweep.toml, or a run")
+    p.add_argument("sweep", metavar="SWEEP", type=Path, help="a sweep.toml, a run, or a study")
     p.add_argument("--run", type=Path, metavar="DIR", help="the run (default: <stem>.run)")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                    help="override a TOML key, such as grid.x.count=11")  # fmt: skip
@@ -292,6 +293,7 @@ def _add_demo(p: argparse.ArgumentParser) -> None:
 
 
 Command = Callable[[argparse.Namespace], int]
+_OF_A_STUDY = ("plan", "run", "merge", "verify", "prune")  # gone through run by run
 _COMMANDS: dict[str, tuple[Command, Callable[[argparse.ArgumentParser], None], str]] = {
     "demo": (commands.do_demo, _add_demo, "two small nets on real digits, with and without skips"),
     "init": (commands.do_init, _add_init, "write a commented sweep.toml and problem.py to edit"),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lsweep.errors import LsweepError, nearest
+from lsweep.origins import Study
 from lsweep.tables import build, override_key, parse_toml, plain
 
 INDEXES = ("replicate", "layer")  # kinds of axes whose offsets count: 0, 1, 2, …
@@ -240,6 +241,7 @@ class Settings:
     evaluate: Evaluation = field(default_factory=Evaluation)
     refine: Refinement | None = None
     trajectory: Track | None = None
+    study: Study | None = None
 
     def __post_init__(self) -> None:
         if list(self.grid) not in (["x"], ["x", "y"], ["x", "y", "z"]):
@@ -259,6 +261,9 @@ class Settings:
         for name, axis in self.grid.items():
             _check_range(name, axis, recipes[name].kind)
         _check_together(recipes, self.refine)
+        seeded = self.study is not None and self.study.seeds
+        if seeded and all(r.kind != "random" for r in recipes.values()):
+            raise LsweepError("[study] seeds = …: no direction here is random; leave them out")
 
     @classmethod
     def from_text(cls, text: str, where: str = "sweep.toml") -> Settings:
@@ -303,6 +308,12 @@ class Settings:
         for name, value in special.items():
             if not isinstance(value, Mapping):
                 raise LsweepError(f"{where}: directions.{name} must be a table")
+            study = top.get("study")
+            if "seed" in value and isinstance(study, Mapping) and study.get("seeds"):
+                raise LsweepError(
+                    f"{where}: directions.{name}.seed: [study] seeds = … are those of all "
+                    "directions; leave it out"
+                )
         top["directions"] = {
             n: {**shared, **special.get(n, {})}
             for n in [*grid, *(k for k in special if k not in grid)]
