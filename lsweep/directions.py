@@ -20,7 +20,7 @@ import torch
 
 from lsweep import weights
 from lsweep.errors import LsweepError
-from lsweep.families import Family, moved_layers
+from lsweep.families import Family, moved_layers, random_direction
 from lsweep.noise import dtype_of
 from lsweep.reference import read_reference_directions
 from lsweep.settings import INDEXES, STILL, Axis, Recipe, Settings
@@ -31,7 +31,6 @@ from lsweep.vectors import (
     difference,
     dot,
     finish,
-    random_direction,
     weighted_sum,
 )
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from lsweep.noise import random_tensor
 from lsweep.settings import STILL, Recipe
-from lsweep.vectors import Direction, Origin, ignored_names, random_direction
+from lsweep.vectors import Direction, Origin, finish, ignored_names
 from lsweep.weights import State
 
 Index = tuple[int, int]
@@ -47,6 +48,17 @@ def moved_layers(
         recipe = next(r for r in recipes.values() if r.kind == "layer")
         moved = set(origin.parameters) - set(ignored_names(recipe, origin))
     return layers_of(n for n in origin.parameters if n in moved)
+
+
+def random_direction(key: str, recipe: Recipe, origin: Origin) -> Direction:
+    """Return a random direction, normalised as its recipe says, keyed by (seed, key, name)."""
+    still = set(ignored_names(recipe, origin))
+    noise = {
+        n: random_tensor(recipe.seed, key, n, p)
+        for n, p in origin.parameters.items()
+        if n not in still
+    }
+    return finish(noise, recipe, origin)
 
 
 @dataclass(frozen=True)
