@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lsweep.noise import random_tensor
-from lsweep.settings import STILL, Recipe
+from lsweep.settings import STILL, WEIGHTS_ONLY, Recipe
 from lsweep.vectors import Direction, Origin, finish, ignored_names
 from lsweep.weights import State
 
@@ -33,6 +33,33 @@ def layers_of(names: Iterable[str]) -> tuple[str, ...]:
     ('a', 'b')
     """
     return tuple(dict.fromkeys(layer_of(n) for n in names))
+
+
+def curved(recipes: Mapping[str, Recipe], origin: Origin) -> Curved:
+    """Return what derivatives are taken over: what a random direction of the plan moves.
+
+    The ``ignore`` and ``parameters`` of the first axis that leaves biases and normalisation out by
+    default; those of `Recipe` where there is none.
+    """
+    usual = [r for r in recipes.values() if r.kind in WEIGHTS_ONLY]
+    recipe = usual[0] if usual else Recipe(seed=next(iter(recipes.values())).seed)
+    still = set(ignored_names(recipe, origin))
+    return Curved(recipe, tuple(n for n in origin.parameters if n not in still))
+
+
+@dataclass(frozen=True)
+class Curved:
+    """The parameters that derivatives are taken over, and the recipe that says so."""
+
+    recipe: Recipe
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        where = (
+            "" if self.recipe.parameters == ("*",) else f" in {', '.join(self.recipe.parameters)}"
+        )
+        still = "" if self.recipe.ignore == "none" else f", {self.recipe.ignore} ignored"
+        return f"{len(self.names)} tensors{where}{still}"
 
 
 def moved_layers(

@@ -51,6 +51,7 @@ class Objective:
         shapes: of each.
         owners: for each the module that holds it.
         size: P.
+        eps: machine epsilon of the network's precision.
         note: how derivatives were computed, where that is not plain autograd.
         passes: how many gradients or Hessian-vector products were computed.
 
@@ -89,7 +90,7 @@ class Objective:
         self.device, self.precision = first.device, first.dtype
         wide = self.size <= LARGE and self.device.type != "mps"
         self.dtype = torch.float64 if wide else torch.float32
-        self._eps = torch.finfo(self.precision).eps
+        self.eps = torch.finfo(self.precision).eps
         self.note, self.passes = "", 0
         self._checked = self._differences = False
 
@@ -125,7 +126,7 @@ class Objective:
     def value(self, at: Tensor | None = None) -> float:
         """Return L, at the present weights or at the vector ``at``."""
         total = weight = 0.0
-        with self._opened(at, self.problem.grad):
+        with self.opened(at, self.problem.grad):
             for batch in self.batches():
                 summed, w = self._summed(batch)
                 total, weight = total + float(summed.detach()), weight + w
@@ -133,6 +134,10 @@ class Objective:
 
     def gradient(self, at: Tensor | None = None) -> Tensor:
         """Return ∇L, [P]."""
+        return self.with_gradient(at)[1]
+
+    def with_gradient(self, at: Tensor | None = None) -> tuple[float, Tensor]:
+        """Return L and ∇L, [P], from one pass."""
         return self._accumulated(at, lambda loss: self._gradients(loss, False))
 
     def hessian_product(self, vector: Tensor, at: Tensor | None = None) -> Tensor:
@@ -161,7 +166,7 @@ class Objective:
                 raise NotImplementedError("the gradient does not depend on the weights")
             return list(torch.autograd.grad(slope, self._parameters, allow_unused=True))
 
-        return self._accumulated(at, along, batches)
+        return self._accumulated(at, along, batches)[1]
 
     def _difference(self, vector: Tensor, at: Tensor | None) -> Tensor:
         norm = float(vector.norm())
@@ -173,7 +178,7 @@ class Objective:
         return rise / (2 * step)
 
     def _step(self, here: Tensor) -> float:
-        return float(self._eps ** (1 / 3) * max(1.0, float(here.norm())))
+        return float(self.eps ** (1 / 3) * max(1.0, float(here.norm())))
 
     # -- inside a pass --------------------------------------------------------------------------
 
@@ -201,21 +206,21 @@ class Objective:
         at: Tensor | None,
         derivative: Callable[[Tensor], list[Tensor | None]],
         batches: Iterable[Batch] | None = None,
-    ) -> Tensor:
+    ) -> tuple[float, Tensor]:
         out = torch.zeros(self.size, dtype=self.dtype, device=self.device)
-        views, weight = list(self.split(out).values()), 0.0
+        views, total, weight = list(self.split(out).values()), 0.0, 0.0
         self.passes += 1
-        with self._opened(at, True):
+        with self.opened(at):
             for batch in self.batches() if batches is None else batches:
                 summed, w = self._summed(batch)
-                weight += w
+                total, weight = total + float(summed.detach()), weight + w
                 for view, d in zip(views, derivative(summed), strict=True):
                     if d is not None:
                         view += d.detach()
-        return out / weight
+        return total / weight if weight else math.nan, out / weight
 
     @contextlib.contextmanager
-    def _opened(self, at: Tensor | None, grad: bool) -> Iterator[None]:
+    def opened(self, at: Tensor | None = None, grad: bool = True) -> Iterator[None]:
         """Let autograd see the weights that move, at ``at``; afterwards all is as before."""
         model = self.problem.model
         flags = [(q, q.requires_grad) for q in model.parameters()]
