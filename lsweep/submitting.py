@@ -11,28 +11,13 @@ from lsweep.commands import INCOMPLETE, INTERRUPTED, planned, run_of
 from lsweep.errors import LsweepError
 from lsweep.folder import RunFolder
 from lsweep.machine import refuse_foreign
-from lsweep.study import members, through
 from lsweep.submission import Options, Submission, remember
 
 LOOKS = (1.0, 15.0)  # seconds between looks at the queue, first and last
 
 
 def do_submit(options: Namespace) -> int:
-    """Submit an array of workers and a merge after it, for a run or each run of a study."""
-    if not options.wait or members(options.sweep, options.run, options.overrides) is None:
-        return through(_submit)(options)
-    # All are in the queue before the first is waited for.
-    first = through(_submit)(Namespace(**{**vars(options), "wait": False}))
-    return through(_wait)(options) or first
-
-
-def _wait(options: Namespace) -> int:
-    folder = run_of(options)
-    submissions = Submission.all(folder)
-    return wait(folder, submissions[-1]) if submissions else 0
-
-
-def _submit(options: Namespace) -> int:
+    """Submit an array of workers and a merge after it."""
     from lsweep.limits import Site
     from lsweep.submit import Order, check, objection, require_slurm, scripts, submit
 
