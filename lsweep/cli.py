@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from lsweep import commands, looking, submitting
+from lsweep import commands, looking, running, submitting
+from lsweep.children import CHILDREN
 from lsweep.errors import LsweepError, nearest
 from lsweep.study import through
 
@@ -135,6 +136,16 @@ def _takes_trust(p: argparse.ArgumentParser) -> None:
     p.add_argument("--trust", action="store_true", help="import code that belongs to another user")
 
 
+def _takes_measures(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--measures", metavar="NAME,…",
+                   help="also what is measured at the centre: all, or some of "
+                        + ", ".join(CHILDREN))  # fmt: skip
+    p.add_argument("--replicates", type=_at_least(2), metavar="N",
+                   help="directions, probes or start vectors of each of these")  # fmt: skip
+    p.add_argument("--samples", type=_at_least(2), metavar="N",
+                   help="samples that these take (default: the sweep's)")  # fmt: skip
+
+
 def _takes_device(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps (default: auto)")
     p.add_argument("--threads", type=_at_least(0), default=1, metavar="N",
@@ -152,8 +163,14 @@ def _takes_run(p: argparse.ArgumentParser) -> None:
 # -- the commands' own arguments -------------------------------------------------------------------
 
 
+def _add_plan(p: argparse.ArgumentParser) -> None:
+    _takes_sweep(p)
+    _takes_measures(p)
+
+
 def _add_run(p: argparse.ArgumentParser) -> None:
     _takes_sweep(p)
+    _takes_measures(p)
     p.add_argument("--on", choices=("inline", "local", "mpi"), default="local",
                    help="where workers run (default: local)")  # fmt: skip
     p.add_argument(
@@ -165,6 +182,7 @@ def _add_run(p: argparse.ArgumentParser) -> None:
 
 def _add_submit(p: argparse.ArgumentParser) -> None:
     _takes_sweep(p)
+    _takes_measures(p)
     p.usage = "lsweep submit SWEEP --tasks N [options] [-- sbatch options]"
     p.epilog = "All but --trust, --wait and --dry-run is remembered; 0 or '' forgets it again."
     for name, metavar, text in (
@@ -257,7 +275,9 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
 def _add_measure(p: argparse.ArgumentParser) -> None:
     p.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="runs or surface files")
     p.add_argument("--metric", help="by default the first")
+    p.add_argument("--only", metavar="NAME,…", help="only these; sharpness means all its radii")
     p.add_argument("--json", action="store_true", help="for programs")
+    p.add_argument("--csv", action="store_true", help="for spreadsheets")
 
 
 def _add_init(p: argparse.ArgumentParser) -> None:
@@ -277,8 +297,8 @@ _OF_A_STUDY = ("plan", "run", "submit", "merge", "verify", "prune")  # gone thro
 _COMMANDS: dict[str, tuple[Command, Callable[[argparse.ArgumentParser], None], str]] = {
     "demo": (commands.do_demo, _add_demo, "two small nets on real digits, with and without skips"),
     "init": (commands.do_init, _add_init, "write a commented sweep.toml and problem.py to edit"),
-    "plan": (commands.do_plan, _takes_sweep, "freeze the plan and publish the first round"),
-    "run": (commands.do_run, _add_run, "plan if needed, evaluate what is missing, merge, draw"),
+    "plan": (commands.do_plan, _add_plan, "freeze the plan and publish the first round"),
+    "run": (running.do_run, _add_run, "plan if needed, evaluate what is missing, merge, draw"),
     "submit": (submitting.do_submit, _add_submit, "a Slurm array of workers, and a merge after it"),
     "work": (commands.do_work, _add_work, "be one worker of a run"),
     "status": (looking.do_status, _add_status, "what is done and who works"),
