@@ -20,7 +20,11 @@ import torch
 
 from lsweep import weights
 from lsweep.errors import LsweepError
+<<<<<<< HEAD
 from lsweep.families import Family, moved_layers
+=======
+from lsweep.noise import random_tensor
+>>>>>>> curvature
 from lsweep.reference import read_reference_directions
 from lsweep.settings import INDEXES, STILL, Axis, Recipe, Settings
 from lsweep.trajectory import gram_matrix, mixture, principal_components, project
@@ -99,8 +103,22 @@ class Directions:
         gram = self.gram
         norms = np.sqrt(np.diag(gram))
         with np.errstate(invalid="ignore", divide="ignore"):
+<<<<<<< HEAD
             cosines = gram / np.outer(norms, norms)
         return np.where(np.outer(norms, norms) > 0, cosines, 0.0)
+=======
+            return np.asarray(gram / np.outer(norms, norms))
+
+
+def _random(axis: str, recipe: Recipe, origin: Origin) -> Direction:
+    still = set(ignored_names(recipe, origin))
+    noise = {
+        n: random_tensor(recipe.seed, axis, n, p)
+        for n, p in origin.parameters.items()
+        if n not in still
+    }
+    return finish(noise, recipe, origin)
+>>>>>>> curvature
 
 
 def _to(path: Path, recipe: Recipe, origin: Origin) -> Direction:
