@@ -20,11 +20,7 @@ import torch
 
 from lsweep import weights
 from lsweep.errors import LsweepError
-<<<<<<< HEAD
-from lsweep.families import Family, moved_layers
-=======
-from lsweep.noise import random_tensor
->>>>>>> curvature
+from lsweep.families import Curved, Family, curved, moved_layers, random_direction
 from lsweep.reference import read_reference_directions
 from lsweep.settings import INDEXES, STILL, Axis, Recipe, Settings
 from lsweep.trajectory import gram_matrix, mixture, principal_components, project
@@ -35,10 +31,8 @@ from lsweep.vectors import (
     dot,
     dtype_of,
     finish,
-    random_direction,
     weighted_sum,
 )
-from lsweep.vectors import random_tensor as random_tensor
 
 PARALLEL = 0.99
 MARGIN = 0.1  # of the trajectory's extent, left free on each side of an automatic range
@@ -65,6 +59,7 @@ class Directions:
         kinds: the kind of each axis, in order; empty where none is known.
         family: what the directions are at each replicate and layer; None where no axis counts any.
         layers: names of the layers that an axis counts.
+        curved: what derivatives are taken over; None where no recipe says.
     """
 
     axes: dict[str, Direction]
@@ -74,6 +69,7 @@ class Directions:
     kinds: tuple[str, ...] = ()
     family: Family | None = None
     layers: tuple[str, ...] = ()
+    curved: Curved | None = None
 
     @property
     def moving(self) -> tuple[int, ...]:
@@ -103,22 +99,8 @@ class Directions:
         gram = self.gram
         norms = np.sqrt(np.diag(gram))
         with np.errstate(invalid="ignore", divide="ignore"):
-<<<<<<< HEAD
             cosines = gram / np.outer(norms, norms)
         return np.where(np.outer(norms, norms) > 0, cosines, 0.0)
-=======
-            return np.asarray(gram / np.outer(norms, norms))
-
-
-def _random(axis: str, recipe: Recipe, origin: Origin) -> Direction:
-    still = set(ignored_names(recipe, origin))
-    noise = {
-        n: random_tensor(recipe.seed, axis, n, p)
-        for n, p in origin.parameters.items()
-        if n not in still
-    }
-    return finish(noise, recipe, origin)
->>>>>>> curvature
 
 
 def _to(path: Path, recipe: Recipe, origin: Origin) -> Direction:
@@ -220,6 +202,7 @@ def make_directions(
     layers = moved_layers(recipes, axes, origin) if "layer" in kinds else ()
     family = Family(recipes, axes, origin, layers) if set(kinds) & set(INDEXES) else None
     directions = Directions(axes, tuple(steps), dict(settings.grid), facts, kinds, family, layers)
+    directions = replace(directions, curved=curved(recipes, origin))
     _refuse_degenerate(directions)
     return replace(directions, grid=_resolve_ranges(directions, settings, origin))
 

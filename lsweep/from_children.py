@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from lsweep.measured import Measured, mean_of
+from lsweep.spectrum import moment, negative_mass, threshold
 from lsweep.surface import Surface
 
 FloatArray = npt.NDArray[np.float64]
 CONVERGED = 1e-2  # largest |Hv - λv| / max|λ| of an eigenvalue that counts as found
 AGREED = 1e-2  # largest relative difference between replicates of one number
 BENT = 0.1  # |λ_min/λ_max| above which a point counts as not convex, as in the paper
-NEGATIVE = 1e-2  # share of max|λ| below which an eigenvalue counts as negative
 
 
 @dataclass(frozen=True)
@@ -254,14 +254,15 @@ def spectrum(child: Finished) -> tuple[FloatArray, FloatArray]:
 
 def _spectrum(child: Finished) -> list[Measured]:
     places, weights = spectrum(child)
-    edge = -NEGATIVE * float(np.abs(places).max())
-    mass = np.where(places < edge, weights, 0.0).sum(axis=1)
-    mean = (places * weights).sum(axis=1)
-    note = f"share of the eigenvalues below {edge:.3g} = -{NEGATIVE:g} max|λ|"
+    edge = threshold(places, weights)
+    mass, mean = negative_mass(places, weights), moment(places, weights)
+    count = {"replicates": len(places)}
     return [
-        child.mean("spectral_negative_mass", mass, "start vectors", note),
-        child.mean("spectral_mean", mean, "start vectors", "trace / number of weights"),
-    ]
+        child.row("spectral_negative_mass", float(mass.value), float(mass.se), "start vectors",
+                  f"share of the eigenvalues below {-edge:.3g}, 1 % of the largest", **count),
+        child.row("spectral_mean", float(mean.value), float(mean.se), "start vectors",
+                  "mean eigenvalue: the trace divided by the number of weights", **count),
+    ]  # fmt: skip
 
 
 # -- the rest --------------------------------------------------------------------------------------

@@ -6,12 +6,10 @@ A vector is one tensor per parameter name; what it does not name does not move.
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -137,30 +135,6 @@ def finish(tensors: State, recipe: Recipe, origin: Origin) -> Direction:
             out[name] = d
     still = tuple(n for n in origin.parameters if n in ignored)
     return Direction(out, still, zeros, frozenset(out) & frozenset(origin.buffers))
-
-
-def random_tensor(seed: int, axis: str, name: str, like: Tensor) -> Tensor:
-    """Return N(0,1) noise from Philox keyed by (seed, axis, name), never from global state.
-
-    >>> a = random_tensor(0, "x", "w", torch.zeros(2))
-    >>> bool((a == random_tensor(0, "x", "w", torch.zeros(2))).all())
-    True
-    """
-    key = hashlib.sha256(f"{seed}\0{axis}\0{name}".encode()).digest()[:16]
-    bits = np.random.Philox(key=np.frombuffer(key, "<u8").astype(np.uint64))
-    noise = np.random.Generator(bits).standard_normal(tuple(like.shape))
-    return torch.from_numpy(np.asarray(noise)).to(dtype_of(like))
-
-
-def random_direction(key: str, recipe: Recipe, origin: Origin) -> Direction:
-    """Return a random direction, normalised as its recipe says, keyed by (seed, key, name)."""
-    still = set(ignored_names(recipe, origin))
-    noise = {
-        n: random_tensor(recipe.seed, key, n, p)
-        for n, p in origin.parameters.items()
-        if n not in still
-    }
-    return finish(noise, recipe, origin)
 
 
 def weighted_sum(factors: list[float], terms: list[State]) -> State:
