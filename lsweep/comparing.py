@@ -27,6 +27,8 @@ from lsweep.siblings import GAPS, Network, RunMeasures, hyperparameters, network
 
 FloatArray = npt.NDArray[np.float64]
 JACOBIAN = "input_jacobian"
+PROFILES = ("layer_sharpness",)  # a number for each layer: no measure of a network
+PARTS = ("test_loss", "test_accuracy")  # of the gap itself
 TOLERANCE = 0.1
 
 
@@ -131,6 +133,7 @@ def compare(runs: Sequence[RunMeasures], question: Question | None = None) -> Co
     gap = asked.gap or _gap_of(found)
     names = list(dict.fromkeys(name for n in found for name in n.measures))
     known = [n for n in found if gap in n.gaps]
+    asked_of = [n for n in names if n not in PARTS and n.partition("@")[0] not in PROFILES]
     same = [known[i] for i in matched(_losses(known), asked.tolerance)]
     losses = [n.train_loss for n in same]
     others = [a for a in (*axes, *held) if a != key]
@@ -143,10 +146,10 @@ def compare(runs: Sequence[RunMeasures], question: Question | None = None) -> Co
         axes=tuple(axes),
         held=tuple(held),
         unlike=tuple(unlike(runs)),
-        all=_related(known, gap, names, axes, held, asked),
-        matched=_related(same, gap, names, axes, held, asked),
+        all=_related(known, gap, asked_of, axes, held, asked),
+        matched=_related(same, gap, asked_of, axes, held, asked),
         losses=(min(losses), max(losses)) if losses else (math.nan, math.nan),
-        partial=_partial(known, gap, names, key, asked),
+        partial=_partial(known, gap, asked_of, key, asked),
         regularizer=key,
         responses=tuple(responses(columns, [n.options for n in found], key, others) if key else ()),
     )

@@ -10,12 +10,11 @@ import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lsweep.measured import Measured
 from lsweep.origins import label
-from lsweep.surface import Surface
 
 SEEDS = ("seed", "training_seed", "train_seed")
 """Options that repeat a training: held equal in a comparison, never a hyper-parameter."""
@@ -29,28 +28,17 @@ class RunMeasures:
     Attributes:
         name: as given on the command line.
         plan: of the run; empty for a surface that no run made.
-        rows: its measures.
-        center: variable -> (value, standard error over samples or NaN) at the trained weights.
+        rows: its measures, and its metrics at the trained weights, such as ``test_loss``.
     """
 
     name: str
     plan: Mapping[str, Any]
     rows: Sequence[Measured]
-    center: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, name: str, surface: Surface, rows: Sequence[Measured]) -> RunMeasures:
-        """Take what a study needs from a surface and its measures."""
-        center = {
-            v: (surface.center(v), surface.center(f"{v}_se") if f"{v}_se" in surface else math.nan)
-            for v in surface.metrics
-        }
-        own = {r.name for r in rows}
-        more = []
-        if "weight_sq" in surface.values and "weight_norm" not in own:
-            size = math.sqrt(surface.center("weight_sq"))
-            more = [Measured("weight_norm", size, note="of all parameters")]
-        return cls(name, surface.provenance.get("plan") or {}, [*rows, *more], center)
+    @property
+    def center(self) -> dict[str, tuple[float, float]]:
+        """Name -> (value, standard error over samples or NaN)."""
+        return {r.name: (r.value, math.nan if r.se is None else r.se) for r in self.rows}
 
     @property
     def options(self) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def _networks(c: Comparison) -> Iterator[str]:
         shown = ", ".join(c.unlike[:6]) + (", …" if len(c.unlike) > 6 else "")
         yield f"  not measured alike, so compare with care: they differ in {shown}"
     names = list(dict.fromkeys(name for n in c.networks for name in n.measures))
-    rows = [("train loss", [_number(n.train_loss) for n in c.networks])]
+    rows: list[tuple[str, list[str]]] = []
     for gap, title in GAPS.items():
         if any(gap in n.gaps for n in c.networks):
             rows.append((title, [_gap(n, gap) for n in c.networks]))
