@@ -25,8 +25,8 @@ def swept(
     of: lsweep.Problem, *grid: tuple[Any, ...], metrics: tuple[str, ...] = ("loss",), **more: Any
 ) -> Surface:
     """Sweep the training data in this process, by plain torch: what is timed is not the point."""
-    more = {"splits": ["train"], "device": "cpu", "backend": "eager", "progress": False} | more
-    return lsweep.sweep(of, *grid, metrics=list(metrics), **more)
+    quiet: dict[str, Any] = {"device": "cpu", "backend": "eager", "progress": False}
+    return lsweep.sweep(of, *grid, metrics=list(metrics), splits=["train"], **(quiet | more))
 
 
 def plane(of: lsweep.Problem, seed: int, count: int = PLANE) -> dict[str, Any]:
@@ -109,10 +109,8 @@ def saddle(of: lsweep.Problem, count: int = DIRECTIONS) -> dict[str, Any]:
 
 def weight_norm(network: nn.Module) -> float:
     """Return ‖θ‖ over what a filter-normalised direction moves: tensors of two dimensions."""
-    return (
-        sum(p.detach().double().square().sum().item() for p in network.parameters() if p.dim() > 1)
-        ** 0.5
-    )
+    squares = (p.detach().double().square().sum() for p in network.parameters() if p.dim() > 1)
+    return float(sum(s.item() for s in squares) ** 0.5)
 
 
 def interpolation(spec: Spec, start: nn.Module, end: nn.Module, count: int) -> dict[str, Any]:
@@ -183,11 +181,10 @@ def equivalence(one: lsweep.Problem, other: lsweep.Problem, count: int) -> dict[
     """Return, for each normalisation, how far the same line differs between equivalent networks."""
     defects: dict[str, Any] = {}
     for normalize in ("filter", "layer"):
+        recipe = {"seed": 0, "normalize": normalize}
         a, b = (
-            swept(of, (-0.5, 0.5, count), directions={"seed": 0, "normalize": normalize})
-            for of in (one, other)
+            swept(of, (-0.5, 0.5, count), directions=recipe)["train_loss"] for of in (one, other)
         )
-        a, b = a["train_loss"], b["train_loss"]
         defects[f"defect_{normalize}"] = float(np.abs(a - b).max() / np.ptp(a))
     return defects
 
