@@ -24,7 +24,7 @@ from lsweep.device import free_memory, is_out_of_memory, synchronize
 from lsweep.directions import Directions
 from lsweep.errors import LsweepError, nearest
 from lsweep.factory import describe
-from lsweep.packed import Packed, Spot
+from lsweep.packed import KEPT, Packed, Spot
 from lsweep.problem import Problem, Sampled
 from lsweep.summing import Reference, Samples, stacked
 from lsweep.sums import SUMS
@@ -131,7 +131,7 @@ class Evaluator:
         axes = [axis.tensors for axis in self.directions.axes.values()]
         packed = Packed(plain, axes, self.device, self.dtype)
         for axis, row in zip(axes, packed.axes, strict=True):
-            for name, view in packed.views_of(row).items():
+            for name, view in packed.views_of(row).items() if axis else ():
                 old = axis.get(name)
                 if old is not None and (old.dtype, old.device) == (view.dtype, view.device):
                     axis[name] = view  # the same numbers: a copy of each direction less
@@ -226,7 +226,10 @@ class Evaluator:
         Both ways give the same bits.
         """
         many = any(len(self._resident.get((s, slice_)) or ()) > 1 for s in self.splits)
-        alone = recalibrate or any(spot.step >= 0 for spot in spots)  # a step is a file
+        alone = bool(recalibrate) or any(spot.step >= 0 for spot in spots)  # a step is a file
+        if self.directions.family is not None:  # others are made anew for each batch
+            index = self.directions.family.index
+            alone |= len({index(spot.offsets) for spot in spots}) > KEPT
         if alone or (self._is_resident(slice_) and many and not backend.together):
             groups = [slice(k, k + 1) for k in range(len(spots))]
         else:

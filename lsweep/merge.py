@@ -149,7 +149,8 @@ def merge(folder: RunFolder, parts: Sequence[Path] | None = None) -> tuple[Surfa
         provenance["caption"] += gaps.caption
     del winners, numbers
     shaped = {n: v.reshape(lattice.shape) for n, v in values.items()}
-    shaped["weight_sq"] = _weight_squares(plan, lattice)
+    if plan.facts["weight_sq"] is not None:
+        shaped["weight_sq"] = _weight_squares(plan, lattice)
     surface = Surface(
         lattice.axes,
         shaped,
@@ -243,6 +244,11 @@ def _attributes(plan: Plan, opaque: set[str]) -> dict[str, dict[str, str]]:
             "long_name": f"offset along direction {axis}",
             "norm": repr(float(plan.facts["axes"][axis]["norm"])),
         }
+        if axis not in plan.moving:
+            out[axis] |= {"long_name": describe_recipe(recipe), "kind": str(recipe["kind"])}
+            del out[axis]["norm"]
+        if recipe["kind"] == "layer":
+            out[axis]["layers"] = " ".join(plan.facts["layers"])
     return out
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from lsweep.errors import DamagedFile, LsweepError, PlanChanged
 from lsweep.files import digest, publish, read_json, sealed
 from lsweep.folder import RunFolder
+from lsweep.settings import INDEXES, STILL
 
 VERSION = 1
 
@@ -57,6 +58,17 @@ class Plan:
     def variable_names(self) -> tuple[str, ...]:
         """``train_loss`` and the like, in the order of a row's sums."""
         return tuple(f"{s}_{m}" for s, m in self.variables)
+
+    @property
+    def counting(self) -> tuple[str, ...]:
+        """Axes whose offsets count replicates or layers, in the order in which they vary least."""
+        kinds = {self.directions[a]["kind"]: a for a in self.axes}
+        return tuple(kinds[k] for k in INDEXES if k in kinds)
+
+    @property
+    def moving(self) -> tuple[str, ...]:
+        """Axes that move the weights, in the order x, y, z."""
+        return tuple(a for a in self.axes if self.directions[a]["kind"] not in STILL)
 
     @property
     def slices(self) -> int:

@@ -224,8 +224,13 @@ def _batch_norm_check(evaluator: Evaluator) -> dict[str, Any] | None:
     if evaluator.settings["batch_norm"] != "eval" or not batchnorm.layers(evaluator.problem.model):
         return None
     axes = len(evaluator.directions.axes)
-    offsets = [(s, *(0.0,) * (axes - 1)) for s in (1.0, -1.0)]
-    offsets += [(0.0, s, *(0.0,) * (axes - 2)) for s in (1.0, -1.0)] if axes > 1 else []
+    offsets = [
+        tuple(sign if i == a else 0.0 for i in range(axes))
+        for a in evaluator.directions.moving[:2]
+        for sign in (1.0, -1.0)
+    ]
+    if not offsets:
+        return None
     spots = [Spot(o) for o in offsets]
     split = "train" if "train" in evaluator.problem.splits else evaluator.splits[0]
     few = RECALIBRATED_SAMPLES
