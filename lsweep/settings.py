@@ -20,7 +20,8 @@ from lsweep.tables import build, override_key, parse_toml, plain
 INDEXES = ("replicate", "layer")  # kinds of axes whose offsets count: 0, 1, 2, …
 STILL = (*INDEXES, "radius")  # kinds of axes that move nothing themselves
 KINDS = ("random", "to", "plane", "pca", "hessian", "gradient", "file", *STILL)
-WEIGHTS_ONLY = ("random", "hessian", "gradient", *STILL)  # ignore biases and norms by default
+DERIVED = ("hessian", "gradient")  # computed once, when a run is planned
+WEIGHTS_ONLY = ("random", *DERIVED, *STILL)  # ignore biases and norms by default
 NORMALIZATIONS = ("filter", "layer", "weight", "none")
 BATCH_NORMS = ("eval", "batch", "recalibrate")
 PRECISIONS = ("float64", "float32", "tf32", "bfloat16", "float16")
@@ -28,6 +29,7 @@ BACKENDS = (
     "auto", "eager", "channels_last", "fused", "native", "vmap", "cudagraph", "compiled"
 )  # fmt: skip
 AXES = ("x", "y", "z")
+EIGENVECTORS = {"x": 1, "y": -1, "z": 2}  # unless asked otherwise
 LARGEST_GRID = 10**8  # points; beyond it the index arrays alone outgrow a node
 LARGEST_OFFSET = 10**6
 LEAST_TOLERANCE = 1e-6
@@ -105,11 +107,10 @@ class Recipe:
     checkpoint: str | None = None
     checkpoints: tuple[str, ...] = ()
     file: str | None = None
+    eigenvector: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("kind", self.kind, KINDS)
-        if self.kind in ("hessian", "gradient"):
-            raise LsweepError(f'kind = "{self.kind}" is not built yet; use random, to, pca or file')
         if self.gauge != "none":
             raise LsweepError(f"gauge = {self.gauge!r} is not built yet; leave it out")
         usual = "filter" if self.kind == "random" else "none"
@@ -133,6 +134,16 @@ class Recipe:
                 f'normalize = "{self.normalize}" with kind = "{self.kind}": x = 1 would not be the '
                 "checkpoint any more; leave it out"
             )
+        if self.kind in DERIVED and self.normalize != "none":
+            raise LsweepError(
+                f'normalize = "{self.normalize}" with kind = "{self.kind}": it would be another '
+                "vector; it has the norm of a filter-normalised random direction as it is: leave "
+                "it out"
+            )
+        if self.eigenvector is not None and self.kind != "hessian":
+            raise LsweepError(f'eigenvector goes with kind = "hessian", not "{self.kind}"')
+        if self.eigenvector == 0:
+            raise LsweepError("eigenvector = 0: 1 is the largest, 2 the second, -1 the smallest")
         if self.kind == "plane" and len(self.checkpoints) != 2:
             raise LsweepError('kind = "plane" needs two checkpoints: the plane through them and θ')
         if not self.parameters:
@@ -279,6 +290,9 @@ class Settings:
                     f"[directions.{name}] has no [grid.{name}]{nearest(name, self.grid)}"
                 )
         recipes = {n: self.directions.get(n, Recipe()) for n in self.grid}
+        for name, recipe in recipes.items():
+            if recipe.kind == "hessian" and recipe.eigenvector is None:
+                recipes[name] = dataclasses.replace(recipe, eigenvector=EIGENVECTORS[name])
         object.__setattr__(self, "directions", recipes)
         for name, axis in self.grid.items():
             _check_range(name, axis, recipes[name].kind)
