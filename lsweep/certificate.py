@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lsweep import batchnorm, weights
 from lsweep.certified import Tested
-from lsweep.data import Batch, map_tensors, moved, samples_in, tensors_of
+from lsweep.data import Batch, map_tensors, samples_in, tensors_of
 from lsweep.device import free_memory
 from lsweep.directions import Directions
 from lsweep.errors import LsweepError
@@ -138,7 +138,9 @@ class Bench:
                     order = torch.randperm(n, generator=chance)
                     cut = int(torch.randint(1, max(2, n), (1,), generator=chance))
                     # Batch statistics are those of whole batches.
-                    pieces = [order] if batch_norm == "batch" or n < 2 else order.tensor_split([cut])
+                    pieces = (
+                        [order] if batch_norm == "batch" or n < 2 else order.tensor_split([cut])
+                    )
                     try:
                         found = [self._outputs(_picked(batch, p, n))[0] for p in pieces]
                     except Exception:  # a batch that is more than rows has no other order
@@ -218,9 +220,7 @@ class Bench:
 
 
 def _picked(batch: Batch, rows: Tensor, n: int) -> Batch:
-    return map_tensors(
-        batch, lambda t: t[rows.to(t.device)] if t.dim() and len(t) == n else t
-    )
+    return map_tensors(batch, lambda t: t[rows.to(t.device)] if t.dim() and len(t) == n else t)
 
 
 def _relative(there: Tensor, here: Tensor) -> float:

@@ -6,14 +6,7 @@ broken and untested.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
-
-from lsweep.errors import LsweepError
-from lsweep.files import read_json, replace, sealed
-from lsweep.folder import RunFolder
+from dataclasses import dataclass
 
 SCHEMA = 1
 HOLDS = ("exact", "up to eps")

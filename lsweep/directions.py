@@ -23,7 +23,7 @@ from lsweep.errors import LsweepError
 from lsweep.families import Curved, Family, curved, moved_layers, random_direction
 from lsweep.noise import dtype_of
 from lsweep.reference import read_reference_directions
-from lsweep.settings import INDEXES, STILL, Axis, Recipe, Settings
+from lsweep.settings import DERIVED, INDEXES, STILL, Axis, Recipe, Settings
 from lsweep.trajectory import gram_matrix, mixture, principal_components, project
 from lsweep.vectors import (
     Direction,
@@ -31,10 +31,12 @@ from lsweep.vectors import (
     difference,
     dot,
     finish,
+    ignored_names,
     weighted_sum,
 )
 
 PARALLEL = 0.99
+FOUND = ("eigenvalue", "residual", "converged", "slope", "note")  # facts of a derived direction
 MARGIN = 0.1  # of the trajectory's extent, left free on each side of an automatic range
 FloatArray = npt.NDArray[np.float64]
 
@@ -142,6 +144,7 @@ def make_directions(
     origin: Origin,
     base: Path,
     known: Mapping[str, Mapping[str, Any]] | None = None,
+    derived: Mapping[str, weights.State] | None = None,
 ) -> Directions:
     """Make every direction of a sweep.
 
@@ -151,6 +154,7 @@ def make_directions(
         base: folder of the TOML, which relative paths refer to.
         known: facts of the plan. Coefficients that come out of linear algebra differ in their
             last bits between machines, so they are computed once, when the plan is made.
+        derived: axis -> tensors of the directions that `lsweep.derived` computed.
 
     Raises:
         LsweepError: a checkpoint is missing or does not fit, directions are parallel
@@ -165,6 +169,10 @@ def make_directions(
         remembered = (known or {}).get(axis, {})
         if recipe.kind == "random":
             axes[axis] = random_direction(axis, recipe, origin)
+        elif recipe.kind in DERIVED:
+            facts[axis] = {k: remembered[k] for k in FOUND if k in remembered}
+            tensors = dict((derived or {})[axis])
+            axes[axis] = Direction(tensors, ignored_names(recipe, origin))
         elif recipe.kind in STILL:
             axes[axis] = Direction({})
         elif recipe.kind == "to":

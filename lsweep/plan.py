@@ -83,6 +83,11 @@ class Plan:
         return tuple(a for a in self.axes if self.directions[a]["kind"] not in STILL)
 
     @property
+    def derived(self) -> tuple[str, ...]:
+        """Axes whose directions are stored in the run."""
+        return tuple(a for a in self.axes if self.directions[a].get("stored"))
+
+    @property
     def slices(self) -> int:
         """Into how many fixed parts the data is cut."""
         return int(self.evaluate["slices"])
