@@ -150,6 +150,7 @@ def make_plan(
             },
             "layers": list(directions.layers),
             "curvature": str(directions.curved),
+            "curved": _curved_weights(origin, directions),
             "gram": directions.gram.tolist(),
             "cosines": directions.cosines().tolist(),
             "projections": projections,
@@ -164,6 +165,12 @@ def make_plan(
 def as_arrays(tensors: State) -> dict[str, npt.NDArray[Any]]:
     """Return tensors as they are stored."""
     return {n: t.cpu().numpy() for n, t in tensors.items()}
+
+
+def _curved_weights(origin: Origin, directions: Directions) -> int:
+    """How many weights derivatives are taken over: the size of the Hessian."""
+    names = directions.curved.names if directions.curved else ()
+    return sum(origin.parameters[n].numel() for n in names)
 
 
 def _weight_products(origin: Origin, directions: Directions) -> dict[str, Any] | None:
