@@ -20,7 +20,7 @@ import torch
 
 from lsweep import weights
 from lsweep.errors import LsweepError
-from lsweep.families import Family, moved_layers
+from lsweep.families import Curved, Family, curved, moved_layers, random_direction
 from lsweep.noise import dtype_of
 from lsweep.reference import read_reference_directions
 from lsweep.settings import INDEXES, STILL, Axis, Recipe, Settings
@@ -31,7 +31,6 @@ from lsweep.vectors import (
     difference,
     dot,
     finish,
-    random_direction,
     weighted_sum,
 )
 
@@ -60,6 +59,7 @@ class Directions:
         kinds: the kind of each axis, in order; empty where none is known.
         family: what the directions are at each replicate and layer; None where no axis counts any.
         layers: names of the layers that an axis counts.
+        curved: what derivatives are taken over; None where no recipe says.
     """
 
     axes: dict[str, Direction]
@@ -69,6 +69,7 @@ class Directions:
     kinds: tuple[str, ...] = ()
     family: Family | None = None
     layers: tuple[str, ...] = ()
+    curved: Curved | None = None
 
     @property
     def moving(self) -> tuple[int, ...]:
@@ -201,6 +202,7 @@ def make_directions(
     layers = moved_layers(recipes, axes, origin) if "layer" in kinds else ()
     family = Family(recipes, axes, origin, layers) if set(kinds) & set(INDEXES) else None
     directions = Directions(axes, tuple(steps), dict(settings.grid), facts, kinds, family, layers)
+    directions = replace(directions, curved=curved(recipes, origin))
     _refuse_degenerate(directions)
     return replace(directions, grid=_resolve_ranges(directions, settings, origin))
 

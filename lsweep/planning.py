@@ -24,6 +24,7 @@ from lsweep.folder import RunFolder
 from lsweep.insist import read, there
 from lsweep.machine import refuse_foreign
 from lsweep.plan import Plan
+from lsweep.pointwise import POINTWISE, require_pointwise
 from lsweep.preflight import check_expected, probe
 from lsweep.problem import Problem, make_problem
 from lsweep.rounds import Rounds
@@ -82,11 +83,13 @@ def make_plan(
         if evaluate.slices > 1 and (samples is None or evaluate.slices > samples):
             have = "batches of its own" if samples is None else f"{samples} samples"
             raise LsweepError(f"slices = {evaluate.slices}: the data split {split!r} has {have}")
+    require_pointwise(evaluate.metrics, problem)
+    stored = [m for m in evaluate.metrics if m not in POINTWISE]
     if problem.forward is None:
-        for metric in evaluate.metrics:
+        for metric in stored:
             if metric not in problem.metric_names:
                 raise LsweepError(f"no metric {metric!r}{nearest(metric, problem.metric_names)}")
-    variables = [f"{s}_{m}" for s in evaluate.splits for m in evaluate.metrics]
+    variables = [f"{s}_{m}" for s in evaluate.splits for m in stored]
     for name in evaluate.expected:
         if name not in variables:
             raise LsweepError(f"expected.{name}{nearest(name, variables)}")
@@ -134,6 +137,7 @@ def make_plan(
                 for axis, d in directions.axes.items()
             },
             "layers": list(directions.layers),
+            "curvature": str(directions.curved),
             "gram": directions.gram.tolist(),
             "cosines": directions.cosines().tolist(),
             "projections": projections,
