@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import lsweep
-from lsweep.measures import nonconvex_fraction, plane_hessian_extremes
+from lsweep.convexity import nonconvex_fraction, plane_hessian_extremes
 from lsweep.surface import Surface
 
 from .claims import DIRECTIONS, PLANE, RADIUS, SADDLE_STEP
