@@ -24,6 +24,7 @@ from lsweep.folder import RunFolder
 from lsweep.insist import read, there
 from lsweep.machine import refuse_foreign
 from lsweep.plan import Plan
+from lsweep.pointwise import POINTWISE, require_pointwise
 from lsweep.preflight import check_expected, probe
 from lsweep.problem import Problem, make_problem
 from lsweep.rounds import Rounds
@@ -54,7 +55,11 @@ class Planned:
 
 
 def make_plan(
-    settings: Settings, problem: Problem, base: Path, known: dict[str, Any] | None = None
+    settings: Settings,
+    problem: Problem,
+    base: Path,
+    known: dict[str, Any] | None = None,
+    code: Path | None = None,
 ) -> tuple[Plan, Directions]:
     """Find out all that a value depends on.
 
@@ -63,6 +68,7 @@ def make_plan(
         problem: made by its factory, or live.
         base: folder that relative paths refer to.
         known: ``facts`` of a plan made before, whose coefficients are kept.
+        code: the factory's file, where it is not the one below ``base``.
 
     Raises:
         LsweepError: a split, a metric, a checkpoint or a direction is wrong.
@@ -77,11 +83,13 @@ def make_plan(
         if evaluate.slices > 1 and (samples is None or evaluate.slices > samples):
             have = "batches of its own" if samples is None else f"{samples} samples"
             raise LsweepError(f"slices = {evaluate.slices}: the data split {split!r} has {have}")
+    require_pointwise(evaluate.metrics, problem)
+    stored = [m for m in evaluate.metrics if m not in POINTWISE]
     if problem.forward is None:
-        for metric in evaluate.metrics:
+        for metric in stored:
             if metric not in problem.metric_names:
                 raise LsweepError(f"no metric {metric!r}{nearest(metric, problem.metric_names)}")
-    variables = [f"{s}_{m}" for s in evaluate.splits for m in evaluate.metrics]
+    variables = [f"{s}_{m}" for s in evaluate.splits for m in stored]
     for name in evaluate.expected:
         if name not in variables:
             raise LsweepError(f"expected.{name}{nearest(name, variables)}")
@@ -97,7 +105,7 @@ def make_plan(
     if evaluate.batch_norm != "eval" and evaluate.batch_size == "auto":
         table["batch_size"] = BATCH_NORM_BATCH  # batch statistics depend on it, so it is planned
     source = problem.source
-    code = factory_file(source, base) if source else None
+    code = code or (factory_file(source, base) if source else None)
     plan = Plan(
         problem={
             "factory": source.factory if source else LIVE,
@@ -108,9 +116,9 @@ def make_plan(
         directions={
             axis: {
                 **plain(dataclasses.asdict(settings.directions[axis])),
-                "sha256": fingerprint({n: t.float() for n, t in d.tensors.items()}),
+                "sha256": directions.fingerprint(axis),
             }
-            for axis, d in directions.axes.items()
+            for axis in directions.axes
         },
         steps=steps,
         data={s: described(problem.splits[s]) for s in evaluate.splits},
@@ -128,6 +136,8 @@ def make_plan(
                 }
                 for axis, d in directions.axes.items()
             },
+            "layers": list(directions.layers),
+            "curvature": str(directions.curved),
             "gram": directions.gram.tolist(),
             "cosines": directions.cosines().tolist(),
             "projections": projections,
@@ -139,8 +149,13 @@ def make_plan(
     return plan, directions
 
 
-def _weight_products(origin: Origin, directions: Directions) -> dict[str, Any]:
-    """Inner products over parameters alone, from which ||θ||² follows at every point exactly."""
+def _weight_products(origin: Origin, directions: Directions) -> dict[str, Any] | None:
+    """Inner products over parameters alone, from which ||θ||² follows at every point exactly.
+
+    None where directions change along an axis: there are too many of them.
+    """
+    if directions.family is not None and directions.moving:
+        return None
     moved = [d.weights for d in directions.axes.values()]
     return {
         "origin": dot(origin.parameters, origin.parameters),
@@ -157,10 +172,20 @@ def plan_run(
     *,
     text: str | None = None,
     unit_points: int | None = None,
+    code: Path | None = None,
 ) -> Planned:
     """Freeze the plan of a run and publish the round that its grid asks for.
 
     On a run that exists, the plan must be the same; another grid is one more round.
+
+    Args:
+        settings: what is asked for.
+        problem: made by its factory, or live.
+        base: folder that relative paths refer to.
+        folder: the run.
+        text: of the sweep.toml, to be kept in the run.
+        unit_points: points of a unit.
+        code: the factory's file, where it is not the one below ``base``.
 
     Raises:
         PlanChanged: the run holds another plan; the field is named.
@@ -169,7 +194,7 @@ def plan_run(
     existing = Plan.read(folder) if folder.exists else None
     known = existing.facts["axes"] if existing else None
     try:
-        plan, directions = make_plan(settings, problem, base, known)
+        plan, directions = make_plan(settings, problem, base, known, code)
     except LsweepError as e:
         if existing is not None and not isinstance(e, PlanChanged):
             raise LsweepError(f"{e} ({folder.root} exists and is untouched)") from None
@@ -183,7 +208,7 @@ def plan_run(
         folder.root.mkdir(parents=True, exist_ok=True)
         plan = plan.freeze(folder)  # first: a planner that is refused must not touch the rest
         _keep_base(folder, base.absolute())
-        _keep_source(plan, problem, base, folder, text)
+        _keep_source(plan, problem, base, folder, text, code)
         if not folder.directions.exists():
             write_directions(folder, plan, directions)
         grid = directions.grid
@@ -201,12 +226,17 @@ def plan_run(
 
 
 def _keep_source(
-    plan: Plan, problem: Problem, base: Path, folder: RunFolder, text: str | None
+    plan: Plan,
+    problem: Problem,
+    base: Path,
+    folder: RunFolder,
+    text: str | None,
+    code: Path | None,
 ) -> None:
     """Copy what the run was made from: only the code that the frozen plan names."""
     if text is not None:
         publish(folder.settings, text.encode())
-    code = factory_file(problem.source, base) if problem.source else None
+    code = code or (factory_file(problem.source, base) if problem.source else None)
     if code is not None and file_digest(code) == plan.problem["code"]:
         _keep(folder.factory(code.name), code.read_bytes())
 
@@ -258,7 +288,7 @@ def write_directions(folder: RunFolder, plan: Plan, directions: Directions) -> N
                 [math.sqrt(float(d.tensors[n].double().square().sum())) for n in names]
             )
             g.create_dataset("tensor_norms", data=norms, fletcher32=True)
-            joined = np.array([n.encode() for n in names])
+            joined = np.array([n.encode() for n in names], dtype=None if names else "S1")
             g.create_dataset("tensor_names", data=joined, fletcher32=True)
     write_whole(folder.directions, image.getvalue())
 
@@ -364,9 +394,9 @@ def load_problem(
             (
                 f"directions.{axis}.sha256",
                 plan.directions[axis]["sha256"],
-                fingerprint({n: t.float() for n, t in d.tensors.items()}),
+                directions.fingerprint(axis),
             )
-            for axis, d in directions.axes.items()
+            for axis in directions.axes
         ),
         *_data_fields(plan, problem),
         *_step_fields(plan, directions, origin),

@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from lsweep.errors import LsweepError, nearest
+from lsweep.origins import Study
 from lsweep.tables import build, override_key, parse_toml, plain
 
-KINDS = ("random", "to", "plane", "pca", "hessian", "gradient", "file")
+INDEXES = ("replicate", "layer")  # kinds of axes whose offsets count: 0, 1, 2, …
+STILL = (*INDEXES, "radius")  # kinds of axes that move nothing themselves
+KINDS = ("random", "to", "plane", "pca", "hessian", "gradient", "file", *STILL)
+WEIGHTS_ONLY = ("random", "hessian", "gradient", *STILL)  # ignore biases and norms by default
 NORMALIZATIONS = ("filter", "layer", "weight", "none")
 BATCH_NORMS = ("eval", "batch", "recalibrate")
 PRECISIONS = ("float64", "float32", "tf32", "bfloat16", "float16")
@@ -108,9 +112,11 @@ class Recipe:
             raise LsweepError(f'kind = "{self.kind}" is not built yet; use random, to, pca or file')
         if self.gauge != "none":
             raise LsweepError(f"gauge = {self.gauge!r} is not built yet; leave it out")
-        random = self.kind == "random"
-        object.__setattr__(self, "normalize", self.normalize or ("filter" if random else "none"))
-        object.__setattr__(self, "ignore", self.ignore or ("bias+norm" if random else "none"))
+        usual = "filter" if self.kind == "random" else "none"
+        rule = "none" if self.kind in STILL else self.normalize or usual
+        object.__setattr__(self, "normalize", rule)
+        still = "bias+norm" if self.kind in WEIGHTS_ONLY else "none"
+        object.__setattr__(self, "ignore", self.ignore or still)
         _one_of("normalize", self.normalize, NORMALIZATIONS)
         _one_of("ignore", self.ignore, ("bias+norm", "none"))
         if not 0 <= self.seed < 2**63:
@@ -235,6 +241,7 @@ class Settings:
     evaluate: Evaluation = field(default_factory=Evaluation)
     refine: Refinement | None = None
     trajectory: Track | None = None
+    study: Study | None = None
 
     def __post_init__(self) -> None:
         if list(self.grid) not in (["x"], ["x", "y"], ["x", "y", "z"]):
@@ -252,8 +259,11 @@ class Settings:
         recipes = {n: self.directions.get(n, Recipe()) for n in self.grid}
         object.__setattr__(self, "directions", recipes)
         for name, axis in self.grid.items():
-            if axis.range == "auto" and recipes[name].kind != "pca":
-                raise LsweepError(f'grid.{name}.range = "auto" needs directions of kind "pca"')
+            _check_range(name, axis, recipes[name].kind)
+        _check_together(recipes, self.refine)
+        seeded = self.study is not None and self.study.seeds
+        if seeded and all(r.kind != "random" for r in recipes.values()):
+            raise LsweepError("[study] seeds = …: no direction here is random; leave them out")
 
     @classmethod
     def from_text(cls, text: str, where: str = "sweep.toml") -> Settings:
@@ -298,12 +308,54 @@ class Settings:
         for name, value in special.items():
             if not isinstance(value, Mapping):
                 raise LsweepError(f"{where}: directions.{name} must be a table")
+            study = top.get("study")
+            if "seed" in value and isinstance(study, Mapping) and study.get("seeds"):
+                raise LsweepError(
+                    f"{where}: directions.{name}.seed: [study] seeds = … are those of all "
+                    "directions; leave it out"
+                )
         top["directions"] = {
             n: {**shared, **special.get(n, {})}
             for n in [*grid, *(k for k in special if k not in grid)]
         }
         top["grid"] = {n: grid[n] for n in sorted(grid, key=str)}
         return build(cls, top, where)
+
+
+def _check_range(name: str, axis: Axis, kind: str) -> None:
+    """Refuse a range that an axis of a kind cannot have."""
+    if isinstance(axis.range, str):
+        if kind not in ("pca", "layer"):
+            raise LsweepError(
+                f'grid.{name}.range = "auto" needs directions of kind "pca" or "layer"'
+            )
+        return
+    low, high = axis.bounds
+    if kind in INDEXES and (low != 0 or high != axis.count - 1):
+        raise LsweepError(
+            f"grid.{name}: an axis of kind {kind} counts 0, 1, …: with count = {axis.count} write "
+            f"range = [0, {axis.count - 1}]"
+        )
+    if kind == "radius" and low < 0:
+        raise LsweepError(f"grid.{name}.range = [{low}, {high}]: a radius is at least 0")
+
+
+def _check_together(recipes: Mapping[str, Recipe], refine: Refinement | None) -> None:
+    """Refuse axes that do not go together."""
+    kinds = [r.kind for r in recipes.values()]
+    for name, recipe in recipes.items():
+        if recipe.kind in STILL and kinds.count(recipe.kind) > 1:
+            raise LsweepError(f'directions: kind = "{recipe.kind}" serves one axis, not several')
+        if recipe.kind in STILL and refine is not None:
+            raise LsweepError(
+                f"[refine] interpolates along every axis, but {name} is an axis of kind "
+                f"{recipe.kind}: leave [refine] out"
+            )
+        if recipe.orthogonalize and "replicate" in kinds and recipe.kind == "random":
+            raise LsweepError(
+                f"directions.{name}: orthogonalize = true does not go with an axis of kind "
+                "replicate: random directions are nearly orthogonal anyway; leave it out"
+            )
 
 
 def _one_of(name: str, value: Any, valid: tuple[str, ...]) -> None:
