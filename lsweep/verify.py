@@ -54,7 +54,7 @@ def verify(folder: RunFolder, data: bool = False, trust: bool = False) -> Findin
         *folder.all_submissions(),
         *sorted(folder.leases.glob("*/*/[0-9]*")),
     ]
-    others += [folder.source] if folder.source.exists() else []
+    others += [p for p in (folder.source, folder.measured) if p.exists()]
     for path in others:
         found.checked += 1
         try:
