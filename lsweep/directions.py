@@ -58,12 +58,14 @@ class Directions:
         steps: checkpoints to show, in order.
         grid: axis name -> axis, every automatic range resolved.
         facts: axis name -> what the recipe found out (explained share, its null, ...).
+        origin: name -> tensor at offset 0, where that is not the network's own (a gauge).
     """
 
     axes: dict[str, Direction]
     steps: tuple[Step, ...]
     grid: dict[str, Axis]
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    origin: weights.State = field(default_factory=dict)
 
     @property
     def gram(self) -> FloatArray:

@@ -21,6 +21,7 @@ from lsweep.errors import DamagedFile, LsweepError, PlanChanged, nearest
 from lsweep.factory import factory_file, file_digest
 from lsweep.files import publish, read_json, readable, replace, sealed, write_whole
 from lsweep.folder import RunFolder
+from lsweep.gauge import as_lists, fixed_origin, moved_by
 from lsweep.insist import read, there
 from lsweep.machine import refuse_foreign
 from lsweep.plan import Plan
@@ -85,8 +86,9 @@ def make_plan(
     for name in evaluate.expected:
         if name not in variables:
             raise LsweepError(f"expected.{name}{nearest(name, variables)}")
-    origin = Origin.of(problem.model)
-    directions = make_directions(settings, origin, base, known)
+    origin, factors = fixed_origin(settings, problem, (known or {}).get("gauge"))
+    directions = make_directions(settings, origin, base, (known or {}).get("axes"))
+    directions = dataclasses.replace(directions, origin=moved_by(origin, factors))
     steps, projections = [], []
     for step in directions.steps:
         state = load_matching(step.path, origin.everything)
@@ -134,6 +136,7 @@ def make_plan(
             "probe": probe(problem, table),
             "large": any(problem.splits[s].bytes > LARGE for s in evaluate.splits),
             "weight_sq": _weight_products(origin, directions),
+            **({"gauge": as_lists(factors)} if factors else {}),
         },
     )
     return plan, directions
@@ -167,9 +170,8 @@ def plan_run(
         LsweepError: the folder cannot be written, or the settings do not fit the problem.
     """
     existing = Plan.read(folder) if folder.exists else None
-    known = existing.facts["axes"] if existing else None
     try:
-        plan, directions = make_plan(settings, problem, base, known)
+        plan, directions = make_plan(settings, problem, base, existing and existing.facts)
     except LsweepError as e:
         if existing is not None and not isinstance(e, PlanChanged):
             raise LsweepError(f"{e} ({folder.root} exists and is untouched)") from None
@@ -356,8 +358,9 @@ def load_problem(
     else:
         settings = settings_of(folder, plan)
     problem = subsampled(problem, plan.evaluate)
-    origin = Origin.of(problem.model)
+    origin, factors = fixed_origin(settings, problem, plan.facts.get("gauge"))
     directions = make_directions(settings, origin, base_of(folder), plan.facts["axes"])
+    directions = dataclasses.replace(directions, origin=moved_by(origin, factors))
     for field, planned, here in (
         ("origin.sha256", plan.origin["sha256"], describe(origin.everything)["sha256"]),
         *(

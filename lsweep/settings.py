@@ -18,6 +18,8 @@ from lsweep.tables import build, override_key, parse_toml, plain
 
 KINDS = ("random", "to", "plane", "pca", "hessian", "gradient", "file")
 NORMALIZATIONS = ("filter", "layer", "weight", "none")
+GAUGES = ("none", "equi")
+CHECKPOINT_KINDS = ("to", "plane", "pca", "file")
 BATCH_NORMS = ("eval", "batch", "recalibrate")
 PRECISIONS = ("float64", "float32", "tf32", "bfloat16", "float16")
 BACKENDS = (
@@ -106,8 +108,12 @@ class Recipe:
         _one_of("kind", self.kind, KINDS)
         if self.kind in ("hessian", "gradient"):
             raise LsweepError(f'kind = "{self.kind}" is not built yet; use random, to, pca or file')
-        if self.gauge != "none":
-            raise LsweepError(f"gauge = {self.gauge!r} is not built yet; leave it out")
+        _one_of("gauge", self.gauge, GAUGES)
+        if self.gauge != "none" and self.kind in CHECKPOINT_KINDS:
+            raise LsweepError(
+                f'gauge = "{self.gauge}" with kind = "{self.kind}": it rescales the origin and not '
+                "what directions are read from files; leave it out"
+            )
         random = self.kind == "random"
         object.__setattr__(self, "normalize", self.normalize or ("filter" if random else "none"))
         object.__setattr__(self, "ignore", self.ignore or ("bias+norm" if random else "none"))
@@ -251,9 +257,25 @@ class Settings:
                 )
         recipes = {n: self.directions.get(n, Recipe()) for n in self.grid}
         object.__setattr__(self, "directions", recipes)
+        gauges = list(dict.fromkeys(r.gauge for r in recipes.values()))
+        if len(gauges) > 1:
+            raise LsweepError(
+                f"gauge is {' and '.join(gauges)}: all axes start from one origin, so write it once "
+                "under [directions]"
+            )
+        if gauges != ["none"] and self.trajectory is not None:
+            raise LsweepError(
+                f'gauge = "{gauges[0]}" with [trajectory]: it rescales the origin and not the '
+                "checkpoints, which would be drawn elsewhere; leave one of them out"
+            )
         for name, axis in self.grid.items():
             if axis.range == "auto" and recipes[name].kind != "pca":
                 raise LsweepError(f'grid.{name}.range = "auto" needs directions of kind "pca"')
+
+    @property
+    def gauge(self) -> str:
+        """What is done to the origin before directions are made: ``none`` or ``equi``."""
+        return next(iter(self.directions.values())).gauge
 
     @classmethod
     def from_text(cls, text: str, where: str = "sweep.toml") -> Settings:
