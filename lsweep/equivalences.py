@@ -55,7 +55,7 @@ def _attended(units: Iterable[Units]) -> list[list[Units]]:
     """Return groups of units, the heads of one attention together."""
     out: dict[tuple[str, ...], list[Units]] = {}
     for u in units:
-        name = re.sub(r" head \d+$", "", u.name)
+        name = re.sub(r" \d+$", "", u.name)
         marks = [f"{s.name} {s.dim} {s.roles}" for s in u.slots]
         out.setdefault((name, *marks), []).append(u)
     return list(out.values())
@@ -190,5 +190,21 @@ def _label(u: Units) -> str:
     readers = dict.fromkeys(_module(s.name) for s in u.outgoing)
     if u.stream:
         return f"stream {next(iter(makers))} ({len(makers)} in, {len(readers)} out)"
+    if not readers:
+        return ", ".join(makers)
     more = f" and {len(readers) - 1} more" if len(readers) > 1 else ""
-    return " -> ".join([", ".join(makers), *(f"{r}{more}" for r in list(readers)[:1])])
+    return f"{', '.join(makers)} -> {_short(next(iter(readers)), next(iter(makers)))}{more}"
+
+
+def _short(name: str, beside: str) -> str:
+    """Return a module's name without the folder that it shares with another, where that reads.
+
+    >>> _short("blocks.0.fc2", "blocks.0.fc1"), _short("1.5", "1.2")
+    ('fc2', '1.5')
+    """
+    own, other = name.split("."), beside.split(".")
+    shared = 0
+    while shared < min(len(own) - 1, len(other)) and own[shared] == other[shared]:
+        shared += 1
+    rest = own[shared:]
+    return name if rest[0].isdigit() else ".".join(rest)
