@@ -21,11 +21,13 @@ from lsweep.directions import Directions
 from lsweep.errors import LsweepError
 from lsweep.evaluate import Evaluator
 from lsweep.families import random_direction
+from lsweep.noise import dtype_of
 from lsweep.objective import Objective
 from lsweep.problem import Problem
-from lsweep.settings import DERIVED, Evaluation, Recipe, Settings
+from lsweep.recipes import DERIVED, Recipe
+from lsweep.settings import Evaluation, Settings
 from lsweep.tables import plain
-from lsweep.vectors import Origin, dtype_of, ignored_names
+from lsweep.vectors import Origin, ignored_names
 from lsweep.weights import State
 
 
@@ -37,7 +39,9 @@ class Derived:
     facts: dict[str, Any]
 
 
-def derive(settings: Settings, problem: Problem, origin: Origin) -> dict[str, Derived]:
+def derive(
+    settings: Settings, problem: Problem, origin: Origin, start: State
+) -> dict[str, Derived]:
     """Compute the directions that derivatives give, on the best device here.
 
     Derivatives are those of the mean loss over the plan's first split, over the tensors that a
@@ -47,6 +51,7 @@ def derive(settings: Settings, problem: Problem, origin: Origin) -> dict[str, De
         settings: the sweep.
         problem: with the plan's subset of the data.
         origin: its trained weights.
+        start: name -> tensor at offset 0, where that is not the network's own (a gauge).
 
     Returns:
         Axis -> tensors, with ``eigenvalue`` and ``residual`` (‖Hv - λv‖ / max|λ|) of an
@@ -59,7 +64,8 @@ def derive(settings: Settings, problem: Problem, origin: Origin) -> dict[str, De
     if not asked:
         return {}
     device = choose_device("auto")
-    with Evaluator(problem, _plainly(settings.evaluate), Directions({}, (), {}), device) as ev:
+    nowhere = Directions({}, (), {}, origin=start)
+    with Evaluator(problem, _plainly(settings.evaluate), nowhere, device) as ev:
 
         def compute() -> dict[str, Derived]:
             return dict(_each(asked, ev, origin))

@@ -156,7 +156,7 @@ def _check_surface(folder: RunFolder, plan: Plan, merged: Surface, found: Findin
 
 
 def _check_data(folder: RunFolder, plan: Plan, found: Findings, trust: bool) -> None:
-    from lsweep.planning import load_problem
+    from lsweep.restoring import load_problem
 
     problem, _ = load_problem(folder, plan, trust=trust)
     for path in folder.all_devices():

@@ -21,7 +21,7 @@ from lsweep.symmetries import Discovered, Slot, Units, discover, permuted
 from lsweep.weights import State, buffers_of, parameters_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from networks import ResNet, ViT  # noqa: E402
+from networks import ResNet, ViT
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
