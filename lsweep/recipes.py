@@ -80,5 +80,6 @@ class Recipe:
 
 
 def one_of(name: str, value: Any, valid: tuple[str, ...]) -> None:
+    """Refuse a value that is none of those a key can have."""
     if value not in valid:
         raise LsweepError(f"{name} = {value!r}{nearest(str(value), valid)}")

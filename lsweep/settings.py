@@ -236,8 +236,8 @@ class Settings:
         gauges = list(dict.fromkeys(r.gauge for r in recipes.values()))
         if len(gauges) > 1:
             raise LsweepError(
-                f"gauge is {' and '.join(gauges)}: all axes start from one origin, so write it once "
-                "under [directions]"
+                f"gauge is {' and '.join(gauges)}: all axes start from one origin, so write it "
+                "once under [directions]"
             )
         if gauges != ["none"] and self.trajectory is not None:
             raise LsweepError(
