@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lsweep.plan import Plan
-from lsweep.settings import STILL
+from lsweep.recipes import STILL
 
 _COUNTED = {
     "replicate": "number of the replicate",

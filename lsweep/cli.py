@@ -14,8 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from lsweep import commands, looking, submitting
+from lsweep import commands, looking, running, submitting
+from lsweep.children import CHILDREN
 from lsweep.errors import LsweepError, nearest
+from lsweep.study import through
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
     for name, (function, add, text) in _COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        sub.set_defaults(run_command=function)
+        sub.set_defaults(run_command=through(function) if name in _OF_A_STUDY else function)
         sub.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS,
                          help="show tracebacks")  # fmt: skip
         add(sub)
@@ -121,7 +123,7 @@ def _waiting(text: str) -> float:
 
 
 def _takes_sweep(p: argparse.ArgumentParser) -> None:
-    p.add_argument("sweep", metavar="SWEEP", type=Path, help="a sweep.toml, or a run")
+    p.add_argument("sweep", metavar="SWEEP", type=Path, help="a sweep.toml, a run, or a study")
     p.add_argument("--run", type=Path, metavar="DIR", help="the run (default: <stem>.run)")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                    help="override a TOML key, such as grid.x.count=11")  # fmt: skip
@@ -132,6 +134,16 @@ def _takes_sweep(p: argparse.ArgumentParser) -> None:
 
 def _takes_trust(p: argparse.ArgumentParser) -> None:
     p.add_argument("--trust", action="store_true", help="import code that belongs to another user")
+
+
+def _takes_measures(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--measures", metavar="NAME,…",
+                   help="also what is measured at the centre: all, or some of "
+                        + ", ".join(CHILDREN))  # fmt: skip
+    p.add_argument("--replicates", type=_at_least(2), metavar="N",
+                   help="directions, probes or start vectors of each of these")  # fmt: skip
+    p.add_argument("--samples", type=_at_least(2), metavar="N",
+                   help="samples that these take (default: the sweep's)")  # fmt: skip
 
 
 def _takes_device(p: argparse.ArgumentParser) -> None:
@@ -151,8 +163,14 @@ def _takes_run(p: argparse.ArgumentParser) -> None:
 # -- the commands' own arguments -------------------------------------------------------------------
 
 
+def _add_plan(p: argparse.ArgumentParser) -> None:
+    _takes_sweep(p)
+    _takes_measures(p)
+
+
 def _add_run(p: argparse.ArgumentParser) -> None:
     _takes_sweep(p)
+    _takes_measures(p)
     p.add_argument("--on", choices=("inline", "local", "mpi"), default="local",
                    help="where workers run (default: local)")  # fmt: skip
     p.add_argument(
@@ -164,6 +182,7 @@ def _add_run(p: argparse.ArgumentParser) -> None:
 
 def _add_submit(p: argparse.ArgumentParser) -> None:
     _takes_sweep(p)
+    _takes_measures(p)
     p.usage = "lsweep submit SWEEP --tasks N [options] [-- sbatch options]"
     p.epilog = "All but --trust, --wait and --dry-run is remembered; 0 or '' forgets it again."
     for name, metavar, text in (
@@ -256,7 +275,9 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
 def _add_measure(p: argparse.ArgumentParser) -> None:
     p.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="runs or surface files")
     p.add_argument("--metric", help="by default the first")
+    p.add_argument("--only", metavar="NAME,…", help="only these; sharpness means all its radii")
     p.add_argument("--json", action="store_true", help="for programs")
+    p.add_argument("--csv", action="store_true", help="for spreadsheets")
 
 
 def _add_init(p: argparse.ArgumentParser) -> None:
@@ -272,11 +293,12 @@ def _add_demo(p: argparse.ArgumentParser) -> None:
 
 
 Command = Callable[[argparse.Namespace], int]
+_OF_A_STUDY = ("plan", "run", "submit", "merge", "verify", "prune")  # gone through run by run
 _COMMANDS: dict[str, tuple[Command, Callable[[argparse.ArgumentParser], None], str]] = {
     "demo": (commands.do_demo, _add_demo, "two small nets on real digits, with and without skips"),
     "init": (commands.do_init, _add_init, "write a commented sweep.toml and problem.py to edit"),
-    "plan": (commands.do_plan, _takes_sweep, "freeze the plan and publish the first round"),
-    "run": (commands.do_run, _add_run, "plan if needed, evaluate what is missing, merge, draw"),
+    "plan": (commands.do_plan, _add_plan, "freeze the plan and publish the first round"),
+    "run": (running.do_run, _add_run, "plan if needed, evaluate what is missing, merge, draw"),
     "submit": (submitting.do_submit, _add_submit, "a Slurm array of workers, and a merge after it"),
     "work": (commands.do_work, _add_work, "be one worker of a run"),
     "status": (looking.do_status, _add_status, "what is done and who works"),

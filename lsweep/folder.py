@@ -90,6 +90,24 @@ class RunFolder:
         """The merged surface."""
         return self.root / "surface.h5"
 
+    @property
+    def measures(self) -> Path:
+        """The folder of child runs."""
+        return self.root / "measures"
+
+    @property
+    def measured(self) -> Path:
+        """The numbers that were measured last."""
+        return self.root / "measures.json"
+
+    def child(self, name: str) -> RunFolder:
+        """The child run that computes one measure; only its bare name counts."""
+        return RunFolder(self.measures / Path(name).name)
+
+    def all_children(self) -> list[str]:
+        """The names of the child runs that are planned."""
+        return [n for n in names(self.measures) if self.child(n).exists]
+
     def factory(self, name: str) -> Path:
         """The copy of the factory's file; only its bare name counts, so nothing escapes the run."""
         return self.root / Path(name).name

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from argparse import Namespace
+from typing import Any
 
 from lsweep.commands import INCOMPLETE
 from lsweep.errors import LsweepError
@@ -18,19 +19,31 @@ MOST_DPI = 1200
 
 
 def do_status(options: Namespace) -> int:
-    """Print what is done, once or until it is complete."""
+    """Print what is done, once or until it is complete; of a study, run by run."""
     from lsweep.status import Overview, lines
+    from lsweep.study import runs
 
-    overview = Overview(RunFolder(options.run))
+    folders = [RunFolder(p) for p in runs(options.run)]
+    overviews: dict[RunFolder, Overview] = {}
     while True:
-        state = overview.look()
-        text = json.dumps(state) if options.json else "\n".join(lines(state))
+        states, texts = [], []
+        for folder in folders:
+            if folder not in overviews and (folder.exists or len(folders) == 1):
+                overviews[folder] = Overview(folder)
+            state = overviews[folder].look() if folder in overviews else _unplanned(folder)
+            states.append(state)
+            text = lines(state) if folder in overviews else [f"{folder.root}: not planned yet"]
+            texts.append(json.dumps(state) if options.json else "\n".join(text))
         if options.watch and sys.stdout.isatty() and not options.json:
-            text = f"\033[2J\033[H{text}"
-        print(text, flush=True)
-        if not options.watch or state["complete"]:
+            texts[0] = f"\033[2J\033[H{texts[0]}"
+        print("\n".join(texts), flush=True)
+        if not options.watch or all(s["complete"] for s in states):
             return 0
         time.sleep(options.interval)
+
+
+def _unplanned(folder: RunFolder) -> dict[str, Any]:
+    return {"run": str(folder.root), "planned": False, "complete": False}
 
 
 def do_merge(options: Namespace) -> int:

@@ -25,6 +25,7 @@ from lsweep.problem import Problem
 
 LARGE = 2**24  # parameters: beyond, vectors are kept in float32
 ASYMMETRY = 1e-2  # of a Hessian's size, from which on it is none
+DETACHED = 0.1  # of a gradient's norm, by which it may differ from the rise of the loss
 
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -92,7 +93,7 @@ class Objective:
         self.dtype = torch.float64 if wide else torch.float32
         self.eps = torch.finfo(self.precision).eps
         self.note, self.passes = "", 0
-        self._checked = self._differences = False
+        self._checked = self._gradient_checked = self._differences = False
 
     # -- vectors --------------------------------------------------------------------------------
 
@@ -125,9 +126,12 @@ class Objective:
 
     def value(self, at: Tensor | None = None) -> float:
         """Return L, at the present weights or at the vector ``at``."""
+        return self._value(at, self.batches())
+
+    def _value(self, at: Tensor | None, batches: Iterable[Batch]) -> float:
         total = weight = 0.0
         with self.opened(at, self.problem.grad):
-            for batch in self.batches():
+            for batch in batches:
                 summed, w = self._summed(batch)
                 total, weight = total + float(summed.detach()), weight + w
         return total / weight if weight else math.nan
@@ -138,7 +142,9 @@ class Objective:
 
     def with_gradient(self, at: Tensor | None = None) -> tuple[float, Tensor]:
         """Return L and ∇L, [P], from one pass."""
-        return self._accumulated(at, lambda loss: self._gradients(loss, False))
+        if self.problem.grad and not self._gradient_checked:
+            self._check_gradient(at)
+        return self._accumulated(at, self._slope, self.batches())
 
     def hessian_product(self, vector: Tensor, at: Tensor | None = None) -> Tensor:
         """Return H v for the Hessian H of L, [P].
@@ -151,11 +157,9 @@ class Objective:
             self._check(at)
         if self._differences:
             return self._difference(vector, at)
-        return self._product(vector, at)
+        return self._product(vector, at, self.batches())
 
-    def _product(
-        self, vector: Tensor, at: Tensor | None, batches: Iterable[Batch] | None = None
-    ) -> Tensor:
+    def _product(self, vector: Tensor, at: Tensor | None, batches: Iterable[Batch]) -> Tensor:
         pieces = [t.to(self.precision) for t in self.split(vector.to(self.dtype)).values()]
 
         def along(loss: Tensor) -> list[Tensor | None]:
@@ -201,17 +205,20 @@ class Objective:
             )
         )
 
+    def _slope(self, loss: Tensor) -> list[Tensor | None]:
+        return self._gradients(loss, False)
+
     def _accumulated(
         self,
         at: Tensor | None,
         derivative: Callable[[Tensor], list[Tensor | None]],
-        batches: Iterable[Batch] | None = None,
+        batches: Iterable[Batch],
     ) -> tuple[float, Tensor]:
         out = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         views, total, weight = list(self.split(out).values()), 0.0, 0.0
         self.passes += 1
         with self.opened(at):
-            for batch in self.batches() if batches is None else batches:
+            for batch in batches:
                 summed, w = self._summed(batch)
                 total, weight = total + float(summed.detach()), weight + w
                 for view, d in zip(views, derivative(summed), strict=True):
@@ -275,6 +282,29 @@ class Objective:
         self._differences = True
         step = self._step(self.here)
         self.note = f"Hessian by central differences of the gradient, step {step:.1e} ({reason})"
+
+    def _check_gradient(self, at: Tensor | None) -> None:
+        """Compare the gradient on one batch with the loss's rise along it.
+
+        Raises:
+            LsweepError: they differ: a part of the loss is detached from the weights.
+        """
+        self._gradient_checked = True
+        one = [next(iter(self.batches()))]
+        value, g = self._accumulated(at, self._slope, one)
+        here, norm = self.here if at is None else at, float(g.norm())
+        step = self._step(here)
+        noise = self.eps**0.5 * (1 + abs(value))
+        if not step * norm > noise:
+            return  # flat, or not finite: nothing to compare
+        ahead, behind = (self._value(here + s * step / norm * g, one) for s in (1, -1))
+        found = (ahead - behind) / (2 * step)
+        if abs(found - norm) > DETACHED * max(abs(found), norm):
+            raise LsweepError(
+                f"the loss rises by {found:.3g} per unit along its gradient, whose norm is "
+                f"{norm:.3g}: a part of it is detached from the weights (create_graph=True in "
+                "torch.autograd.grad keeps it)"
+            )
 
 
 def filter_scales(weight: Tensor, module: nn.Module | None) -> Tensor:

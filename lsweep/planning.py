@@ -10,11 +10,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
-import torch
-
 from lsweep.asking import ask_grid
-from lsweep.derived import derive
+from lsweep.derived import MADE, as_arrays, derive, read_derived, store_derived
 from lsweep.differentiating import check_pointwise
 from lsweep.direction_file import write_directions
 from lsweep.directions import Directions, make_directions
@@ -29,8 +26,8 @@ from lsweep.pointwise import POINTWISE
 from lsweep.preflight import check_expected, probe
 from lsweep.problem import Problem, make_problem
 from lsweep.rounds import Rounds
-from lsweep.settings import DERIVED, Evaluation, Settings, Track
-from lsweep.stored import digest_of, read_arrays, store_arrays
+from lsweep.settings import Evaluation, Settings, Track
+from lsweep.stored import digest_of
 from lsweep.subsets import described, subsampled
 from lsweep.tables import build, plain
 from lsweep.trajectory import project
@@ -41,7 +38,6 @@ LIVE = "live:problem"
 BATCH_NORM_BATCH = 128
 LARGE = 2**30  # bytes of a split that are read as seldom as may be
 PROBE_TOLERANCE, PROBE_FLOOR = 1e-3, 1e-3  # other machines round differently, most near zero
-_MADE = ("sha256", "stored")  # of a direction: what was made by its recipe
 _RESTORE = "restore it, or plan a new run"
 _REMEDIES = {
     "origin.sha256": "a factory must load the same weights each time: if it trains, save them first"
@@ -62,6 +58,7 @@ def make_plan(
     problem: Problem,
     base: Path,
     known: dict[str, Any] | None = None,
+    code: Path | None = None,
     stored: dict[str, State] | None = None,
 ) -> tuple[Plan, Directions]:
     """Find out all that a value depends on.
@@ -71,6 +68,7 @@ def make_plan(
         problem: made by its factory, or live.
         base: folder that relative paths refer to.
         known: ``facts`` of a plan made before, whose coefficients are kept.
+        code: the factory's file, where it is not the one below ``base``.
         stored: axis -> tensors of its derived directions; by default they are computed.
 
     Raises:
@@ -114,7 +112,7 @@ def make_plan(
     if evaluate.batch_norm != "eval" and evaluate.batch_size == "auto":
         table["batch_size"] = BATCH_NORM_BATCH  # batch statistics depend on it, so it is planned
     source = problem.source
-    code = factory_file(source, base) if source else None
+    code = code or (factory_file(source, base) if source else None)
     plan = Plan(
         problem={
             "factory": source.factory if source else LIVE,
@@ -159,11 +157,6 @@ def make_plan(
     return plan, directions
 
 
-def as_arrays(tensors: State) -> dict[str, npt.NDArray[Any]]:
-    """Return tensors as they are stored."""
-    return {n: t.cpu().numpy() for n, t in tensors.items()}
-
-
 def _weight_products(origin: Origin, directions: Directions) -> dict[str, Any] | None:
     """Inner products over parameters alone, from which ||θ||² follows at every point exactly.
 
@@ -187,10 +180,20 @@ def plan_run(
     *,
     text: str | None = None,
     unit_points: int | None = None,
+    code: Path | None = None,
 ) -> Planned:
     """Freeze the plan of a run and publish the round that its grid asks for.
 
     On a run that exists, the plan must be the same; another grid is one more round.
+
+    Args:
+        settings: what is asked for.
+        problem: made by its factory, or live.
+        base: folder that relative paths refer to.
+        folder: the run.
+        text: of the sweep.toml, to be kept in the run.
+        unit_points: points of a unit.
+        code: the factory's file, where it is not the one below ``base``.
 
     Raises:
         PlanChanged: the run holds another plan; the field is named.
@@ -199,8 +202,8 @@ def plan_run(
     existing = Plan.read(folder) if folder.exists else None
     known = existing.facts["axes"] if existing else None
     try:
-        stored = _stored(folder, existing, settings) if existing else None
-        plan, directions = make_plan(settings, problem, base, known, stored)
+        stored = read_derived(folder, existing, settings) if existing else None
+        plan, directions = make_plan(settings, problem, base, known, code, stored)
     except LsweepError as e:
         if existing is not None and not isinstance(e, PlanChanged):
             raise LsweepError(f"{e} ({folder.root} exists and is untouched)") from None
@@ -212,11 +215,11 @@ def plan_run(
             check_expected(known_class["centre"], settings.evaluate.expected)
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
-        for axis in plan.derived if existing is None else ():
-            store_arrays(folder, axis, as_arrays(directions.axes[axis].tensors))
+        if existing is None:
+            store_derived(folder, {a: directions.axes[a].tensors for a in plan.derived})
         plan = plan.freeze(folder)  # first: a planner that is refused must not touch the rest
         _keep_base(folder, base.absolute())
-        _keep_source(plan, problem, base, folder, text)
+        _keep_source(plan, problem, base, folder, text, code)
         if not folder.directions.exists():
             write_directions(folder, plan, directions)
         grid = directions.grid
@@ -233,32 +236,18 @@ def plan_run(
     return Planned(folder, plan, rounds)
 
 
-def _stored(folder: RunFolder, plan: Plan, settings: Settings | None = None) -> dict[str, State]:
-    """Read the derived directions of a run, which are never computed anew.
-
-    Raises:
-        PlanChanged: ``settings`` asks for others.
-        LsweepError: one is missing or damaged.
-    """
-    for axis, recipe in settings.directions.items() if settings else ():
-        there = {k: v for k, v in plan.directions.get(axis, {}).items() if k not in _MADE}
-        if recipe.kind in DERIVED and there != plain(dataclasses.asdict(recipe)):
-            raise PlanChanged(
-                f"{folder.root} holds another plan: directions.{axis} has another recipe; restore "
-                "it, or give a new folder with --run",
-                f"directions.{axis}",
-            )
-    found = {a: read_arrays(folder, a, plan.directions[a]["stored"]) for a in plan.derived}
-    return {a: {n: torch.from_numpy(t) for n, t in ts.items()} for a, ts in found.items()}
-
-
 def _keep_source(
-    plan: Plan, problem: Problem, base: Path, folder: RunFolder, text: str | None
+    plan: Plan,
+    problem: Problem,
+    base: Path,
+    folder: RunFolder,
+    text: str | None,
+    code: Path | None,
 ) -> None:
     """Copy what the run was made from: only the code that the frozen plan names."""
     if text is not None:
         publish(folder.settings, text.encode())
-    code = factory_file(problem.source, base) if problem.source else None
+    code = code or (factory_file(problem.source, base) if problem.source else None)
     if code is not None and file_digest(code) == plan.problem["code"]:
         _keep(folder.factory(code.name), code.read_bytes())
 
@@ -336,7 +325,7 @@ def settings_of(folder: RunFolder, plan: Plan) -> Settings:
     """Return settings that make the plan's directions again, with the newest round's grid."""
     rounds = Rounds.read(folder, plan)
     recipes = {
-        axis: {k: v for k, v in recipe.items() if k not in _MADE and v is not None}
+        axis: {k: v for k, v in recipe.items() if k not in MADE and v is not None}
         for axis, recipe in plan.directions.items()
     }
     grid = {
@@ -387,7 +376,7 @@ def load_problem(
         settings = settings_of(folder, plan)
     problem = subsampled(problem, plan.evaluate)
     origin = Origin.of(problem.model)
-    stored = _stored(folder, plan)
+    stored = read_derived(folder, plan)
     directions = make_directions(settings, origin, base_of(folder), plan.facts["axes"], stored)
     for field, planned, here in (
         ("origin.sha256", plan.origin["sha256"], describe(origin.everything)["sha256"]),
