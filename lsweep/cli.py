@@ -14,8 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from lsweep import commands, looking, submitting
+from lsweep import commands, invariance, looking, running, submitting
+from lsweep.children import CHILDREN
 from lsweep.errors import LsweepError, nearest
+from lsweep.study import through
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,9 +66,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.startswith("argument COMMAND: invalid choice: "):
             word = message.split("'")[1]
-            later = word == "invariance"
-            why = " yet: it is being built" if later else nearest(word, _COMMANDS)
-            message = f"no command {word!r}{why}"
+            message = f"no command {word!r}{nearest(word, _COMMANDS)}"
         else:
             message = f"{message}; see '{self.prog} --help'"
         self.exit(2, f"lsweep: {message}\n")
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
     for name, (function, add, text) in _COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        sub.set_defaults(run_command=function)
+        sub.set_defaults(run_command=through(function) if name in _OF_A_STUDY else function)
         sub.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS,
                          help="show tracebacks")  # fmt: skip
         add(sub)
@@ -121,7 +121,7 @@ def _waiting(text: str) -> float:
 
 
 def _takes_sweep(p: argparse.ArgumentParser) -> None:
-    p.add_argument("sweep", metavar="SWEEP", type=Path, help="a sweep.toml, or a run")
+    p.add_argument("sweep", metavar="SWEEP", type=Path, help="a sweep.toml, a run, or a study")
     p.add_argument("--run", type=Path, metavar="DIR", help="the run (default: <stem>.run)")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                    help="override a TOML key, such as grid.x.count=11")  # fmt: skip
@@ -132,6 +132,16 @@ def _takes_sweep(p: argparse.ArgumentParser) -> None:
 
 def _takes_trust(p: argparse.ArgumentParser) -> None:
     p.add_argument("--trust", action="store_true", help="import code that belongs to another user")
+
+
+def _takes_measures(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--measures", metavar="NAME,…",
+                   help="also what is measured at the centre: all, or some of "
+                        + ", ".join(CHILDREN))  # fmt: skip
+    p.add_argument("--replicates", type=_at_least(2), metavar="N",
+                   help="directions, probes or start vectors of each of these")  # fmt: skip
+    p.add_argument("--samples", type=_at_least(2), metavar="N",
+                   help="samples that these take (default: the sweep's)")  # fmt: skip
 
 
 def _takes_device(p: argparse.ArgumentParser) -> None:
@@ -151,8 +161,14 @@ def _takes_run(p: argparse.ArgumentParser) -> None:
 # -- the commands' own arguments -------------------------------------------------------------------
 
 
+def _add_plan(p: argparse.ArgumentParser) -> None:
+    _takes_sweep(p)
+    _takes_measures(p)
+
+
 def _add_run(p: argparse.ArgumentParser) -> None:
     _takes_sweep(p)
+    _takes_measures(p)
     p.add_argument("--on", choices=("inline", "local", "mpi"), default="local",
                    help="where workers run (default: local)")  # fmt: skip
     p.add_argument(
@@ -164,6 +180,7 @@ def _add_run(p: argparse.ArgumentParser) -> None:
 
 def _add_submit(p: argparse.ArgumentParser) -> None:
     _takes_sweep(p)
+    _takes_measures(p)
     p.usage = "lsweep submit SWEEP --tasks N [options] [-- sbatch options]"
     p.epilog = "All but --trust, --wait and --dry-run is remembered; 0 or '' forgets it again."
     for name, metavar, text in (
@@ -256,7 +273,23 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
 def _add_measure(p: argparse.ArgumentParser) -> None:
     p.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="runs or surface files")
     p.add_argument("--metric", help="by default the first")
+    p.add_argument("--only", metavar="NAME,…", help="only these; sharpness means all its radii")
     p.add_argument("--json", action="store_true", help="for programs")
+    p.add_argument("--csv", action="store_true", help="for spreadsheets")
+
+
+def _add_invariance(p: argparse.ArgumentParser) -> None:
+    p.add_argument("sweep", metavar="SWEEP", type=Path, help="a sweep.toml, or a run")
+    p.add_argument("--run", type=Path, metavar="DIR", help="the run (default: <stem>.run)")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                   help="override a TOML key, such as directions.gauge=equi")  # fmt: skip
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps (default: auto)")
+    p.add_argument("--samples", type=_at_least(2), default=256, metavar="N",
+                   help="samples that the network is compared on (default: 256)")  # fmt: skip
+    form = p.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="for programs")
+    form.add_argument("--csv", action="store_true", help="for spreadsheets, the table alone")
+    _takes_trust(p)
 
 
 def _add_init(p: argparse.ArgumentParser) -> None:
@@ -272,11 +305,12 @@ def _add_demo(p: argparse.ArgumentParser) -> None:
 
 
 Command = Callable[[argparse.Namespace], int]
+_OF_A_STUDY = ("plan", "run", "submit", "merge", "verify", "prune")  # gone through run by run
 _COMMANDS: dict[str, tuple[Command, Callable[[argparse.ArgumentParser], None], str]] = {
     "demo": (commands.do_demo, _add_demo, "two small nets on real digits, with and without skips"),
     "init": (commands.do_init, _add_init, "write a commented sweep.toml and problem.py to edit"),
-    "plan": (commands.do_plan, _takes_sweep, "freeze the plan and publish the first round"),
-    "run": (commands.do_run, _add_run, "plan if needed, evaluate what is missing, merge, draw"),
+    "plan": (commands.do_plan, _add_plan, "freeze the plan and publish the first round"),
+    "run": (running.do_run, _add_run, "plan if needed, evaluate what is missing, merge, draw"),
     "submit": (submitting.do_submit, _add_submit, "a Slurm array of workers, and a merge after it"),
     "work": (commands.do_work, _add_work, "be one worker of a run"),
     "status": (looking.do_status, _add_status, "what is done and who works"),
@@ -285,6 +319,11 @@ _COMMANDS: dict[str, tuple[Command, Callable[[argparse.ArgumentParser], None], s
     "prune": (looking.do_prune, _takes_run, "few parts and no leases, once a run is merged"),
     "doctor": (looking.do_doctor, _add_doctor, "whether a file system is safe for runs"),
     "measure": (looking.do_measure, _add_measure, "numbers from surfaces"),
+    "invariance": (
+        invariance.do_invariance,
+        _add_invariance,
+        "which rescalings leave the network unchanged",
+    ),
     "render": (looking.do_render, _add_render, "draw runs or surfaces"),
     "convert": (looking.do_convert, _add_convert, "to and from other formats"),
 }

@@ -235,7 +235,7 @@ class Rounds:
             if r.again is not None or r.asked is not None:
                 orders.append(np.array(r.asked or [], dtype=np.int64))
                 continue
-            known, order = self._known(r), r.lattice.coarse_to_fine()
+            known, order = self._known(r), r.lattice.coarse_to_fine(self.plan.counting)
             orders.append(order if known is None else order[~known[order]])
         return orders
 
