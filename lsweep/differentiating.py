@@ -18,11 +18,13 @@ from lsweep import weights
 from lsweep.backends import Eager, Ground
 from lsweep.computing import compute
 from lsweep.data import Batch
+from lsweep.errors import LsweepError
 from lsweep.families import Curved, layer_of
 from lsweep.objective import Objective, filter_scales
 from lsweep.packed import Spot
 from lsweep.pointwise import POINTWISE
-from lsweep.problem import Sampled
+from lsweep.problem import Problem, Sampled
+from lsweep.scientific import scipy
 from lsweep.summing import Samples
 from lsweep.sums import SUMS, WV, WW, WWV, WWVV, W
 
@@ -56,7 +58,7 @@ class Differentiating:
             here = directions.layers[round(at["layer"])]
             names = tuple(n for n in names if layer_of(n) == here)
         self._eager.move(spot)
-        objective = self._objective(split, names)
+        objective = self.objective(split, names)
         found = compute(
             metric,
             objective,
@@ -76,7 +78,7 @@ class Differentiating:
         if all(POINTWISE[m].sampled for m in metrics):
             return ""
         first = list(itertools.islice(self._batches(split), 1))
-        objective = self._objective(split, self._curved.names, lambda: iter(first))
+        objective = self.objective(split, self._curved.names, lambda: iter(first))
         objective.hessian_product(torch.ones(objective.size, device=objective.device))
         return objective.note
 
@@ -86,13 +88,13 @@ class Differentiating:
         assert curved is not None
         return curved
 
-    def _objective(
+    def objective(
         self,
         split: str,
         names: tuple[str, ...],
         batches: Callable[[], Iterator[Batch]] | None = None,
     ) -> Objective:
-        """Return the loss as a function of the weights; a new one, for it learns as it goes."""
+        """Return the loss as a function of the present weights; a new one, for it learns."""
         batches = batches or functools.partial(self._batches, split)
         return Objective(
             self._ground.problem, batches, names, lambda: self._ground.context(plain=True)
@@ -104,6 +106,26 @@ class Differentiating:
         return objective.flat(
             filter_scales(self._ground.state[n], owners[n]) for n in objective.names
         )
+
+
+def check_pointwise(metrics: tuple[str, ...], problem: Problem) -> None:
+    """Check, before anything is planned, that pointwise metrics can be computed here.
+
+    Raises:
+        LsweepError: scipy is missing, or the problem has a metric of its own of that name.
+    """
+    for metric in metrics:
+        if metric not in POINTWISE:
+            continue
+        if metric in problem.metrics:
+            raise LsweepError(
+                f"metric {metric!r} is one that lsweep itself computes: give yours another name"
+            )
+        if POINTWISE[metric].scipy:
+            try:
+                scipy("sparse.linalg")
+            except LsweepError as e:
+                raise LsweepError(f"metric {metric!r} {e}") from None
 
 
 def _sums(found: float | Sampled) -> FloatArray:

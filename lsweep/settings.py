@@ -15,13 +15,10 @@ from typing import Any
 
 from lsweep.errors import LsweepError, nearest
 from lsweep.origins import Study
+from lsweep.pointwise import POINTWISE, expanded
+from lsweep.recipes import EIGENVECTORS, INDEXES, STILL, Recipe, one_of
 from lsweep.tables import build, override_key, parse_toml, plain
 
-INDEXES = ("replicate", "layer")  # kinds of axes whose offsets count: 0, 1, 2, …
-STILL = (*INDEXES, "radius")  # kinds of axes that move nothing themselves
-KINDS = ("random", "to", "plane", "pca", "hessian", "gradient", "file", *STILL)
-WEIGHTS_ONLY = ("random", "hessian", "gradient", *STILL)  # ignore biases and norms by default
-NORMALIZATIONS = ("filter", "layer", "weight", "none")
 BATCH_NORMS = ("eval", "batch", "recalibrate")
 PRECISIONS = ("float64", "float32", "tf32", "bfloat16", "float16")
 BACKENDS = (
@@ -92,54 +89,6 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a direction is made; see ``directions.py`` for what each kind means."""
-
-    kind: str = "random"
-    seed: int = 0
-    normalize: str | None = None
-    ignore: str | None = None
-    orthogonalize: bool = False
-    parameters: tuple[str, ...] = ("*",)
-    gauge: str = "none"
-    checkpoint: str | None = None
-    checkpoints: tuple[str, ...] = ()
-    file: str | None = None
-
-    def __post_init__(self) -> None:
-        _one_of("kind", self.kind, KINDS)
-        if self.kind in ("hessian", "gradient"):
-            raise LsweepError(f'kind = "{self.kind}" is not built yet; use random, to, pca or file')
-        if self.gauge != "none":
-            raise LsweepError(f"gauge = {self.gauge!r} is not built yet; leave it out")
-        usual = "filter" if self.kind == "random" else "none"
-        rule = "none" if self.kind in STILL else self.normalize or usual
-        object.__setattr__(self, "normalize", rule)
-        still = "bias+norm" if self.kind in WEIGHTS_ONLY else "none"
-        object.__setattr__(self, "ignore", self.ignore or still)
-        _one_of("normalize", self.normalize, NORMALIZATIONS)
-        _one_of("ignore", self.ignore, ("bias+norm", "none"))
-        if not 0 <= self.seed < 2**63:
-            raise LsweepError(f"seed = {self.seed}: must be between 0 and 2**63 - 1")
-        needs = {"to": "checkpoint", "plane": "checkpoints", "pca": "checkpoints", "file": "file"}
-        if self.kind in needs and not getattr(self, needs[self.kind]):
-            raise LsweepError(f'kind = "{self.kind}" needs {needs[self.kind]} = …')
-        for key in ("checkpoint", "checkpoints", "file"):
-            if getattr(self, key) and needs.get(self.kind) != key:
-                kinds = [k for k, needed in needs.items() if needed == key]
-                raise LsweepError(f'{key} goes with kind = {" or ".join(kinds)}, not "{self.kind}"')
-        if self.kind in ("to", "plane") and self.normalize != "none":
-            raise LsweepError(
-                f'normalize = "{self.normalize}" with kind = "{self.kind}": x = 1 would not be the '
-                "checkpoint any more; leave it out"
-            )
-        if self.kind == "plane" and len(self.checkpoints) != 2:
-            raise LsweepError('kind = "plane" needs two checkpoints: the plane through them and θ')
-        if not self.parameters:
-            raise LsweepError('parameters = []: give at least one pattern, such as ["layer3.*"]')
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """What is computed at a point, and how."""
 
@@ -154,9 +103,9 @@ class Evaluation:
     batch_size: int | str = "auto"
 
     def __post_init__(self) -> None:
-        _one_of("batch_norm", self.batch_norm, BATCH_NORMS)
-        _one_of("precision", self.precision, PRECISIONS)
-        _one_of("backend", self.backend, BACKENDS)
+        one_of("batch_norm", self.batch_norm, BATCH_NORMS)
+        one_of("precision", self.precision, PRECISIONS)
+        one_of("backend", self.backend, BACKENDS)
         for what in ("metrics", "splits"):
             names = getattr(self, what)
             if not names or len(set(names)) != len(names):
@@ -164,6 +113,7 @@ class Evaluation:
             for name in names:
                 if not re.fullmatch(r"[A-Za-z]\w*", name):
                     raise LsweepError(f"{what}: {name!r} must be letters, digits and _")
+        self._check_pointwise()
         for name, value in self.expected.items():
             if not math.isfinite(value):
                 raise LsweepError(f"expected.{name} = {value}: must be finite")
@@ -189,6 +139,28 @@ class Evaluation:
             raise LsweepError(f'batch_size = {self.batch_size!r}: a number or "auto"')
         if isinstance(self.batch_size, int) and self.batch_size < 1:
             raise LsweepError(f"batch_size = {self.batch_size}: must be at least 1")
+
+    def _check_pointwise(self) -> None:
+        """Refuse what derivatives cannot be taken with."""
+        variables = expanded(self.metrics)
+        if len(set(variables)) < len(variables):
+            raise LsweepError(f"metrics = {list(self.metrics)}: two compute the same variable")
+        for metric in self.metrics:
+            if metric not in POINTWISE:
+                continue
+            what = f"metric {metric!r} takes derivatives over all the data"
+            if self.precision not in ("float32", "float64"):
+                raise LsweepError(
+                    f'{what}: precision = "{self.precision}" is too coarse for them; use float32 '
+                    "or float64"
+                )
+            if self.slices > 1:
+                raise LsweepError(f"{what}: it cannot be put together from slices; use slices = 1")
+            if self.batch_norm == "recalibrate":
+                raise LsweepError(
+                    f'{what}: batch_norm = "recalibrate" hides how statistics follow the weights; '
+                    'use "eval" or "batch"'
+                )
 
 
 @dataclass(frozen=True)
@@ -257,13 +229,33 @@ class Settings:
                     f"[directions.{name}] has no [grid.{name}]{nearest(name, self.grid)}"
                 )
         recipes = {n: self.directions.get(n, Recipe()) for n in self.grid}
+        for name, recipe in recipes.items():
+            if recipe.kind == "hessian" and recipe.eigenvector is None:
+                recipes[name] = dataclasses.replace(recipe, eigenvector=EIGENVECTORS[name])
         object.__setattr__(self, "directions", recipes)
+        gauges = list(dict.fromkeys(r.gauge for r in recipes.values()))
+        if len(gauges) > 1:
+            raise LsweepError(
+                f"gauge is {' and '.join(gauges)}: all axes start from one origin, so write it "
+                "once under [directions]"
+            )
+        if gauges != ["none"] and self.trajectory is not None:
+            raise LsweepError(
+                f'gauge = "{gauges[0]}" with [trajectory]: it rescales the origin and not the '
+                "checkpoints, which would be drawn elsewhere; leave one of them out"
+            )
         for name, axis in self.grid.items():
             _check_range(name, axis, recipes[name].kind)
         _check_together(recipes, self.refine)
         seeded = self.study is not None and self.study.seeds
         if seeded and all(r.kind != "random" for r in recipes.values()):
             raise LsweepError("[study] seeds = …: no direction here is random; leave them out")
+        _check_metrics(self.evaluate.metrics, recipes, self.refine)
+
+    @property
+    def gauge(self) -> str:
+        """What is done to the origin before directions are made: ``none`` or ``equi``."""
+        return next(iter(self.directions.values())).gauge
 
     @classmethod
     def from_text(cls, text: str, where: str = "sweep.toml") -> Settings:
@@ -358,6 +350,17 @@ def _check_together(recipes: Mapping[str, Recipe], refine: Refinement | None) ->
             )
 
 
-def _one_of(name: str, value: Any, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise LsweepError(f"{name} = {value!r}{nearest(str(value), valid)}")
+def _check_metrics(
+    metrics: tuple[str, ...], recipes: Mapping[str, Recipe], refine: Refinement | None
+) -> None:
+    """Refuse pointwise metrics that the axes do not serve."""
+    for metric in metrics:
+        if metric in POINTWISE and refine is not None:
+            raise LsweepError(
+                f"[refine] interpolates means over samples, not metric {metric!r}: leave one out"
+            )
+        needs_radius = metric in POINTWISE and POINTWISE[metric].radius
+        if needs_radius and all(r.kind != "radius" for r in recipes.values()):
+            raise LsweepError(
+                f'metric {metric!r} needs an axis of radii: [directions.y] kind = "radius"'
+            )
