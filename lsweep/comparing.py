@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lsweep.errors import LsweepError, nearest
+from lsweep.measured import Measured
 from lsweep.regularizer import Response, key_of
 from lsweep.regularizer import table as responses
 from lsweep.relate import (
@@ -137,7 +138,9 @@ def compare(runs: Sequence[RunMeasures], question: Question | None = None) -> Co
     same = [known[i] for i in matched(_losses(known), asked.tolerance)]
     losses = [n.train_loss for n in same]
     others = [a for a in (*axes, *held) if a != key]
-    columns = {n: _values(found, n) for n in names}
+    columns = {n: _values(found, n) for n in asked_of}
+    shapes = {r.name for run in runs for r in run.rows if _along_filters(r)}
+    options = [n.options for n in found]
     return Comparison(
         runs=tuple(runs),
         networks=tuple(found),
@@ -151,8 +154,14 @@ def compare(runs: Sequence[RunMeasures], question: Question | None = None) -> Co
         losses=(min(losses), max(losses)) if losses else (math.nan, math.nan),
         partial=_partial(known, gap, asked_of, key, asked),
         regularizer=key,
-        responses=tuple(responses(columns, [n.options for n in found], key, others) if key else ()),
+        responses=tuple(responses(columns, options, key, others, shapes) if key else ()),
     )
+
+
+def _along_filters(row: Measured) -> bool:
+    """Return whether a number was measured along filter-normalised directions."""
+    away = row.context.keys() & {"grid", "radius"}  # not a metric at the trained weights
+    return row.context.get("normalize") == "filter" and bool(away)
 
 
 def _values(found: Sequence[Network], name: str) -> FloatArray:

@@ -18,11 +18,13 @@ from lsweep import weights
 from lsweep.backends import Eager, Ground
 from lsweep.computing import compute
 from lsweep.data import Batch
+from lsweep.errors import LsweepError
 from lsweep.families import Curved, layer_of
 from lsweep.objective import Objective, filter_scales
 from lsweep.packed import Spot
 from lsweep.pointwise import POINTWISE
-from lsweep.problem import Sampled
+from lsweep.problem import Problem, Sampled
+from lsweep.scientific import scipy
 from lsweep.summing import Samples
 from lsweep.sums import SUMS, WV, WW, WWV, WWVV, W
 
@@ -104,6 +106,26 @@ class Differentiating:
         return objective.flat(
             filter_scales(self._ground.state[n], owners[n]) for n in objective.names
         )
+
+
+def check_pointwise(metrics: tuple[str, ...], problem: Problem) -> None:
+    """Check, before anything is planned, that pointwise metrics can be computed here.
+
+    Raises:
+        LsweepError: scipy is missing, or the problem has a metric of its own of that name.
+    """
+    for metric in metrics:
+        if metric not in POINTWISE:
+            continue
+        if metric in problem.metrics:
+            raise LsweepError(
+                f"metric {metric!r} is one that lsweep itself computes: give yours another name"
+            )
+        if POINTWISE[metric].scipy:
+            try:
+                scipy("sparse.linalg")
+            except LsweepError as e:
+                raise LsweepError(f"metric {metric!r} {e}") from None
 
 
 def _sums(found: float | Sampled) -> FloatArray:

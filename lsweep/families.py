@@ -55,7 +55,9 @@ class Curved:
     names: tuple[str, ...]
 
     def __str__(self) -> str:
-        where = "" if self.recipe.parameters == ("*",) else f" in {', '.join(self.recipe.parameters)}"
+        where = (
+            "" if self.recipe.parameters == ("*",) else f" in {', '.join(self.recipe.parameters)}"
+        )
         still = "" if self.recipe.ignore == "none" else f", {self.recipe.ignore} ignored"
         return f"{len(self.names)} tensors{where}{still}"
 

@@ -92,7 +92,7 @@ def rows_at_centre(surface: Surface) -> list[Measured]:
     if not math.isfinite(square) and plan and plan["facts"].get("weight_sq"):
         square = float(plan["facts"]["weight_sq"]["origin"])
     if math.isfinite(square):
-        count = {"parameters": plan["facts"]["parameters"]} if plan else {}
+        count = {"weights": plan["facts"]["parameters"]} if plan else {}
         out.append(Measured("weight_norm", math.sqrt(square), context=count, note="‖θ‖₂"))
     return out
 

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,14 @@ class Report:
         plan: the digest of its plan; "" where there is none.
         rows: the numbers.
         missing: what was not measured, why, and what computes it; one line each.
+        summary: what `measure` returns for a surface.
     """
 
     source: str
     plan: str
     rows: list[Measured]
     missing: list[str]
+    summary: dict[str, Any] = field(default_factory=dict)
 
 
 def measure_run(folder: RunFolder, name: str | None = None) -> Report:
@@ -93,10 +95,10 @@ def measure_surface(surface: Surface, name: str | None = None, source: str = "")
         LsweepError: it has no variable ``name``.
     """
     first = name or surface.metrics[0]
-    _ = surface[first]
+    summary = _summary(surface, first)
     rows, refused = rows_of_plane(surface, first)
     digest = str(surface.provenance.get("plan_sha256", ""))
-    return Report(source, digest, rows_at_centre(surface) + rows, refused)
+    return Report(source, digest, rows_at_centre(surface) + rows, refused, summary)
 
 
 def measure_path(path: str | os.PathLike[str], name: str | None = None) -> Report:
@@ -204,19 +206,24 @@ def measure(surface: Surface | str | os.PathLike[str], name: str = "train_loss")
     >>> measure(bowl)["nonconvex_fraction"]
     0.0
     """
-    if not isinstance(surface, Surface):
-        report = measure_path(surface, name)
-        more = {"measures": report.rows, "missing": report.missing}
-        return measure(open_surface(surface), name) | more
-    where, least = surface.minimum(name)
+    if isinstance(surface, Surface):
+        surface.minimum(name)  # one without a finite value has none, and that is an error here
+        return _summary(surface, name)
+    report = measure_path(surface, name)
+    return {**report.summary, "measures": report.rows, "missing": report.missing}
+
+
+def _summary(surface: Surface, name: str) -> dict[str, Any]:
     out: dict[str, Any] = {
         "metric": name,
         "points": int(surface[name].size),
         "finite": float(np.isfinite(surface[name]).mean()),
         "center": surface.center(name),
-        "minimum": least,
-        "minimum_at": where,
     }
+    if not out["finite"]:
+        return out
+    where, least = surface.minimum(name)
+    out |= {"minimum": least, "minimum_at": where}
     if len(surface.axes) == 2 and min(surface.shape) >= 3:
         out["nonconvex_fraction"] = nonconvex_fraction(surface, name)
     if (surface.status == Status.INTERPOLATED).any():

@@ -21,8 +21,8 @@ from lsweep.folder import RunFolder
 from lsweep.gaps import fill_gaps
 from lsweep.machine import versions
 from lsweep.plan import Plan
-from lsweep.pointwise import Pointwise
 from lsweep.points import IntArray, Lattice
+from lsweep.pointwise import Pointwise
 from lsweep.rounds import Rounds
 from lsweep.rows import device_code
 from lsweep.sums import means
@@ -307,6 +307,7 @@ def _provenance(
         } | {"batch_norm": value["batch_norm"], "seconds_per_point": value["seconds_per_point"]}
         devices[value["class"]] |= {k: value.get(k) for k in ("backend", "error", "tried")}
         devices[value["class"]]["derivatives"] = value.get("derivatives", "")
+    left_out = list(dict.fromkeys(p.name for p in plan.pointwise.values()))
     return {
         "plan": {f: getattr(plan, f) for f in plan.__dataclass_fields__},
         "plan_sha256": plan.digest,
@@ -319,7 +320,7 @@ def _provenance(
             "agreement_across_classes": ACROSS_CLASSES[plan.evaluate["precision"]],
         },
         "seconds": f"{seconds:.3f}",
-        "audit": {**report.audit, "left_out": list(plan.pointwise)},
+        "audit": {**report.audit, **({"left_out": left_out} if left_out else {})},
         "failures": report.failed,
         "sampling": sampling,
         "caption": caption(plan, devices, variates.words(sampling)),

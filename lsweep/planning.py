@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 
 from lsweep.asking import ask_grid
+from lsweep.differentiating import check_pointwise
 from lsweep.directions import Directions, make_directions
 from lsweep.errors import DamagedFile, LsweepError, PlanChanged, nearest
 from lsweep.factory import factory_file, file_digest
@@ -24,7 +25,7 @@ from lsweep.folder import RunFolder
 from lsweep.insist import read, there
 from lsweep.machine import refuse_foreign
 from lsweep.plan import Plan
-from lsweep.pointwise import POINTWISE, require_pointwise
+from lsweep.pointwise import POINTWISE
 from lsweep.preflight import check_expected, probe
 from lsweep.problem import Problem, make_problem
 from lsweep.rounds import Rounds
@@ -83,12 +84,14 @@ def make_plan(
         if evaluate.slices > 1 and (samples is None or evaluate.slices > samples):
             have = "batches of its own" if samples is None else f"{samples} samples"
             raise LsweepError(f"slices = {evaluate.slices}: the data split {split!r} has {have}")
-    require_pointwise(evaluate.metrics, problem)
+    check_pointwise(evaluate.metrics, problem)
     stored = [m for m in evaluate.metrics if m not in POINTWISE]
     if problem.forward is None:
         for metric in stored:
             if metric not in problem.metric_names:
-                raise LsweepError(f"no metric {metric!r}{nearest(metric, problem.metric_names)}")
+                raise LsweepError(
+                    f"no metric {metric!r}{nearest(metric, [*problem.metric_names, *POINTWISE])}"
+                )
     variables = [f"{s}_{m}" for s in evaluate.splits for m in stored]
     for name in evaluate.expected:
         if name not in variables:

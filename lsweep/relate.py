@@ -52,7 +52,8 @@ class Tau:
         if not math.isfinite(self.value):
             return "undefined"
         p = f"{self.p:.3f}" if self.p >= 0.001 else f"{self.p:.1g}"
-        return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}] p={p}"
+        value, low, high = (round(v, 2) + 0.0 for v in (self.value, self.low, self.high))
+        return f"{value:+.2f} [{low:+.2f}, {high:+.2f}] p={p}"
 
 
 @dataclass(frozen=True)
@@ -216,13 +217,15 @@ def relate(a: FloatArray, permuted: Permuted, axes: Mapping[str, FloatArray]) ->
     """
     s = permuted.signs_of(a)
     size = math.sqrt(float(s @ s) * float(permuted.signs @ permuted.signs))
+    if not size:  # one of both is the same in all networks: it has no order
+        s = s * math.nan
     columns = [s, *(w * s for w in axes.values())]
     if axes:
         columns.append(np.mean(columns[1:], axis=0))
     weights = np.stack(columns, axis=1)
     values, null = permuted.signs @ weights, permuted.null(weights)
     for array in (values[:1], null[:, 0]):  # divided last: sums of signs are exact
-        array /= size or math.nan
+        array /= size
     pairs = [len(s), *(int(np.count_nonzero(w)) for w in axes.values())]
     pairs.append(sum(pairs[1:]))
     found = [_judged(float(v), null[:, i], pairs[i]) for i, v in enumerate(values)]

@@ -15,6 +15,7 @@ from typing import Any
 
 from lsweep.errors import LsweepError, nearest
 from lsweep.origins import Study
+from lsweep.pointwise import POINTWISE, expanded
 from lsweep.tables import build, override_key, parse_toml, plain
 
 INDEXES = ("replicate", "layer")  # kinds of axes whose offsets count: 0, 1, 2, …
@@ -164,6 +165,7 @@ class Evaluation:
             for name in names:
                 if not re.fullmatch(r"[A-Za-z]\w*", name):
                     raise LsweepError(f"{what}: {name!r} must be letters, digits and _")
+        self._check_pointwise()
         for name, value in self.expected.items():
             if not math.isfinite(value):
                 raise LsweepError(f"expected.{name} = {value}: must be finite")
@@ -189,6 +191,28 @@ class Evaluation:
             raise LsweepError(f'batch_size = {self.batch_size!r}: a number or "auto"')
         if isinstance(self.batch_size, int) and self.batch_size < 1:
             raise LsweepError(f"batch_size = {self.batch_size}: must be at least 1")
+
+    def _check_pointwise(self) -> None:
+        """Refuse what derivatives cannot be taken with."""
+        variables = expanded(self.metrics)
+        if len(set(variables)) < len(variables):
+            raise LsweepError(f"metrics = {list(self.metrics)}: two compute the same variable")
+        for metric in self.metrics:
+            if metric not in POINTWISE:
+                continue
+            what = f"metric {metric!r} takes derivatives over all the data"
+            if self.precision not in ("float32", "float64"):
+                raise LsweepError(
+                    f'{what}: precision = "{self.precision}" is too coarse for them; use float32 '
+                    "or float64"
+                )
+            if self.slices > 1:
+                raise LsweepError(f"{what}: it cannot be put together from slices; use slices = 1")
+            if self.batch_norm == "recalibrate":
+                raise LsweepError(
+                    f'{what}: batch_norm = "recalibrate" hides how statistics follow the weights; '
+                    'use "eval" or "batch"'
+                )
 
 
 @dataclass(frozen=True)
@@ -261,6 +285,7 @@ class Settings:
         for name, axis in self.grid.items():
             _check_range(name, axis, recipes[name].kind)
         _check_together(recipes, self.refine)
+        _check_metrics(self.evaluate.metrics, recipes, self.refine)
         seeded = self.study is not None and self.study.seeds
         if seeded and all(r.kind != "random" for r in recipes.values()):
             raise LsweepError("[study] seeds = …: no direction here is random; leave them out")
@@ -355,6 +380,22 @@ def _check_together(recipes: Mapping[str, Recipe], refine: Refinement | None) ->
             raise LsweepError(
                 f"directions.{name}: orthogonalize = true does not go with an axis of kind "
                 "replicate: random directions are nearly orthogonal anyway; leave it out"
+            )
+
+
+def _check_metrics(
+    metrics: tuple[str, ...], recipes: Mapping[str, Recipe], refine: Refinement | None
+) -> None:
+    """Refuse pointwise metrics that the axes do not serve."""
+    for metric in metrics:
+        if metric in POINTWISE and refine is not None:
+            raise LsweepError(
+                f"[refine] interpolates means over samples, not metric {metric!r}: leave one out"
+            )
+        needs_radius = metric in POINTWISE and POINTWISE[metric].radius
+        if needs_radius and all(r.kind != "radius" for r in recipes.values()):
+            raise LsweepError(
+                f'metric {metric!r} needs an axis of radii: [directions.y] kind = "radius"'
             )
 
 

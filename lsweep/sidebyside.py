@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lsweep.comparing import Comparison, Related
-from lsweep.regularizer import Response
+from lsweep.regularizer import FILTER, Response
 from lsweep.relate import FEWEST, INSIDE, Tau
 from lsweep.siblings import GAPS, Network, Spread
 
@@ -165,7 +165,7 @@ def _related(c: Comparison, related: Related, title: str) -> Iterator[str]:
 
 
 def _worst(worst: str, axes: Any) -> str:
-    return f"{worst} {axes[worst].value:+.2f}" if worst else "-"
+    return f"{worst} {round(axes[worst].value, 2) + 0.0:+.2f}" if worst else "-"
 
 
 def _indented(text: Iterator[str]) -> Iterator[str]:
@@ -187,7 +187,13 @@ def _responses(c: Comparison) -> Iterator[str]:
     yield ("  scale and shape: ln raw = ln (raw / filter-normalised) + ln filter-normalised; the "
            "first follows the weights' norm, the second does not see it")  # fmt: skip
     rows = [
-        [("  " if r.channel else "") + r.name, r.channel, _slope(r), str(r.networks), _ratio(r)]
+        [
+            ("  " if " / " in r.name or FILTER in r.name else "") + r.name,
+            r.channel,
+            _slope(r),
+            str(r.networks),
+            _ratio(r),
+        ]
         for r in c.responses
         if r.networks or r.groups
     ]
