@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -114,8 +114,17 @@ class Comparison:
         return _values(self.networks, name)
 
 
-def compare(runs: Sequence[RunMeasures], question: Question | None = None) -> Comparison:
+def compare(
+    runs: Sequence[RunMeasures],
+    question: Question | None = None,
+    only: Collection[str] | None = None,
+) -> Comparison:
     """Return all that several runs say together.
+
+    Args:
+        runs: whole, for gap and training loss are among their rows.
+        question: what is asked; None for the usual.
+        only: names of measures that are compared; None for all.
 
     Raises:
         LsweepError: the regulariser that is asked for is no hyper-parameter that varies.
@@ -132,6 +141,10 @@ def compare(runs: Sequence[RunMeasures], question: Question | None = None) -> Co
     if key and not all(isinstance(s, int | float) and s >= 0 for s in strengths):
         raise LsweepError(f"the regulariser {key} is not a number from 0 in every run")
     gap = asked.gap or _gap_of(found)
+    if only is not None:
+        found = [
+            replace(n, measures={k: v for k, v in n.measures.items() if k in only}) for n in found
+        ]
     names = list(dict.fromkeys(name for n in found for name in n.measures))
     known = [n for n in found if gap in n.gaps]
     asked_of = [n for n in names if n not in PARTS and n.partition("@")[0] not in PROFILES]

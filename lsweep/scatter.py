@@ -83,7 +83,8 @@ def study_figure(c: Comparison) -> Figure:
     beside = 3.2 if tested else 1.7
     size = (2.75 * columns + beside, max(2.5 * rows, 2.9) + 1.25)
     figure = Figure(figsize=size, layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[2.75 * columns, beside])
+    halves: Any = figure.subfigures(1, 2, width_ratios=[2.75 * columns, beside])
+    left, right = halves
     color, shape, entries = _styles(c)
     for i, name in enumerate(names):
         ax = left.add_subplot(rows, columns, i + 1)

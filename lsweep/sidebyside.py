@@ -304,7 +304,7 @@ def as_csv(c: Comparison) -> str:
     for run in c.runs:
         n = by_run[run.name]
         known = [n.gaps[g][0] if g in n.gaps else "" for g in gaps]
-        for m in run.rows:
+        for m in (row for row in run.rows if row.name in n.measures):
             writer.writerow([n.name, run.name, *(n.options.get(a, "") for a in axes), n.train_loss,
                              *known, m.name, m.value, "" if m.se is None else m.se,
                              m.replicate])  # fmt: skip
