@@ -293,7 +293,7 @@ def _add_measure(p: argparse.ArgumentParser) -> None:
     p.add_argument("--match", type=float, default=0.1, metavar="T", help="networks are matched "
                    "whose training losses are within this share (default: 0.1)")  # fmt: skip
     p.add_argument("--regularizer", "--regulariser", default="", metavar="KEY",
-                   help="the option that is the regulariser (default: weight_decay, wd or l2)")  # fmt: skip
+                   help="the option that regularises (default: weight_decay, wd, l2)")  # fmt: skip
     p.add_argument("--permutations", type=_at_least(100), default=2000, metavar="N",
                    help="of the gaps, for null intervals (default: 2000)")  # fmt: skip
 

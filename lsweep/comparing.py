@@ -230,16 +230,12 @@ def _partial(
     controls |= {n: _values(found, n) for n in names if n.partition("@")[0].endswith(JACOBIAN)}
     out: dict[str, dict[str, Tau]] = {}
     gaps = np.array([n.gaps[gap][0] for n in found])
-    prepared: dict[bytes, Permuted] = {}
     for control, z in controls.items():
         for name in names:
             a = _values(found, name)
             have = np.isfinite(a) & np.isfinite(z)
-            if name == control or have.sum() < FEWEST:
-                continue
-            which = have.tobytes()
-            if which not in prepared:
-                prepared[which] = Permuted.of(gaps[have], asked.permutations, asked.seed)
-            tau = relate_partially(a[have], prepared[which], gaps[have], z[have])
-            out.setdefault(control, {})[name] = tau
+            if name != control and have.sum() >= FEWEST:
+                out.setdefault(control, {})[name] = relate_partially(
+                    a[have], gaps[have], z[have], asked.permutations, asked.seed
+                )
     return out

@@ -156,7 +156,7 @@ def _gaps(
         if pair[0] is not None and pair[1] is not None:
             (test, a), (train, b) = pair[0], pair[1]
             if math.isfinite(test) and math.isfinite(train):
-                yield gap, (sign * (test - train), math.hypot(a, b))
+                yield gap, (sign * (test - train) + 0.0, math.hypot(a, b))  # no -0
 
 
 def varying_options(options: Sequence[Mapping[str, Any]]) -> list[str]:

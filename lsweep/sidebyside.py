@@ -34,7 +34,8 @@ def _networks(c: Comparison) -> Iterator[str]:
     yield (f"{len(c.networks)} networks, {many} plane{'s' if planes != [1] else ''} each"
            + ("; ± is the standard deviation over planes" if planes != [1] else "")
            + ("; of a network with one plane, its own standard error"
-              if 1 in planes else ""))  # fmt: skip
+              if 1 in planes else "")
+           + "; of a gap, the standard error over samples")  # fmt: skip
     if c.unlike:
         shown = ", ".join(c.unlike[:6]) + (", …" if len(c.unlike) > 6 else "")
         yield f"  not measured alike, so compare with care: they differ in {shown}"
@@ -122,7 +123,8 @@ def _relations(c: Comparison) -> Iterator[str]:
     for control, taus in c.partial.items():
         yield ""
         yield (f"  partial τ, {control} held: (τ_mg - τ_mc τ_gc) / √((1-τ_mc²)(1-τ_gc²)), m the "
-               "measure, g the gap, c what is held")  # fmt: skip
+               "measure, g the gap, c what is held; null: gaps permuted among networks "
+               "of about the same c, p around its mean")  # fmt: skip
         yield from _indented(table(["", "partial τ"], [[n, t.text] for n, t in taus.items()]))
 
 
@@ -206,6 +208,8 @@ def _responses(c: Comparison) -> Iterator[str]:
 def _slope(r: Response) -> str:
     if not math.isfinite(r.slope):
         return "-"
+    if r.networks < FEWEST:
+        return "too few"
     return f"{r.slope:+.3g}" + (f" ± {r.slope_se:.2g}" if r.slope_se is not None else "")
 
 
