@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .claims import BEYOND, PAPER
 from .evidence import judge
+from .figure import draw
 from .measuring import jobs, measure
 from .studies import FULL, QUICK
 from .table import heading, report
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="keeps networks and numbers")
     parser.add_argument("--workers", type=int, help="processes; default: 2, 1 with --quick")
     parser.add_argument("-o", "--output", type=Path, help="where the page goes, besides stdout")
+    parser.add_argument("--figure", type=Path, help="draw depth against skip connections")
     options = parser.parse_args()
     workers = options.workers or (1 if options.quick else 2)
     start = time.monotonic()
@@ -42,6 +44,8 @@ def main() -> None:
     print(text)
     if options.output:
         options.output.write_text(text)
+    if options.figure and not options.beyond:
+        draw(measured, options.figure)
 
 
 if __name__ == "__main__":
