@@ -26,7 +26,7 @@ def draw(measured: Measured, path: Path) -> None:
     for ax, name in zip(axes, PANELS, strict=True):
         panel(ax, measured, name)
     axes[0].legend(frameon=False, loc="upper left")
-    figure.suptitle("Depth makes plain networks rougher, not sharper (matched training loss)")
+    figure.suptitle("Depth with and without skip connections, at matched training loss")
     figure.savefig(path, dpi=200)
     plt.close(figure)
 
