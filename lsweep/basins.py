@@ -1,6 +1,7 @@
 """Basins: how far one can go from the centre before the loss has risen by c.
 
-    A(c) = |component of {L ≤ L0 + c} that holds the centre| / |plane|,   w_θ = inf {r : L(r) > L0 + c}
+    A(c) = |component of {L ≤ L0 + c} that holds the centre| / |plane|
+    w_θ  = inf {r : L(r cos θ, r sin θ) > L0 + c}
 
 The area counts points, each for the cell that it owns (half of it on the border), and joins the
 four nearest neighbours; the widths follow rays from the centre and interpolate between points, so
@@ -35,7 +36,7 @@ class Basin:
         share: A(c), of the plane or line that was swept.
         share_se: half the change of ``share`` when the values' differences to the centre move by
             one standard error all together, which is how errors of the same samples move; None
-            where these errors are not known.
+            where these errors are not known at every point.
         area: the same in squared offsets (in offsets on a line).
         cells: points of the component.
         border: the component reaches the border: ``share`` is a lower bound.
@@ -50,7 +51,7 @@ class Basin:
     >>> bowl = Surface({"x": x, "y": x}, {"train_loss": np.add.outer(8 * x**2, 2 * x**2)})
     >>> found = basin(bowl)
     >>> round(found.area, 2), round(np.pi * 0.5 / 4, 2), round(found.least, 3), found.border
-    (0.38, 0.39, 0.25, False)
+    (0.39, 0.39, 0.25, False)
     """
 
     rise: float
@@ -84,7 +85,7 @@ def basin(surface: Surface, name: str = "train_loss", rise: float = RISE) -> Bas
     height = field.values - field.zero
     inside = _component(field, height <= rise)
     weight = _owned(field)
-    share = float(weight[inside].sum())
+    share = min(float(weight[inside].sum()), 1.0)
     lengths, is_open = _widths(field, height, rise)
     at_least, median = float(lengths.min()), float(np.median(lengths))
     bounded = not is_open[lengths <= median].any()
@@ -141,9 +142,9 @@ def _owned(field: Field) -> FloatArray:
 
 
 def _share_error(field: Field, height: FloatArray, rise: float, weight: FloatArray) -> float | None:
-    if field.diff_se is None:
+    error = field.diff_se
+    if error is None or np.isnan(error[np.isfinite(height)]).any():
         return None
-    error = np.nan_to_num(field.diff_se, nan=0.0, posinf=0.0)
     ends = [weight[_component(field, height + s * error <= rise)].sum() for s in (-1, 1)]
     return float(abs(ends[0] - ends[1]) / 2)
 

@@ -20,10 +20,10 @@ import torch
 
 from lsweep import weights
 from lsweep.errors import LsweepError
-from lsweep.families import Family, moved_layers
+from lsweep.families import Curved, Family, curved, moved_layers, random_direction
 from lsweep.noise import dtype_of
 from lsweep.reference import read_reference_directions
-from lsweep.settings import INDEXES, STILL, Axis, Recipe, Settings
+from lsweep.settings import DERIVED, INDEXES, STILL, Axis, Recipe, Settings
 from lsweep.trajectory import gram_matrix, mixture, principal_components, project
 from lsweep.vectors import (
     Direction,
@@ -31,11 +31,12 @@ from lsweep.vectors import (
     difference,
     dot,
     finish,
-    random_direction,
+    ignored_names,
     weighted_sum,
 )
 
 PARALLEL = 0.99
+FOUND = ("eigenvalue", "residual", "converged", "slope", "note")  # facts of a derived direction
 MARGIN = 0.1  # of the trajectory's extent, left free on each side of an automatic range
 FloatArray = npt.NDArray[np.float64]
 
@@ -60,6 +61,7 @@ class Directions:
         kinds: the kind of each axis, in order; empty where none is known.
         family: what the directions are at each replicate and layer; None where no axis counts any.
         layers: names of the layers that an axis counts.
+        curved: what derivatives are taken over; None where no recipe says.
     """
 
     axes: dict[str, Direction]
@@ -69,6 +71,7 @@ class Directions:
     kinds: tuple[str, ...] = ()
     family: Family | None = None
     layers: tuple[str, ...] = ()
+    curved: Curved | None = None
 
     @property
     def moving(self) -> tuple[int, ...]:
@@ -141,6 +144,7 @@ def make_directions(
     origin: Origin,
     base: Path,
     known: Mapping[str, Mapping[str, Any]] | None = None,
+    derived: Mapping[str, weights.State] | None = None,
 ) -> Directions:
     """Make every direction of a sweep.
 
@@ -150,6 +154,7 @@ def make_directions(
         base: folder of the TOML, which relative paths refer to.
         known: facts of the plan. Coefficients that come out of linear algebra differ in their
             last bits between machines, so they are computed once, when the plan is made.
+        derived: axis -> tensors of the directions that `lsweep.derived` computed.
 
     Raises:
         LsweepError: a checkpoint is missing or does not fit, directions are parallel
@@ -164,6 +169,10 @@ def make_directions(
         remembered = (known or {}).get(axis, {})
         if recipe.kind == "random":
             axes[axis] = random_direction(axis, recipe, origin)
+        elif recipe.kind in DERIVED:
+            facts[axis] = {k: remembered[k] for k in FOUND if k in remembered}
+            tensors = dict((derived or {})[axis])
+            axes[axis] = Direction(tensors, ignored_names(recipe, origin))
         elif recipe.kind in STILL:
             axes[axis] = Direction({})
         elif recipe.kind == "to":
@@ -201,6 +210,7 @@ def make_directions(
     layers = moved_layers(recipes, axes, origin) if "layer" in kinds else ()
     family = Family(recipes, axes, origin, layers) if set(kinds) & set(INDEXES) else None
     directions = Directions(axes, tuple(steps), dict(settings.grid), facts, kinds, family, layers)
+    directions = replace(directions, curved=curved(recipes, origin))
     _refuse_degenerate(directions)
     return replace(directions, grid=_resolve_ranges(directions, settings, origin))
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lsweep.settings import STILL, Recipe
-from lsweep.vectors import Direction, Origin, ignored_names, random_direction
+from lsweep.noise import random_tensor
+from lsweep.settings import STILL, WEIGHTS_ONLY, Recipe
+from lsweep.vectors import Direction, Origin, finish, ignored_names
 from lsweep.weights import State
 
 Index = tuple[int, int]
@@ -34,6 +35,33 @@ def layers_of(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(layer_of(n) for n in names))
 
 
+def curved(recipes: Mapping[str, Recipe], origin: Origin) -> Curved:
+    """Return what derivatives are taken over: what a random direction of the plan moves.
+
+    The ``ignore`` and ``parameters`` of the first axis that leaves biases and normalisation out by
+    default; those of `Recipe` where there is none.
+    """
+    usual = [r for r in recipes.values() if r.kind in WEIGHTS_ONLY]
+    recipe = usual[0] if usual else Recipe(seed=next(iter(recipes.values())).seed)
+    still = set(ignored_names(recipe, origin))
+    return Curved(recipe, tuple(n for n in origin.parameters if n not in still))
+
+
+@dataclass(frozen=True)
+class Curved:
+    """The parameters that derivatives are taken over, and the recipe that says so."""
+
+    recipe: Recipe
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        where = (
+            "" if self.recipe.parameters == ("*",) else f" in {', '.join(self.recipe.parameters)}"
+        )
+        still = "" if self.recipe.ignore == "none" else f", {self.recipe.ignore} ignored"
+        return f"{len(self.names)} tensors{where}{still}"
+
+
 def moved_layers(
     recipes: Mapping[str, Recipe], axes: Mapping[str, Direction], origin: Origin
 ) -> tuple[str, ...]:
@@ -47,6 +75,17 @@ def moved_layers(
         recipe = next(r for r in recipes.values() if r.kind == "layer")
         moved = set(origin.parameters) - set(ignored_names(recipe, origin))
     return layers_of(n for n in origin.parameters if n in moved)
+
+
+def random_direction(key: str, recipe: Recipe, origin: Origin) -> Direction:
+    """Return a random direction, normalised as its recipe says, keyed by (seed, key, name)."""
+    still = set(ignored_names(recipe, origin))
+    noise = {
+        n: random_tensor(recipe.seed, key, n, p)
+        for n, p in origin.parameters.items()
+        if n not in still
+    }
+    return finish(noise, recipe, origin)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Nothing here computes a value; arguments are those of `lsweep.cli`.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from argparse import Namespace
@@ -135,20 +136,30 @@ def do_convert(options: Namespace) -> int:
 
 
 def do_measure(options: Namespace) -> int:
-    """Print numbers, a block or a JSON object for each run."""
-    from lsweep.measures import measure
-    from lsweep.opening import open_surface
+    """Print the numbers of runs: a table each, CSV, or JSON; keep them in the runs."""
+    from lsweep import sheet
+    from lsweep.measured import jsonable
+    from lsweep.measures import measure_path
 
-    rows = []
-    for path in options.runs:
-        surface = open_surface(path)
-        rows.append({"run": str(path), **measure(surface, options.metric or surface.metrics[0])})
+    if options.json and options.csv:
+        raise LsweepError("--json and --csv are two forms of one answer: give one of them")
+    reports = [measure_path(path, options.metric) for path in options.runs]
+    for path, report in zip(options.runs, reports, strict=True):
+        folder = RunFolder(path)
+        if folder.exists and options.metric is None:
+            trouble = sheet.keep(folder, report)
+            if trouble:
+                print(f"lsweep: {trouble}; the numbers are not kept", file=sys.stderr)
+    if options.only is not None:
+        reports = sheet.only(reports, options.only)
     if options.json:
-        print(json.dumps(rows))
-        return 0
-    for row in rows:
-        for key, value in row.items():
-            print(f"{key:20} {value:.6g}" if isinstance(value, float) else f"{key:20} {value}")
+        rows = [{**jsonable(r.summary), **sheet.as_json(r)} for r in reports]
+        print(json.dumps(rows, allow_nan=False))
+    elif options.csv:
+        print(sheet.as_csv(reports), end="")
+    else:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print("\n\n".join(sheet.text(r, width) for r in reports))
     return 0
 
 

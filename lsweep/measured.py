@@ -70,10 +70,10 @@ class Measured:
         """Return plain values; what is not finite becomes "nan", "inf" or "-inf"."""
         return {
             "name": self.name,
-            "value": _out(float(self.value)),
-            "se": None if self.se is None else _out(float(self.se)),
+            "value": jsonable(float(self.value)),
+            "se": None if self.se is None else jsonable(float(self.se)),
             "replicate": self.replicate,
-            "context": _out(plain(dict(self.context))),
+            "context": jsonable(plain(dict(self.context))),
             "note": self.note,
         }
 
@@ -95,13 +95,18 @@ class Measured:
         )
 
 
-def _out(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """Return plain values as JSON takes them: what is not finite as text.
+
+    >>> jsonable({"a": [1.0, math.inf]})
+    {'a': [1.0, 'inf']}
+    """
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(k): _out(v) for k, v in value.items()}
+        return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_out(v) for v in value]
+        return [jsonable(v) for v in value]
     return value
 
 

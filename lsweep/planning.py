@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,32 +10,38 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import h5py
-import numpy as np
+import numpy.typing as npt
+import torch
 
 from lsweep.asking import ask_grid
+from lsweep.derived import derive
+from lsweep.differentiating import check_pointwise
+from lsweep.direction_file import write_directions
 from lsweep.directions import Directions, make_directions
 from lsweep.errors import DamagedFile, LsweepError, PlanChanged, nearest
 from lsweep.factory import factory_file, file_digest
-from lsweep.files import publish, read_json, readable, replace, sealed, write_whole
+from lsweep.files import publish, read_json, readable, replace, sealed
 from lsweep.folder import RunFolder
 from lsweep.insist import read, there
 from lsweep.machine import refuse_foreign
 from lsweep.plan import Plan
+from lsweep.pointwise import POINTWISE
 from lsweep.preflight import check_expected, probe
 from lsweep.problem import Problem, make_problem
 from lsweep.rounds import Rounds
-from lsweep.settings import Evaluation, Settings, Track
+from lsweep.settings import DERIVED, Evaluation, Settings, Track
+from lsweep.stored import digest_of, read_arrays, store_arrays
 from lsweep.subsets import described, subsampled
 from lsweep.tables import build, plain
 from lsweep.trajectory import project
 from lsweep.vectors import Origin, dot
-from lsweep.weights import describe, fingerprint, load_matching
+from lsweep.weights import State, describe, fingerprint, load_matching
 
 LIVE = "live:problem"
 BATCH_NORM_BATCH = 128
 LARGE = 2**30  # bytes of a split that are read as seldom as may be
 PROBE_TOLERANCE, PROBE_FLOOR = 1e-3, 1e-3  # other machines round differently, most near zero
+_MADE = ("sha256", "stored")  # of a direction: what was made by its recipe
 _RESTORE = "restore it, or plan a new run"
 _REMEDIES = {
     "origin.sha256": "a factory must load the same weights each time: if it trains, save them first"
@@ -59,6 +63,7 @@ def make_plan(
     base: Path,
     known: dict[str, Any] | None = None,
     code: Path | None = None,
+    stored: dict[str, State] | None = None,
 ) -> tuple[Plan, Directions]:
     """Find out all that a value depends on.
 
@@ -68,6 +73,7 @@ def make_plan(
         base: folder that relative paths refer to.
         known: ``facts`` of a plan made before, whose coefficients are kept.
         code: the factory's file, where it is not the one below ``base``.
+        stored: axis -> tensors of its derived directions; by default they are computed.
 
     Raises:
         LsweepError: a split, a metric, a checkpoint or a direction is wrong.
@@ -82,16 +88,24 @@ def make_plan(
         if evaluate.slices > 1 and (samples is None or evaluate.slices > samples):
             have = "batches of its own" if samples is None else f"{samples} samples"
             raise LsweepError(f"slices = {evaluate.slices}: the data split {split!r} has {have}")
+    check_pointwise(evaluate.metrics, problem)
+    means = [m for m in evaluate.metrics if m not in POINTWISE]
     if problem.forward is None:
-        for metric in evaluate.metrics:
+        for metric in means:
             if metric not in problem.metric_names:
-                raise LsweepError(f"no metric {metric!r}{nearest(metric, problem.metric_names)}")
-    variables = [f"{s}_{m}" for s in evaluate.splits for m in evaluate.metrics]
+                raise LsweepError(
+                    f"no metric {metric!r}{nearest(metric, [*problem.metric_names, *POINTWISE])}"
+                )
+    variables = [f"{s}_{m}" for s in evaluate.splits for m in means]
     for name in evaluate.expected:
         if name not in variables:
             raise LsweepError(f"expected.{name}{nearest(name, variables)}")
     origin = Origin.of(problem.model)
-    directions = make_directions(settings, origin, base, known)
+    if stored is None:
+        derived = derive(settings, problem, origin)
+        stored = {axis: d.tensors for axis, d in derived.items()}
+        known = {axis: d.facts for axis, d in derived.items()}
+    directions = make_directions(settings, origin, base, known, stored)
     steps, projections = [], []
     for step in directions.steps:
         state = load_matching(step.path, origin.everything)
@@ -114,6 +128,7 @@ def make_plan(
             axis: {
                 **plain(dataclasses.asdict(settings.directions[axis])),
                 "sha256": directions.fingerprint(axis),
+                **({"stored": digest_of(as_arrays(stored[axis]))} if axis in stored else {}),
             }
             for axis in directions.axes
         },
@@ -134,6 +149,8 @@ def make_plan(
                 for axis, d in directions.axes.items()
             },
             "layers": list(directions.layers),
+            "curvature": str(directions.curved),
+            "curved": _curved_weights(origin, directions),
             "gram": directions.gram.tolist(),
             "cosines": directions.cosines().tolist(),
             "projections": projections,
@@ -143,6 +160,17 @@ def make_plan(
         },
     )
     return plan, directions
+
+
+def as_arrays(tensors: State) -> dict[str, npt.NDArray[Any]]:
+    """Return tensors as they are stored."""
+    return {n: t.cpu().numpy() for n, t in tensors.items()}
+
+
+def _curved_weights(origin: Origin, directions: Directions) -> int:
+    """How many weights derivatives are taken over: the size of the Hessian."""
+    names = directions.curved.names if directions.curved else ()
+    return sum(origin.parameters[n].numel() for n in names)
 
 
 def _weight_products(origin: Origin, directions: Directions) -> dict[str, Any] | None:
@@ -190,7 +218,8 @@ def plan_run(
     existing = Plan.read(folder) if folder.exists else None
     known = existing.facts["axes"] if existing else None
     try:
-        plan, directions = make_plan(settings, problem, base, known, code)
+        stored = _stored(folder, existing, settings) if existing else None
+        plan, directions = make_plan(settings, problem, base, known, code, stored)
     except LsweepError as e:
         if existing is not None and not isinstance(e, PlanChanged):
             raise LsweepError(f"{e} ({folder.root} exists and is untouched)") from None
@@ -202,6 +231,8 @@ def plan_run(
             check_expected(known_class["centre"], settings.evaluate.expected)
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
+        for axis in plan.derived if existing is None else ():
+            store_arrays(folder, axis, as_arrays(directions.axes[axis].tensors))
         plan = plan.freeze(folder)  # first: a planner that is refused must not touch the rest
         _keep_base(folder, base.absolute())
         _keep_source(plan, problem, base, folder, text, code)
@@ -219,6 +250,25 @@ def plan_run(
     except OSError as e:
         raise LsweepError(f"cannot write the run {folder.root}: {e.strerror or e}") from None
     return Planned(folder, plan, rounds)
+
+
+def _stored(folder: RunFolder, plan: Plan, settings: Settings | None = None) -> dict[str, State]:
+    """Read the derived directions of a run, which are never computed anew.
+
+    Raises:
+        PlanChanged: ``settings`` asks for others.
+        LsweepError: one is missing or damaged.
+    """
+    for axis, recipe in settings.directions.items() if settings else ():
+        there = {k: v for k, v in plan.directions.get(axis, {}).items() if k not in _MADE}
+        if recipe.kind in DERIVED and there != plain(dataclasses.asdict(recipe)):
+            raise PlanChanged(
+                f"{folder.root} holds another plan: directions.{axis} has another recipe; restore "
+                "it, or give a new folder with --run",
+                f"directions.{axis}",
+            )
+    found = {a: read_arrays(folder, a, plan.directions[a]["stored"]) for a in plan.derived}
+    return {a: {n: torch.from_numpy(t) for n, t in ts.items()} for a, ts in found.items()}
 
 
 def _keep_source(
@@ -267,28 +317,6 @@ def _keep(path: Path, data: bytes) -> None:
         replace(path, data, sync=True)
 
 
-def write_directions(folder: RunFolder, plan: Plan, directions: Directions) -> None:
-    """Write norms and fingerprints of the directions; no arrays, for the recipe remakes them."""
-    image = io.BytesIO()
-    with h5py.File(image, "w", libver=("v108", "v108")) as f:
-        f.attrs["plan"] = np.bytes_(plan.digest)
-        f.create_dataset("gram", data=directions.gram, fletcher32=True)
-        f.create_dataset("cosines", data=directions.cosines(), fletcher32=True)
-        for axis, d in directions.axes.items():
-            g = f.create_group(axis)
-            g.attrs["norm"] = d.norm
-            g.attrs["sha256"] = np.bytes_(plan.directions[axis]["sha256"])
-            g.attrs["zero_filters"] = d.zero_filters
-            names = sorted(d.tensors)
-            norms = np.array(
-                [math.sqrt(float(d.tensors[n].double().square().sum())) for n in names]
-            )
-            g.create_dataset("tensor_norms", data=norms, fletcher32=True)
-            joined = np.array([n.encode() for n in names], dtype=None if names else "S1")
-            g.create_dataset("tensor_names", data=joined, fletcher32=True)
-    write_whole(folder.directions, image.getvalue())
-
-
 def base_of(folder: RunFolder) -> Path:
     """Return the folder that relative paths of a run refer to, also when it moved with the run.
 
@@ -332,7 +360,7 @@ def settings_of(folder: RunFolder, plan: Plan) -> Settings:
     """Return settings that make the plan's directions again, with the newest round's grid."""
     rounds = Rounds.read(folder, plan)
     recipes = {
-        axis: {k: v for k, v in recipe.items() if k != "sha256" and v is not None}
+        axis: {k: v for k, v in recipe.items() if k not in _MADE and v is not None}
         for axis, recipe in plan.directions.items()
     }
     grid = {
@@ -383,7 +411,8 @@ def load_problem(
         settings = settings_of(folder, plan)
     problem = subsampled(problem, plan.evaluate)
     origin = Origin.of(problem.model)
-    directions = make_directions(settings, origin, base_of(folder), plan.facts["axes"])
+    stored = _stored(folder, plan)
+    directions = make_directions(settings, origin, base_of(folder), plan.facts["axes"], stored)
     for field, planned, here in (
         ("origin.sha256", plan.origin["sha256"], describe(origin.everything)["sha256"]),
         *(

@@ -39,13 +39,13 @@ def rays(
     """
     assert field.center is not None, "rays need a centre"
     if len(field.offsets) == 1:
-        way = [(1.0,), (-1.0,)]
+        ways: list[tuple[float, ...]] = [(1.0,), (-1.0,)]
     else:
         angles = 2 * math.pi * np.arange(count) / count
         # Along an axis the other coordinate is 0 exactly, or the ray would leave a thin plane.
-        way = [(round(math.sin(a), 15), round(math.cos(a), 15)) for a in angles.tolist()]
+        ways = [(round(math.sin(a), 15), round(math.cos(a), 15)) for a in angles.tolist()]
     step = min(field.steps) / per_step
-    for direction in way:
+    for direction in ways:
         reach = min(
             (float(c[-1] if d > 0 else -c[0]) / abs(d)
              for c, d in zip(field.offsets, direction, strict=True) if d),

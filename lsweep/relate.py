@@ -148,8 +148,8 @@ def partial(xy: float, xz: float, yz: float) -> float:
 
     Kendall (1942). NaN where z orders the networks exactly as x or y does.
 
-    >>> partial(0.5, 0.0, 0.3)
-    0.5241424183609592
+    >>> round(partial(0.6, 0.6, 0.8), 12)
+    0.25
     """
     left = (1 - xz**2) * (1 - yz**2)
     return (xy - xz * yz) / math.sqrt(left) if left > TINY else math.nan
@@ -216,12 +216,13 @@ def relate(a: FloatArray, permuted: Permuted, axes: Mapping[str, FloatArray]) ->
     """
     s = permuted.signs_of(a)
     size = math.sqrt(float(s @ s) * float(permuted.signs @ permuted.signs))
-    columns = [s / size if size else np.full(len(s), math.nan)]
-    columns += [w * s for w in axes.values()]
+    columns = [s, *(w * s for w in axes.values())]
     if axes:
-        columns.append(np.mean([w * s for w in axes.values()], axis=0))
+        columns.append(np.mean(columns[1:], axis=0))
     weights = np.stack(columns, axis=1)
     values, null = permuted.signs @ weights, permuted.null(weights)
+    for array in (values[:1], null[:, 0]):  # divided last: sums of signs are exact
+        array /= size or math.nan
     pairs = [len(s), *(int(np.count_nonzero(w)) for w in axes.values())]
     pairs.append(sum(pairs[1:]))
     found = [_judged(float(v), null[:, i], pairs[i]) for i, v in enumerate(values)]

@@ -15,12 +15,14 @@ from typing import Any
 
 from lsweep.errors import LsweepError, nearest
 from lsweep.origins import Study
+from lsweep.pointwise import POINTWISE, expanded
 from lsweep.tables import build, override_key, parse_toml, plain
 
 INDEXES = ("replicate", "layer")  # kinds of axes whose offsets count: 0, 1, 2, …
 STILL = (*INDEXES, "radius")  # kinds of axes that move nothing themselves
 KINDS = ("random", "to", "plane", "pca", "hessian", "gradient", "file", *STILL)
-WEIGHTS_ONLY = ("random", "hessian", "gradient", *STILL)  # ignore biases and norms by default
+DERIVED = ("hessian", "gradient")  # computed once, when a run is planned
+WEIGHTS_ONLY = ("random", *DERIVED, *STILL)  # ignore biases and norms by default
 NORMALIZATIONS = ("filter", "layer", "weight", "none")
 BATCH_NORMS = ("eval", "batch", "recalibrate")
 PRECISIONS = ("float64", "float32", "tf32", "bfloat16", "float16")
@@ -28,6 +30,7 @@ BACKENDS = (
     "auto", "eager", "channels_last", "fused", "native", "vmap", "cudagraph", "compiled"
 )  # fmt: skip
 AXES = ("x", "y", "z")
+EIGENVECTORS = {"x": 1, "y": -1, "z": 2}  # unless asked otherwise
 LARGEST_GRID = 10**8  # points; beyond it the index arrays alone outgrow a node
 LARGEST_OFFSET = 10**6
 LEAST_TOLERANCE = 1e-6
@@ -105,11 +108,10 @@ class Recipe:
     checkpoint: str | None = None
     checkpoints: tuple[str, ...] = ()
     file: str | None = None
+    eigenvector: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("kind", self.kind, KINDS)
-        if self.kind in ("hessian", "gradient"):
-            raise LsweepError(f'kind = "{self.kind}" is not built yet; use random, to, pca or file')
         if self.gauge != "none":
             raise LsweepError(f"gauge = {self.gauge!r} is not built yet; leave it out")
         usual = "filter" if self.kind == "random" else "none"
@@ -133,6 +135,16 @@ class Recipe:
                 f'normalize = "{self.normalize}" with kind = "{self.kind}": x = 1 would not be the '
                 "checkpoint any more; leave it out"
             )
+        if self.kind in DERIVED and self.normalize != "none":
+            raise LsweepError(
+                f'normalize = "{self.normalize}" with kind = "{self.kind}": it would be another '
+                "vector; it has the norm of a filter-normalised random direction as it is: leave "
+                "it out"
+            )
+        if self.eigenvector is not None and self.kind != "hessian":
+            raise LsweepError(f'eigenvector goes with kind = "hessian", not "{self.kind}"')
+        if self.eigenvector == 0:
+            raise LsweepError("eigenvector = 0: 1 is the largest, 2 the second, -1 the smallest")
         if self.kind == "plane" and len(self.checkpoints) != 2:
             raise LsweepError('kind = "plane" needs two checkpoints: the plane through them and θ')
         if not self.parameters:
@@ -164,6 +176,7 @@ class Evaluation:
             for name in names:
                 if not re.fullmatch(r"[A-Za-z]\w*", name):
                     raise LsweepError(f"{what}: {name!r} must be letters, digits and _")
+        self._check_pointwise()
         for name, value in self.expected.items():
             if not math.isfinite(value):
                 raise LsweepError(f"expected.{name} = {value}: must be finite")
@@ -189,6 +202,28 @@ class Evaluation:
             raise LsweepError(f'batch_size = {self.batch_size!r}: a number or "auto"')
         if isinstance(self.batch_size, int) and self.batch_size < 1:
             raise LsweepError(f"batch_size = {self.batch_size}: must be at least 1")
+
+    def _check_pointwise(self) -> None:
+        """Refuse what derivatives cannot be taken with."""
+        variables = expanded(self.metrics)
+        if len(set(variables)) < len(variables):
+            raise LsweepError(f"metrics = {list(self.metrics)}: two compute the same variable")
+        for metric in self.metrics:
+            if metric not in POINTWISE:
+                continue
+            what = f"metric {metric!r} takes derivatives over all the data"
+            if self.precision not in ("float32", "float64"):
+                raise LsweepError(
+                    f'{what}: precision = "{self.precision}" is too coarse for them; use float32 '
+                    "or float64"
+                )
+            if self.slices > 1:
+                raise LsweepError(f"{what}: it cannot be put together from slices; use slices = 1")
+            if self.batch_norm == "recalibrate":
+                raise LsweepError(
+                    f'{what}: batch_norm = "recalibrate" hides how statistics follow the weights; '
+                    'use "eval" or "batch"'
+                )
 
 
 @dataclass(frozen=True)
@@ -257,6 +292,9 @@ class Settings:
                     f"[directions.{name}] has no [grid.{name}]{nearest(name, self.grid)}"
                 )
         recipes = {n: self.directions.get(n, Recipe()) for n in self.grid}
+        for name, recipe in recipes.items():
+            if recipe.kind == "hessian" and recipe.eigenvector is None:
+                recipes[name] = dataclasses.replace(recipe, eigenvector=EIGENVECTORS[name])
         object.__setattr__(self, "directions", recipes)
         for name, axis in self.grid.items():
             _check_range(name, axis, recipes[name].kind)
@@ -264,6 +302,7 @@ class Settings:
         seeded = self.study is not None and self.study.seeds
         if seeded and all(r.kind != "random" for r in recipes.values()):
             raise LsweepError("[study] seeds = …: no direction here is random; leave them out")
+        _check_metrics(self.evaluate.metrics, recipes, self.refine)
 
     @classmethod
     def from_text(cls, text: str, where: str = "sweep.toml") -> Settings:
@@ -355,6 +394,22 @@ def _check_together(recipes: Mapping[str, Recipe], refine: Refinement | None) ->
             raise LsweepError(
                 f"directions.{name}: orthogonalize = true does not go with an axis of kind "
                 "replicate: random directions are nearly orthogonal anyway; leave it out"
+            )
+
+
+def _check_metrics(
+    metrics: tuple[str, ...], recipes: Mapping[str, Recipe], refine: Refinement | None
+) -> None:
+    """Refuse pointwise metrics that the axes do not serve."""
+    for metric in metrics:
+        if metric in POINTWISE and refine is not None:
+            raise LsweepError(
+                f"[refine] interpolates means over samples, not metric {metric!r}: leave one out"
+            )
+        needs_radius = metric in POINTWISE and POINTWISE[metric].radius
+        if needs_radius and all(r.kind != "radius" for r in recipes.values()):
+            raise LsweepError(
+                f'metric {metric!r} needs an axis of radii: [directions.y] kind = "radius"'
             )
 
 

@@ -96,6 +96,9 @@ def through(command: Callable[[Namespace], int]) -> Callable[[Namespace], int]:
             several = members(options.run)
         if several is None:
             return command(options)
+        if getattr(options, "wait", False):
+            raise LsweepError("--wait is for one run: submit a study without it, then "
+                              "'lsweep status' it with --watch")  # fmt: skip
         codes = {}
         for i, member in enumerate(several):
             print(f"[{i + 1}/{len(several)}] {member.name}", flush=True)

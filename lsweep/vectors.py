@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lsweep import weights
 from lsweep.errors import LsweepError
 from lsweep.filters import count_zero_filters, is_norm, normalize
-from lsweep.noise import dtype_of, random_tensor
+from lsweep.noise import dtype_of
 from lsweep.settings import Recipe
 from lsweep.weights import State
 
@@ -131,17 +131,6 @@ def finish(tensors: State, recipe: Recipe, origin: Origin) -> Direction:
             out[name] = d
     still = tuple(n for n in origin.parameters if n in ignored)
     return Direction(out, still, zeros, frozenset(out) & frozenset(origin.buffers))
-
-
-def random_direction(key: str, recipe: Recipe, origin: Origin) -> Direction:
-    """Return a random direction, normalised as its recipe says, keyed by (seed, key, name)."""
-    still = set(ignored_names(recipe, origin))
-    noise = {
-        n: random_tensor(recipe.seed, key, n, p)
-        for n, p in origin.parameters.items()
-        if n not in still
-    }
-    return finish(noise, recipe, origin)
 
 
 def weighted_sum(factors: list[float], terms: list[State]) -> State:

@@ -303,7 +303,7 @@ class Stream(IterableDataset):
 
 @pytest.mark.parametrize(("count", "unit"), [(15, 1), (81, 5), (300, 16)])
 def test_streamed_data_is_read_once_for_all_points_of_a_unit(tmp_path, monkeypatch, count, unit):
-    monkeypatch.setattr("lsweep.evaluate.RESIDENT_SHARE", 0.0)
+    monkeypatch.setattr("lsweep.supply.RESIDENT_SHARE", 0.0)
     problem = lsweep.Problem(nn.Linear(1, 1), {"train": Stream()}, loss=nn.MSELoss())
     settings = Settings.from_table(
         {"problem": {"factory": LIVE}, "grid": {"x": {"range": [-1, 1], "count": count}}}
