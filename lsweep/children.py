@@ -143,7 +143,7 @@ def settings_for(
         if along.kind == PARENT and name not in parent.grid:
             continue
         if along.kind == PARENT:
-            grid[name] = dataclasses.replace(parent.grid[name], count=along.count)
+            grid[name] = _coarser(parent.grid[name], along.count)
             recipes[name] = parent.directions[name]
         elif along.kind == "layer":
             grid[name] = Axis("auto", 2)
@@ -156,6 +156,10 @@ def settings_for(
             grid[name] = Axis((Decimal(along.low), Decimal(along.high)), along.count)
             recipes[name] = like if along.kind == "random" else _still(like, along.kind)
     return Settings(parent.problem, grid, recipes, _evaluation(child, parent.evaluate, samples))
+
+
+def _coarser(axis: Axis, count: int) -> Axis:
+    return dataclasses.replace(axis, count=min(axis.count, count))
 
 
 def random_recipe(parent: Settings) -> Recipe:
@@ -178,6 +182,8 @@ def _evaluation(child: Child, parent: Evaluation, samples: int | None) -> Evalua
         metrics=child.metrics,
         splits=(child.split if child.split in parent.splits else parent.splits[0],),
         precision=precision,
+        # Recalibrated statistics hide how they follow the weights; every row says its mode.
+        batch_norm="eval" if derived and parent.batch_norm == "recalibrate" else parent.batch_norm,
         samples=parent.samples if samples is None else samples,
         slices=1 if derived else parent.slices,  # a curvature is not a mean over slices
         expected={},
