@@ -251,7 +251,9 @@ def _add_doctor(p: argparse.ArgumentParser) -> None:
 def _add_render(p: argparse.ArgumentParser) -> None:
     p.add_argument("source", metavar="RUN|FILE", type=Path, nargs="+", help="runs or surface files")
     p.add_argument("-o", "--output", type=Path, required=True, help=".png, .pdf or .svg")
-    p.add_argument("--kind", default="auto", help="line, contour, filled, heat, 3d")
+    p.add_argument("--kind", default="auto",
+                   help="line, contour, filled, heat, 3d; of what was measured: sharpness, worst, "
+                   "spectrum, layers, convexity, persistence")  # fmt: skip
     p.add_argument("--metric", help="such as train_loss or test_accuracy")
     p.add_argument("--log", action="store_true", help="logarithmic scale")
     p.add_argument("--vmin", type=float, help="lowest value of the scale")
@@ -276,6 +278,7 @@ def _add_measure(p: argparse.ArgumentParser) -> None:
     p.add_argument("--only", metavar="NAME,…", help="only these; sharpness means all its radii")
     p.add_argument("--json", action="store_true", help="for programs")
     p.add_argument("--csv", action="store_true", help="for spreadsheets")
+    p.add_argument("--figures", action="store_true", help="draw them too, into RUN/figures/")
 
 
 def _add_invariance(p: argparse.ArgumentParser) -> None:

@@ -10,10 +10,12 @@ import shutil
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lsweep.commands import INCOMPLETE
-from lsweep.errors import LsweepError
+from lsweep.errors import LsweepError, nearest
 from lsweep.folder import RunFolder
 
 MOST_DPI = 1200
@@ -92,19 +94,37 @@ def do_prune(options: Namespace) -> int:
 
 
 def do_render(options: Namespace) -> int:
-    """Draw runs or surfaces into one file."""
+    """Draw runs or surfaces, or what was measured of them, into one file."""
+    from lsweep.figures import FIGURES, Options, figure_of
     from lsweep.opening import open_surface
-    from lsweep.pictures import render
+    from lsweep.pictures import KINDS, render
 
-    surfaces = [open_surface(p) for p in options.source]
     if options.dpi > MOST_DPI:
         raise LsweepError(f"--dpi {options.dpi}: at most {MOST_DPI}; for more, write .pdf or .svg")
+    if options.kind in FIGURES:
+        _refuse_scale(options)
+        figure_of(options.source, options.kind, options.output,
+                  Options(options.metric, options.log), options.dpi)  # fmt: skip
+        print(f"wrote {options.output}")
+        return 0
+    if options.kind not in ("auto", *KINDS):
+        known = ["auto", *KINDS, *FIGURES]
+        raise LsweepError(f"kind = {options.kind!r}{nearest(options.kind, known)}")
+    surfaces = [open_surface(p) for p in options.source]
     labels = [p.stem for p in options.source] if len(surfaces) > 1 else None
     render(surfaces, options.output, name=options.metric, kind=options.kind, log=options.log,
            vmin=options.vmin, vmax=options.vmax, labels=labels, dpi=options.dpi,
            points=options.points)  # fmt: skip
     print(f"wrote {options.output}")
     return 0
+
+
+def _refuse_scale(options: Namespace) -> None:
+    """Refuse what a picture of a measure does not take, rather than ignore it."""
+    given = {"--vmin": options.vmin, "--vmax": options.vmax, "--points": options.points or None}
+    for name, value in given.items():
+        if value is not None:
+            raise LsweepError(f"--kind {options.kind} has a scale of its own: leave out {name}")
 
 
 def _export_directions(options: Namespace) -> int:
@@ -160,7 +180,20 @@ def do_measure(options: Namespace) -> int:
     else:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
         print("\n\n".join(sheet.text(r, width) for r in reports))
+    if options.figures:
+        _draw_measures(options.runs)
     return 0
+
+
+def _draw_measures(paths: Sequence[Path]) -> None:
+    from lsweep.figures import draw_measures
+
+    for path in paths:
+        folder = RunFolder(path)
+        if not folder.exists:
+            raise LsweepError(f"--figures: {path} is no run and has no folder for them")
+        for picture in draw_measures(folder):
+            print(f"wrote {picture}", file=sys.stderr)  # stdout may be a program's
 
 
 def do_doctor(options: Namespace) -> int:
