@@ -314,8 +314,8 @@ def test_a_child_is_drawn_from_its_own_folder_or_file(run, kind):
     [
         (["--kind", "spectrum"], "has no spectrum yet: 'lsweep run {run} --measures spectrum'"),
         (["--kind", "sharpnes"], "kind = 'sharpnes'; did you mean 'sharpness'?"),
-        (["--kind", "worst", "--vmin", "1"], "--kind worst has a scale of its own: leave out --v"),
-        (["--kind", "layers", "--points"], "leave out --points"),
+        (["--kind", "worst", "--vmin", "1"], "--kind worst takes no --vmin: leave it out"),
+        (["--kind", "layers", "--points"], "takes no --points"),
         (["--kind", "persistence", "--metric", "train_los"], "did you mean 'train_loss'?"),
     ],
 )
