@@ -22,12 +22,15 @@ from lsweep.data import Batch, map_tensors, moved, samples_in, tensors_of
 from lsweep.device import free_memory
 from lsweep.directions import Directions
 from lsweep.errors import LsweepError
-from lsweep.evaluate import Evaluator, default_batch_size
+from lsweep.evaluate import Evaluator
 from lsweep.factory import describe
 from lsweep.filters import is_norm
 from lsweep.problem import Problem
-from lsweep.rescaling import FACTORS, Transform, acted, finite_element, residual
+from lsweep.rescaling import FACTORS, Element, Transform, acted, finite_element, residual
 from lsweep.subsets import subsampled
+from lsweep.supply import default_batch_size
+from lsweep.takeover import generators_kept, model_kept
+from lsweep.tracing import Unsupported
 from lsweep.weights import State
 
 EXACT = {torch.float64: 1e-12, torch.float32: 2e-6}
@@ -37,6 +40,7 @@ APPROXIMATE = 0.02
 CLEARLY_BROKEN = 1e-3  # a gradient so far from the orbit's normal: one finite factor will do
 SHUFFLES, PROBES = 5, 4
 LOSS_FLOOR = 1e-3
+SAME = 1e-9  # of rms f: the same function in float64, after many rescalings
 COPIES = 4  # of the weights in float64, that must fit in half of the free memory
 EPSILONS = ("eps", "variance_epsilon", "epsilon")
 
@@ -79,6 +83,7 @@ class Bench:
         self.tensors: State = {**weights.parameters_of(model), **weights.buffers_of(model)}
         self._start: State = {n: t.detach().clone() for n, t in self.tensors.items()}
         self._base: dict[tuple[str, bool], tuple[Tensor, float]] = {}
+        self.samples = sum(samples_in(b) for b in self._batches)
 
     # -- looking -----------------------------------------------------------------------------------
 
@@ -138,7 +143,9 @@ class Bench:
                     order = torch.randperm(n, generator=chance)
                     cut = int(torch.randint(1, max(2, n), (1,), generator=chance))
                     # Batch statistics are those of whole batches.
-                    pieces = [order] if batch_norm == "batch" or n < 2 else order.tensor_split([cut])
+                    pieces = (
+                        [order] if batch_norm == "batch" or n < 2 else order.tensor_split([cut])
+                    )
                     try:
                         found = [self._outputs(_picked(batch, p, n))[0] for p in pieces]
                     except Exception:  # a batch that is more than rows has no other order
@@ -193,7 +200,7 @@ class Bench:
         return totals
 
     def error(
-        self, transform: Transform, element: Tensor, less_eps: bool = False
+        self, transform: Transform, element: Element, less_eps: bool = False
     ) -> tuple[float, float]:
         """Return max|Δf| / rms f and |ΔL| / max(L, 1e-3) of one element of a transform.
 
@@ -203,24 +210,28 @@ class Bench:
             less_eps: with the eps of every normalisation a thousandth of what it is.
         """
         with _eps(self._problem.model, LESS_EPS if less_eps else 1.0):
-            f, loss = self.base(transform.batch_norm, less_eps)
             changed = acted(self._start, transform, element)
-            try:
-                for name, t in changed.items():
-                    self.tensors[name].detach().copy_(t)
-                moved_f, moved_loss = self.look(transform.batch_norm)
-            finally:
-                for name in changed:
-                    self.tensors[name].detach().copy_(self._start[name])
-        if moved_f.shape != f.shape:
+            return self.difference(changed, transform.batch_norm, less_eps)
+
+    def difference(
+        self, changed: State, batch_norm: str = "eval", less_eps: bool = False
+    ) -> tuple[float, float]:
+        """Return what `error` does, of some tensors changed."""
+        f, loss = self.base(batch_norm, less_eps)
+        try:
+            for name, t in changed.items():
+                self.tensors[name].detach().copy_(t)
+            there, moved_loss = self.look(batch_norm)
+        finally:
+            for name in changed:
+                self.tensors[name].detach().copy_(self._start[name])
+        if there.shape != f.shape:
             return math.inf, math.inf
-        return _relative(moved_f, f), abs(moved_loss - loss) / max(abs(loss), LOSS_FLOOR)
+        return _relative(there, f), abs(moved_loss - loss) / max(abs(loss), LOSS_FLOOR)
 
 
 def _picked(batch: Batch, rows: Tensor, n: int) -> Batch:
-    return map_tensors(
-        batch, lambda t: t[rows.to(t.device)] if t.dim() and len(t) == n else t
-    )
+    return map_tensors(batch, lambda t: t[rows.to(t.device)] if t.dim() and len(t) == n else t)
 
 
 def _relative(there: Tensor, here: Tensor) -> float:
@@ -263,6 +274,40 @@ def _eps(model: nn.Module, factor: float) -> Iterator[None]:
     finally:
         for m, name, value in kept:
             setattr(m, name, value)
+
+
+def inputs_of(problem: Problem, metric: str) -> Any:
+    """Return what the problem gives to its network for two samples: a tensor, a tuple or a dict.
+
+    Raises:
+        Unsupported: it does not call its network.
+        LsweepError: it fails.
+    """
+    seen: list[Any] = []
+
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append(kwargs or (args[0] if len(args) == 1 else args))
+
+    split = next(iter(problem.splits.values()))
+    model = problem.model
+    with generators_kept(), model_kept(model), torch.set_grad_enabled(problem.grad):
+        model.eval()
+        like = next(model.parameters(), torch.empty(0))
+        batch = map_tensors(
+            next(iter(split.batches(2))), lambda t: moved(t, like.device, like.dtype)
+        )
+        handle = model.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            problem.evaluate(batch, (metric,))
+        except LsweepError:
+            raise
+        except Exception as e:
+            raise LsweepError(f"the problem fails at its own weights: {describe(e)}") from e
+        finally:
+            handle.remove()
+    if not seen:
+        raise Unsupported("forward= never calls the network itself, so no layer can be followed")
+    return seen[0]
 
 
 # -- benches and rows ------------------------------------------------------------------------------
@@ -314,7 +359,7 @@ def certify(
     metric: str,
     device: torch.device,
     say: Callable[[Tested], None] = lambda tested: None,
-) -> list[Tested]:
+) -> tuple[list[Tested], float, int]:
     """Measure which transforms leave the network unchanged.
 
     Args:
@@ -325,7 +370,7 @@ def certify(
         say: is told of each as soon as it is known.
 
     Returns:
-        One `Tested` for each transform, in order.
+        One `Tested` for each transform, in order; the mean loss, and the number of samples.
 
     Raises:
         LsweepError: the network fails on these samples, or its output is not finite.
@@ -348,15 +393,20 @@ def certify(
                 row = dataclasses.replace(_tested(b, t, gradients, noise), error32=error32)
                 say(row)
                 found.append(row)
+            loss, samples = b.base("eval")[1], b.samples
     except LsweepError:
         raise
     except Exception as e:
         raise LsweepError(f"the problem fails at its own weights: {describe(e)}") from e
-    return found
+    return found, loss, samples
 
 
 def _largest(b: Bench, t: Transform) -> float | None:
-    return None if t.untested else b.error(t, finite_element(t, FACTORS[-1]))[0]
+    return None if t.untested else _finite(b.error(t, finite_element(t, FACTORS[-1]))[0])
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _tested(
@@ -365,9 +415,9 @@ def _tested(
     gradients: Mapping[str, list[State]],
     noise: Mapping[str, float],
 ) -> Tested:
-    names = tuple(dict.fromkeys(s.name for s in t.slabs))
+    units = sum(t.sizes)
     if t.untested:
-        return Tested(t.layer, t.kind, t.size, names, "untested", note=t.untested)
+        return Tested(t.layer, t.kind, units, t.tensors, "untested", note=t.untested)
     found = [residual(t, b.tensors, g) for g in gradients[t.batch_norm]]
     known = [r for r in found if r is not None]
     first = sum(known) / len(known) if known else None
@@ -382,9 +432,12 @@ def _tested(
         less, _ = b.error(t, finite_element(t, worst), less_eps=True)
         falls = less <= e / FALL
         note = f"with a thousandth of eps {less:.1e}" if falls else ""
+    if e == math.inf:
+        note = "the output is not finite there"
     return Tested(
-        t.layer, t.kind, t.size, names,
+        t.layer, t.kind, units, t.tensors,
         verdict({c: v for c, (v, _) in errors.items()}, floor, exact, falls),
-        factor=worst if t.rescales else None, error=e, loss_error=errors[worst][1], noise=floor,
+        factor=worst if t.rescales else None, error=_finite(e),
+        loss_error=_finite(errors[worst][1]), noise=floor,
         residual=first, precision=str(b.dtype).removeprefix("torch."), note=note,
     )  # fmt: skip

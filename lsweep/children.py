@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from lsweep.errors import LsweepError, nearest
-from lsweep.settings import AXES, Axis, Evaluation, Recipe, Settings
+from lsweep.recipes import AXES, Axis, Recipe
+from lsweep.settings import Evaluation, Settings
 
 REDUCED = ("tf32", "bfloat16", "float16")  # too coarse for derivatives
 PARENT = "parent"  # the axis is the parent's own, with another count

@@ -169,6 +169,12 @@ def do_plan(options: Namespace) -> int:
         print(f"  {axis}: norm {facts['norm']:.4g}, {facts['zero_filters']} filters of norm zero, "
               f"{len(facts['ignored'])} tensors held still"
               + (f": {', '.join(facts['ignored'])}" if facts["ignored"] else ""))  # fmt: skip
+        if "eigenvalue" in facts:
+            doubt = "" if facts["converged"] else ": it did not converge"
+            print(f"     eigenvalue {facts['eigenvalue']:.4g}, residual {facts['residual']:.1e}"
+                  + doubt + "".join(f"; {n}" for n in [facts.get("note")] if n))  # fmt: skip
+        if "slope" in facts:
+            print(f"     norm of the gradient {facts['slope']:.4g}")
     for i, a in enumerate(plan.axes):
         for j, b in enumerate(plan.axes[:i]):
             if {a, b} <= set(plan.moving):

@@ -12,8 +12,9 @@ from lsweep.errors import LsweepError, PlanChanged
 from lsweep.factory import factory_file
 from lsweep.folder import RunFolder
 from lsweep.plan import Plan
-from lsweep.planning import LIVE, Planned, base_of, load_problem, plan_run, settings_of
+from lsweep.planning import Planned, plan_run
 from lsweep.problem import Problem
+from lsweep.restoring import LIVE, base_of, load_problem, settings_of
 from lsweep.rounds import Rounds
 from lsweep.settings import Settings
 

@@ -55,7 +55,7 @@ LEGEND = f"""\
 *nc10*: share of a {PLANE} x {PLANE} plane (r ≤ 1, filter-normalised, training loss) where the
 plane's Hessian has -λmin > 0.1 max|λ|. *rise at r*: of the training loss at filter-normalised
 radius r, mean over both ends of the {2 * DIRECTIONS} directions of {DIRECTIONS} random planes.
-*matched*: largest training loss at most twice the smallest plus 0.01. Curvature is over the weights
+*matched*: the largest training loss is at most twice the smallest. Curvature is over the weights
 that such a direction moves (no biases, no normalisation), at the centre. Measured numbers are the
 mean and, in brackets, the range over training seeds."""
 PAPER = (
@@ -85,8 +85,8 @@ PAPER = (
     ),
     Claim(
         "depth-rise",
-        "Deep plain minima are sharper than residual ones",
-        "contours of 56-noshort are tighter than those of ResNet-56",
+        "Residual minima are flatter than plain ones of the same depth",
+        'skip connections "promote flat minimizers"',
         f"{RISE}, plain over skip at depth 24, matched loss",
         "at least {ratio} in every seed",
         {"ratio": 1.5},

@@ -66,7 +66,7 @@ def networks(measured: Measured, study: str) -> list[str]:
 def losses(measured: Measured, study: str, *names: str) -> str:
     """Return between which training losses the networks lie: whether they are matched."""
     every = [loss for n in names for loss in each(measured, study, n, "train_loss")]
-    how = "matched" if max(every) <= 2 * min(every) + 0.01 else "NOT matched"
+    how = "matched" if max(every) <= 2 * min(every) else "NOT matched"
     return f"training loss {min(every):.3g} to {max(every):.3g}: {how}"
 
 

@@ -11,7 +11,8 @@ from statistics import mean, stdev
 
 from lsweep.machine import cpu_model
 
-from .claims import DECAY, LEGEND, SEEDS, Claim
+from .claims import DECAY, LEGEND, Claim
+from .data import TRAIN
 from .evidence import Found, Measured, each
 from .studies import ERROR_RADIUS
 
@@ -121,8 +122,9 @@ def report(
     for study in STUDIED:
         if study in measured:
             parts += [f"## {STUDIED[study]}", networks_table(measured, study)]
+    seeds = max(f.seeds for f in found)
     parts += [
-        f"Numbers are means ± standard deviations over {len(SEEDS)} training seeds. Batch norm in "
-        "evaluation mode, 1000 training samples, all of them at every point."
+        f"Numbers are means ± standard deviations over {seeds} training seeds. Batch norm in "
+        f"evaluation mode, {TRAIN} training samples, all of them at every point."
     ]
     return "\n\n".join(parts) + "\n"
