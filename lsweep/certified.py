@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from lsweep.insist import there
 
 SCHEMA = 1
 HOLDS = ("exact", "up to eps")
+GAUGED = ("neuron rescaling", "up/down rescaling", "query-key scale", "value-output scale")
 PASS = 1e-3  # of a picture's range: a smaller plane invariance defect is none
 COLUMNS = (
     "layer", "transform", "verdict", "factor", "error", "noise", "residual", "error32", "loss_error",
@@ -157,14 +158,15 @@ found to leave the network unchanged; in 1 it does not follow neuron rescaling; 
             ": there it follows every rescaling that was found to leave the network unchanged"
         )
     parts = []
-    missed = [w for v, some in certificate.layers.values() if v == "not followed" for w in some]
+    missed = dict.fromkeys(
+        w for v, some in certificate.layers.values() if v == "not followed" for w in some
+    )
     if missed:
-        names = " and ".join(dict.fromkeys(missed))
-        part = f"in {kinds.count('not followed')} it does not follow {names}"
-        unitwise = {w for w in missed if w in GAUGED}
-        if unitwise and certificate.context.get("gauge", "none") == "none":
-            part += '; gauge = "equi" would' + (f" follow {' and '.join(sorted(unitwise))}"
-                                                if unitwise != set(missed) else "")  # fmt: skip
+        part = f"in {kinds.count('not followed')} it does not follow {_listed(missed)}"
+        fixable = [w for w in missed if w in GAUGED]
+        if fixable and certificate.context.get("gauge", "none") == "none":
+            more = "" if len(fixable) == len(missed) else f" follow {_listed(fixable)}"
+            part += f'; gauge = "equi" would{more}'
         parts.append(part)
     if "nothing to follow" in kinds:
         parts.append(
@@ -176,7 +178,10 @@ found to leave the network unchanged; in 1 it does not follow neuron rescaling; 
     return "; ".join([text, *parts])
 
 
-GAUGED = ("neuron rescaling", "up/down rescaling")
+def _listed(words: Iterable[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
+
 
 
 def words(certificate: Certificate) -> str:
