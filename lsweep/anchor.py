@@ -41,9 +41,8 @@ def anchored(problem: Problem, evaluate: dict[str, Any], device: torch.device) -
     if evaluate["precision"] != "float64":
         plain["precision"] = "float32"
     there = dataclasses.replace(problem, data=wholes)
-    names = [f"{s}_{m}" for s in wholes for m in evaluate["metrics"]]
     with Evaluator(there, plain, Directions({}, (), {}), device) as evaluator:
-        means = _at_centre(evaluator)
+        names, means = evaluator.names, _at_centre(evaluator)
     return {n: mean for n, mean in zip(names, means, strict=True) if math.isfinite(mean)}
 
 

@@ -6,6 +6,7 @@ Here is what they are built on, and eager itself, which moves the network as it 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -151,7 +152,12 @@ class Moving:
     def move(self, spot: Spot) -> None:
         """Move to a spot; the file of a step is read once for as long as it is the last."""
         if spot.step < 0:
-            self.packed.move(spot.offsets)
+            directions = self._ground.directions
+            offsets = directions.along(spot.offsets)
+            if directions.family is not None and any(offsets):
+                index = directions.family.index(spot.offsets)
+                self.packed.turn(index, functools.partial(directions.family.at, index))
+            self.packed.move(offsets)
         elif self._read is not None and self._read[0] == spot.step:
             self.packed.theta.copy_(self._read[1])
         else:

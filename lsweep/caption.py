@@ -6,6 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lsweep.plan import Plan
+from lsweep.recipes import STILL
+
+_COUNTED = {
+    "replicate": "number of the replicate",
+    "layer": "number of the layer that moves",
+    "radius": "radius",
+}
 
 
 def describe_recipe(recipe: dict[str, Any]) -> str:
@@ -14,11 +21,15 @@ def describe_recipe(recipe: dict[str, Any]) -> str:
     >>> describe_recipe({"kind": "random", "normalize": "filter", "seed": 0})
     'random, filter-normalised, seed 0'
     """
+    if recipe["kind"] in STILL:
+        return _COUNTED[recipe["kind"]]
     words = [str(recipe["kind"])]
     if recipe["kind"] == "to":
         words = [f"to {recipe['checkpoint']}"]
     if recipe["kind"] == "file":
         words = [f"from {recipe['file']}"]
+    if recipe.get("eigenvector"):
+        words = [f"hessian, eigenvector {recipe['eigenvector']}"]
     if recipe["normalize"] != "none":
         words.append(f"{recipe['normalize']}-normalised")
     if recipe["kind"] == "random":
@@ -28,9 +39,13 @@ def describe_recipe(recipe: dict[str, Any]) -> str:
 
 def title(plan: Plan) -> str:
     """Return what is shown, in one short line."""
-    shape = {1: "line", 2: "plane", 3: "volume"}[len(plan.axes)]
-    kinds = dict.fromkeys(str(plan.directions[a]["kind"]) for a in plan.axes)
-    return f"{plan.facts['network']}: {' and '.join(kinds)} {shape}"
+    shape = {0: "centre", 1: "line", 2: "plane", 3: "volume"}[len(plan.moving)]
+    kinds = dict.fromkeys(str(plan.directions[a]["kind"]) for a in plan.moving)
+    words = [" and ".join(kinds), shape]
+    each = " and ".join(str(plan.directions[a]["kind"]) for a in plan.axes if a not in plan.moving)
+    return f"{plan.facts['network']}: {' '.join(filter(None, words))}" + (
+        f" per {each}" if each else ""
+    )
 
 
 def caption(plan: Plan, devices: Mapping[str, Any], notes: Sequence[str] = ()) -> str:
@@ -39,6 +54,9 @@ def caption(plan: Plan, devices: Mapping[str, Any], notes: Sequence[str] = ()) -
     for axis in plan.axes:
         facts, recipe = plan.facts["axes"][axis], plan.directions[axis]
         text = f"{axis}: {describe_recipe(recipe)}"
+        if axis not in plan.moving:
+            words.append(text)
+            continue
         if recipe["ignore"] != "none":
             text += f", {recipe['ignore']} ignored"
         if "explained" in facts:
@@ -46,10 +64,13 @@ def caption(plan: Plan, devices: Mapping[str, Any], notes: Sequence[str] = ()) -
                 f", explains {facts['explained']:.0%} of the path "
                 f"(a random walk: {facts['random_walk_null']:.0%})"
             )
+        if "eigenvalue" in facts:
+            doubt = "" if facts["converged"] else ", not converged"
+            text += f", eigenvalue {facts['eigenvalue']:.4g}{doubt}"
         if facts["zero_filters"]:
             text += f", filters of norm zero: {facts['zero_filters']}"
         words.append(text)
-    if len(plan.axes) == 2:
+    if len(plan.axes) == len(plan.moving) == 2:
         words.append(f"cos(x, y) = {plan.facts['cosines'][0][1]:+.3f}")
     samples: dict[str, int] = next((d["samples"] for d in devices.values()), {})
     counts = []

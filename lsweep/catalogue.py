@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from lsweep.backends import Backend, Eager, Ground, Seat
 from lsweep.data import Batch
@@ -66,11 +67,13 @@ class Builder:
         ground, graph = self.ground, self.graph
         if not graph.folds and self.packed.views.keys() >= set(graph.names):
             return self.packed
-        moves = [
-            graph.pack_direction({n: t.to(ground.device, ground.dtype) for n, t in axis.items()})
-            for axis in ground.moves
-        ]
-        return Packed(graph.pack(ground.state), moves, ground.device, ground.dtype)
+
+        def relaid(axis: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            there = {n: t.to(ground.device, ground.dtype) for n, t in axis.items()}
+            return graph.pack_direction(there)
+
+        state = graph.pack(ground.state)
+        return Packed(state, ground.moves, ground.device, ground.dtype, relaid)
 
     def network(self, name: str, module: str, kind: str) -> Backend:
         """Return a backend whose network, ``module.kind``, is made from the graph."""
@@ -118,6 +121,12 @@ def _why_not_rerun(ground: Ground) -> str | None:
     return "the loss needs gradients of the network" if ground.problem.grad else None
 
 
+def _why_not_stacked(ground: Ground) -> str | None:
+    if ground.directions.family is not None:
+        return "directions change along an axis of kind replicate or layer"
+    return _why_not_rerun(ground)
+
+
 def _why_not_replayed(ground: Ground) -> str | None:
     if ground.device.type != "cuda":
         return f"CUDA graphs need a CUDA device, not {ground.device}"
@@ -147,7 +156,7 @@ KINDS = {
     "channels_last": Kind(lambda b: ChannelsLast(b.ground, b.seat), _why_no_channels_last),
     "fused": Kind(lambda b: b.network("fused", "fused", "FusedNetwork"), _why_not_fused, 3.0),
     "native": Kind(lambda b: b.network("native", "native", "NativeNetwork"), _why_not_native, 3.0),
-    "vmap": Kind(lambda b: Vmapped(b.ground, b.packed), _why_not_rerun, 0.5, _is_small_on_gpu),
+    "vmap": Kind(lambda b: Vmapped(b.ground, b.packed), _why_not_stacked, 0.5, _is_small_on_gpu),
     "cudagraph": Kind(lambda b: Replayed(b.ground, b.seat, b.packed), _why_not_replayed, 1.0),
     "compiled": Kind(lambda b: Compiled(b.ground, b.seat, b.packed), _why_not_compiled, 60.0),
 }  # those that are cheap to build first

@@ -22,14 +22,15 @@ from lsweep.data import Batch, map_tensors, moved, samples_in, tensors_of
 from lsweep.device import free_memory
 from lsweep.directions import Directions
 from lsweep.errors import LsweepError
-from lsweep.evaluate import Evaluator, default_batch_size
+from lsweep.evaluate import Evaluator
 from lsweep.factory import describe
 from lsweep.filters import is_norm
 from lsweep.problem import Problem
 from lsweep.rescaling import FACTORS, Element, Transform, acted, finite_element, residual
 from lsweep.subsets import subsampled
-from lsweep.tracing import Unsupported
+from lsweep.supply import default_batch_size
 from lsweep.takeover import generators_kept, model_kept
+from lsweep.tracing import Unsupported
 from lsweep.weights import State
 
 EXACT = {torch.float64: 1e-12, torch.float32: 2e-6}
@@ -146,7 +147,9 @@ class Bench:
                     order = torch.randperm(n, generator=chance)
                     cut = int(torch.randint(1, max(2, n), (1,), generator=chance))
                     # Batch statistics are those of whole batches.
-                    pieces = [order] if batch_norm == "batch" or n < 2 else order.tensor_split([cut])
+                    pieces = (
+                        [order] if batch_norm == "batch" or n < 2 else order.tensor_split([cut])
+                    )
                     try:
                         found = [self._outputs(_picked(batch, p, n))[0] for p in pieces]
                     except Exception:  # a batch that is more than rows has no other order
@@ -232,9 +235,7 @@ class Bench:
 
 
 def _picked(batch: Batch, rows: Tensor, n: int) -> Batch:
-    return map_tensors(
-        batch, lambda t: t[rows.to(t.device)] if t.dim() and len(t) == n else t
-    )
+    return map_tensors(batch, lambda t: t[rows.to(t.device)] if t.dim() and len(t) == n else t)
 
 
 def _relative(there: Tensor, here: Tensor) -> float:
@@ -296,7 +297,9 @@ def inputs_of(problem: Problem, metric: str) -> Any:
     with generators_kept(), model_kept(model), torch.set_grad_enabled(problem.grad):
         model.eval()
         like = next(model.parameters(), torch.empty(0))
-        batch = map_tensors(next(iter(split.batches(2))), lambda t: moved(t, like.device, like.dtype))
+        batch = map_tensors(
+            next(iter(split.batches(2))), lambda t: moved(t, like.device, like.dtype)
+        )
         handle = model.register_forward_pre_hook(note, with_kwargs=True)
         try:
             problem.evaluate(batch, (metric,))

@@ -154,9 +154,7 @@ found to leave the network unchanged; in 1 it does not follow neuron rescaling; 
     good = kinds.count("followed")
     text = f"{name} justified for {good} of {of}"
     if good:
-        text += (
-            ": there it follows every rescaling that was found to leave the network unchanged"
-        )
+        text += ": there it follows every rescaling that was found to leave the network unchanged"
     parts = []
     missed = dict.fromkeys(
         w for v, some in certificate.layers.values() if v == "not followed" for w in some

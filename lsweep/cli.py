@@ -14,8 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from lsweep import commands, invariance, looking, submitting
+from lsweep import commands, invariance, looking, running, submitting
+from lsweep.children import CHILDREN
 from lsweep.errors import LsweepError, nearest
+from lsweep.study import through
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
     for name, (function, add, text) in _COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        sub.set_defaults(run_command=function)
+        sub.set_defaults(run_command=through(function) if name in _OF_A_STUDY else function)
         sub.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS,
                          help="show tracebacks")  # fmt: skip
         add(sub)
@@ -119,7 +121,7 @@ def _waiting(text: str) -> float:
 
 
 def _takes_sweep(p: argparse.ArgumentParser) -> None:
-    p.add_argument("sweep", metavar="SWEEP", type=Path, help="a sweep.toml, or a run")
+    p.add_argument("sweep", metavar="SWEEP", type=Path, help="a sweep.toml, a run, or a study")
     p.add_argument("--run", type=Path, metavar="DIR", help="the run (default: <stem>.run)")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                    help="override a TOML key, such as grid.x.count=11")  # fmt: skip
@@ -130,6 +132,16 @@ def _takes_sweep(p: argparse.ArgumentParser) -> None:
 
 def _takes_trust(p: argparse.ArgumentParser) -> None:
     p.add_argument("--trust", action="store_true", help="import code that belongs to another user")
+
+
+def _takes_measures(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--measures", metavar="NAME,…",
+                   help="also what is measured at the centre: all, or some of "
+                        + ", ".join(CHILDREN))  # fmt: skip
+    p.add_argument("--replicates", type=_at_least(2), metavar="N",
+                   help="directions, probes or start vectors of each of these")  # fmt: skip
+    p.add_argument("--samples", type=_at_least(2), metavar="N",
+                   help="samples that these take (default: the sweep's)")  # fmt: skip
 
 
 def _takes_device(p: argparse.ArgumentParser) -> None:
@@ -146,11 +158,22 @@ def _takes_run(p: argparse.ArgumentParser) -> None:
     p.add_argument("run", metavar="RUN", type=Path, help="a run")
 
 
+def _takes_l2(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--l2", type=float, metavar="λ", help="add λ/2·‖θ‖² to the loss, from the "
+                   "stored squared norm")  # fmt: skip
+
+
 # -- the commands' own arguments -------------------------------------------------------------------
+
+
+def _add_plan(p: argparse.ArgumentParser) -> None:
+    _takes_sweep(p)
+    _takes_measures(p)
 
 
 def _add_run(p: argparse.ArgumentParser) -> None:
     _takes_sweep(p)
+    _takes_measures(p)
     p.add_argument("--on", choices=("inline", "local", "mpi"), default="local",
                    help="where workers run (default: local)")  # fmt: skip
     p.add_argument(
@@ -162,6 +185,7 @@ def _add_run(p: argparse.ArgumentParser) -> None:
 
 def _add_submit(p: argparse.ArgumentParser) -> None:
     _takes_sweep(p)
+    _takes_measures(p)
     p.usage = "lsweep submit SWEEP --tasks N [options] [-- sbatch options]"
     p.epilog = "All but --trust, --wait and --dry-run is remembered; 0 or '' forgets it again."
     for name, metavar, text in (
@@ -230,9 +254,12 @@ def _add_doctor(p: argparse.ArgumentParser) -> None:
 
 
 def _add_render(p: argparse.ArgumentParser) -> None:
-    p.add_argument("source", metavar="RUN|FILE", type=Path, nargs="+", help="runs or surface files")
+    p.add_argument("source", metavar="RUN|FILE", type=Path, nargs="+",
+                   help="runs, studies or surface files")  # fmt: skip
     p.add_argument("-o", "--output", type=Path, required=True, help=".png, .pdf or .svg")
-    p.add_argument("--kind", default="auto", help="line, contour, filled, heat, 3d")
+    p.add_argument("--kind", default="auto", help="line, contour, filled, heat, 3d; study: "
+                   "measures of several networks against their gap")  # fmt: skip
+    _takes_l2(p)
     p.add_argument("--metric", help="such as train_loss or test_accuracy")
     p.add_argument("--log", action="store_true", help="logarithmic scale")
     p.add_argument("--vmin", type=float, help="lowest value of the scale")
@@ -252,9 +279,21 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
 
 
 def _add_measure(p: argparse.ArgumentParser) -> None:
-    p.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="runs or surface files")
+    p.add_argument("runs", metavar="RUN", type=Path, nargs="+",
+                   help="runs, studies or surface files; several are compared")  # fmt: skip
     p.add_argument("--metric", help="by default the first")
+    p.add_argument("--only", metavar="NAME,…", help="only these; sharpness means all its radii")
     p.add_argument("--json", action="store_true", help="for programs")
+    p.add_argument("--csv", action="store_true", help="for spreadsheets")
+    _takes_l2(p)
+    p.add_argument("--gap", default="", help="error or loss: what measures of several networks are "
+                   "related to (default: error, where both splits have an accuracy)")  # fmt: skip
+    p.add_argument("--match", type=float, default=0.1, metavar="T", help="networks are matched "
+                   "whose training losses are within this share (default: 0.1)")  # fmt: skip
+    p.add_argument("--regularizer", "--regulariser", default="", metavar="KEY",
+                   help="the option that regularises (default: weight_decay, wd, l2)")  # fmt: skip
+    p.add_argument("--permutations", type=_at_least(100), default=2000, metavar="N",
+                   help="of the gaps, for null intervals (default: 2000)")  # fmt: skip
 
 
 def _add_invariance(p: argparse.ArgumentParser) -> None:
@@ -284,11 +323,12 @@ def _add_demo(p: argparse.ArgumentParser) -> None:
 
 
 Command = Callable[[argparse.Namespace], int]
+_OF_A_STUDY = ("plan", "run", "submit", "merge", "verify", "prune")  # gone through run by run
 _COMMANDS: dict[str, tuple[Command, Callable[[argparse.ArgumentParser], None], str]] = {
     "demo": (commands.do_demo, _add_demo, "two small nets on real digits, with and without skips"),
     "init": (commands.do_init, _add_init, "write a commented sweep.toml and problem.py to edit"),
-    "plan": (commands.do_plan, _takes_sweep, "freeze the plan and publish the first round"),
-    "run": (commands.do_run, _add_run, "plan if needed, evaluate what is missing, merge, draw"),
+    "plan": (commands.do_plan, _add_plan, "freeze the plan and publish the first round"),
+    "run": (running.do_run, _add_run, "plan if needed, evaluate what is missing, merge, draw"),
     "submit": (submitting.do_submit, _add_submit, "a Slurm array of workers, and a merge after it"),
     "work": (commands.do_work, _add_work, "be one worker of a run"),
     "status": (looking.do_status, _add_status, "what is done and who works"),

@@ -10,21 +10,20 @@ import os
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from lsweep.errors import LsweepError, SickDevice
+from lsweep.errors import LsweepError
 from lsweep.folder import RunFolder
 from lsweep.machine import refuse_foreign
 from lsweep.ranks import Rank, own_rank
 from lsweep.requeue import another_turn, end_of_job
 from lsweep.role import Role
-from lsweep.startup import CROWD, delay, turn
+from lsweep.startup import delay
 from lsweep.stopping import Stop, Stopped
 
 if TYPE_CHECKING:
-    from lsweep.display import Display
+    from lsweep.children import Child
     from lsweep.problem import Problem
 
 INTERRUPTED, INCOMPLETE = 130, 3
@@ -69,11 +68,67 @@ def planned(options: Namespace) -> tuple[RunFolder, Problem | None]:
             text += "".join(f"\n# --set {o}" for o in options.overrides) + "\n"
         plan_run(settings, problem, base, folder, text=text, unit_points=options.unit_points)
     if options.retry_failed:
-        from lsweep.asking import ask_again
-        from lsweep.merge import failed_points
-
-        ask_again(folder, lambda: failed_points(folder))
+        _ask_again(folder)
     return folder, problem
+
+
+def wanted_children(options: Namespace) -> list[Child]:
+    """Return the children that ``--measures`` names; the cheap ones first.
+
+    Raises:
+        LsweepError: there is no such measure, or its options are given without it.
+    """
+    from lsweep.children import chosen
+
+    if options.measures is not None:
+        return chosen(options.measures)
+    for name in ("replicates", "samples"):
+        if getattr(options, name) is not None:
+            raise LsweepError(f"--{name} goes with --measures; a sweep's own are in its TOML")
+    return []
+
+
+def planned_children(
+    folder: RunFolder,
+    wanted: list[Child],
+    problem: Problem | None,
+    options: Namespace,
+    say: Callable[[str], None] = print,
+) -> tuple[list[RunFolder], Problem | None]:
+    """Plan the child runs of a run, tell what they cost, and ask again for what failed.
+
+    Returns the problem too, as `planned` does.
+    """
+    if not wanted:
+        return [], problem
+    from lsweep.measuring import Parent, cost_lines, passes
+
+    parent = Parent.of(folder, problem, options.trust)
+    found = []
+    for child in wanted:
+        try:
+            run = parent.plan_child(child, options.replicates or 0, options.samples)
+        except LsweepError as e:
+            if "all" not in options.measures.split(","):
+                raise
+            say(f"no {child.name}: {e}")  # all that this network has
+            continue
+        found.append((child, run))
+        if options.retry_failed:
+            _ask_again(run.folder)
+    found.sort(key=lambda pair: passes(*pair))
+    count = f"{len(found)} child run{'s' if len(found) > 1 else ''}"
+    say(f"{folder.root}: {count} in {folder.measures}")
+    for line in cost_lines(found):
+        say(f"  {line}")
+    return [run.folder for _, run in found], parent.problem
+
+
+def _ask_again(folder: RunFolder) -> None:
+    from lsweep.asking import ask_again
+    from lsweep.merge import failed_points
+
+    ask_again(folder, lambda: failed_points(folder))
 
 
 def do_plan(options: Namespace) -> int:
@@ -82,7 +137,8 @@ def do_plan(options: Namespace) -> int:
     from lsweep.rounds import Rounds, describe_refining
     from lsweep.rows import row_type
 
-    folder, _ = planned(options)
+    wanted = wanted_children(options)
+    folder, problem = planned(options)
 
     plan = Plan.read(folder)
     rounds = Rounds.read(folder, plan)
@@ -105,175 +161,30 @@ def do_plan(options: Namespace) -> int:
     print(f"  on disk: about {rounds.total * row * plan.slices / 2**20:.1f} MiB of rows, at most "
           f"{leases + 20} files and 2 more a worker")  # fmt: skip
     for axis in plan.axes:
-        facts = plan.facts["axes"][axis]
+        facts, kind = plan.facts["axes"][axis], plan.directions[axis]["kind"]
+        if axis not in plan.moving:
+            layers = f": {', '.join(plan.facts['layers'])}" if kind == "layer" else ""
+            print(f"  {axis}: {kind}, moves nothing itself{layers}")
+            continue
         print(f"  {axis}: norm {facts['norm']:.4g}, {facts['zero_filters']} filters of norm zero, "
               f"{len(facts['ignored'])} tensors held still"
               + (f": {', '.join(facts['ignored'])}" if facts["ignored"] else ""))  # fmt: skip
+        if "eigenvalue" in facts:
+            doubt = "" if facts["converged"] else ": it did not converge"
+            print(f"     eigenvalue {facts['eigenvalue']:.4g}, residual {facts['residual']:.1e}"
+                  + doubt + "".join(f"; {n}" for n in [facts.get("note")] if n))  # fmt: skip
+        if "slope" in facts:
+            print(f"     norm of the gradient {facts['slope']:.4g}")
     for i, a in enumerate(plan.axes):
         for j, b in enumerate(plan.axes[:i]):
-            print(f"  cos({b}, {a}) = {plan.facts['cosines'][j][i]:+.4f}")
+            if {a, b} <= set(plan.moving):
+                print(f"  cos({b}, {a}) = {plan.facts['cosines'][j][i]:+.4f}")
     print("  a kill -9 at any moment loses at most the unit in flight; a node's crash at most the "
           "last second")  # fmt: skip
-    print(f"  next: lsweep run {folder.root}")
+    planned_children(folder, wanted, problem, options)
+    more = f" --measures {options.measures}" if wanted else ""
+    print(f"  next: lsweep run {folder.root}{more}")
     return 0
-
-
-def do_run(options: Namespace) -> int:
-    """Plan if needed, evaluate what is missing, merge, draw."""
-    if options.on == "mpi":
-        return _run_on_mpi(options)
-    from lsweep.committed import read_run
-    from lsweep.display import Display
-
-    folder, problem = planned(options)
-    _, rounds, committed = read_run(folder)
-    done, total = committed.share
-    code, interrupted = 0, False
-    if not committed.complete:
-        more = ", then more where the picture needs them" if rounds.refining else ""
-        print(f"{folder.root}: {total - done} of {total} points to evaluate{more}", flush=True)
-        before = done
-        with Stop(end_of_job()) as stop, Display(folder, total, done, sys.stderr) as display:
-            code, interrupted = _evaluate(folder, options, problem, display, stop)
-        _, _, committed = read_run(folder)
-        done, total = committed.share
-    if interrupted:
-        again = another_turn(stop.reason, done - before)
-        if again:
-            print(f"lsweep: {again}", file=sys.stderr)
-        print(f"lsweep: interrupted with {done} of {total} points committed; the same command "
-              "goes on", file=sys.stderr)  # fmt: skip
-        return INTERRUPTED
-    if code and not done:
-        return code
-    merged = _merge_and_draw(folder, draw=not options.no_picture)
-    return merged if committed.complete else (code or merged)
-
-
-def _evaluate(
-    folder: RunFolder, options: Namespace, problem: Problem | None, display: Display, stop: Stop
-) -> tuple[int, bool]:
-    if options.on == "inline" and (options.workers or 1) > 1:
-        raise LsweepError(f"--on inline is one worker: leave out --workers {options.workers}")
-    count = 1 if options.on == "inline" else options.workers
-    if count is None:
-        import torch
-
-        from lsweep.launch import default_workers
-
-        gpus = 0 if options.device == "cpu" else torch.cuda.device_count()
-        count = default_workers(gpus, options.workers_per_gpu)
-    role = _role(options, Rank(job=own_rank().job), 1.0)
-    if count == 1:
-        from lsweep.worker import work
-
-        try:
-            work(folder, role, problem, stop)
-        except KeyboardInterrupt:
-            return 0, True
-        return 0, False
-    from lsweep.launch import run_workers
-
-    outcome = run_workers(folder, role, count, stop, on_event=display.say)
-    return outcome.code, outcome.interrupted
-
-
-def _run_on_mpi(options: Namespace) -> int:
-    """Be one rank of several, or alone where no launcher is found."""
-    from lsweep import together
-    from lsweep.shift import STANDING_BY
-    from lsweep.status import share_done
-
-    if options.threads:
-        os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
-    with Stop(end_of_job()) as stop:
-        rank = own_rank(ask_mpi=True)
-        folder, before = None, 0
-        try:
-            try:
-                if options.workers is not None:
-                    raise LsweepError("--on mpi starts no processes: leave out --workers, and give "
-                                      f"mpiexec or srun -n {options.workers}")  # fmt: skip
-                if not rank.source:
-                    together.say("found no launcher (mpiexec, mpirun, srun): this is one worker "
-                                 "alone")  # fmt: skip
-                time.sleep(delay(rank.of))
-                with turn(str(options.sweep.absolute())):
-                    folder, problem = planned(options)
-                before = share_done(folder)[0]
-                # Someone looks at a live line.
-                role = _role(options, rank, 1.0 if rank.of <= CROWD else None)
-                code = together.take_part(
-                    folder, rank, rank.of * options.workers_per_gpu,
-                    lambda display, pids: _be_rank(folder, role, problem, stop,
-                                                   options.workers_per_gpu, display, pids),
-                    stop, may_leave=role.claims == "lease" and rank.of > STANDING_BY)  # fmt: skip
-                if code is None:
-                    return 0
-                if code or not together.is_closer(folder, rank, stop):
-                    return code
-                return _merge_and_draw(folder, draw=not options.no_picture)
-            except (LsweepError, OSError) as e:
-                return together.refuse(rank, e, stop)
-        except KeyboardInterrupt:
-            if rank.index == 0 and folder is not None:
-                done, total = share_done(folder)
-                again = another_turn(stop.reason, done - before)
-                together.say(again or f"interrupted with {done} of {total} points committed; the "
-                             "same command goes on")  # fmt: skip
-            return INTERRUPTED
-
-
-def _be_rank(
-    folder: RunFolder,
-    role: Role,
-    problem: Problem | None,
-    stop: Stop,
-    per_gpu: int,
-    display: Display,
-    pids: set[int],
-) -> None:
-    """Evaluate with this rank's workers: itself, or several on its device."""
-    if per_gpu == 1:
-        from lsweep.worker import work
-
-        work(folder, role, problem, stop)
-        return
-    from lsweep.launch import run_workers
-
-    outcome = run_workers(folder, role, per_gpu, stop, one_device=True, on_event=display.say,
-                          on_refusal=lambda text: None)  # fmt: skip
-    pids |= outcome.pids
-    if outcome.interrupted:
-        raise Stopped(stop.reason)
-    if outcome.code:
-        kind = SickDevice if outcome.code == SickDevice.exit_code else LsweepError
-        raise kind(outcome.refusal or outcome.events[-1])
-
-
-def _merge_and_draw(folder: RunFolder, draw: bool) -> int:
-    from lsweep.merge import merge
-
-    surface, report = merge(folder)
-    for line in report.lines():
-        print(f"lsweep: {line}", file=sys.stderr)
-    if report.missing == report.points:
-        return INCOMPLETE
-    surface.save(folder.surface)
-    name = surface.metrics[0]
-    if np.isfinite(surface[name]).any():
-        where, least = surface.minimum(name)
-        at = ", ".join(f"{axis} = {offset:.4g}" for axis, offset in where.items())
-        center = surface.center(name)
-        middle = f"{center:.6g} at the centre, " if np.isfinite(center) else ""
-        guess = "" if surface.evaluated_at(where) else " (interpolated)"
-        print(f"{name}: {middle}minimum {least:.6g} at {at}{guess}")
-    print(f"wrote {folder.surface}")
-    if draw:
-        from lsweep.pictures import draw_run
-
-        print(f"wrote {draw_run(surface, folder)}")
-    return 0 if report.clean else INCOMPLETE
 
 
 def _rank_of(options: Namespace) -> Rank:
@@ -286,7 +197,8 @@ def _rank_of(options: Namespace) -> Rank:
     return rank if options.local is None else dataclasses.replace(rank, local=options.local)
 
 
-def _role(options: Namespace, rank: Rank, beat: float | None = None) -> Role:
+def role_for(options: Namespace, rank: Rank, beat: float | None = None) -> Role:
+    """Return how a worker takes part, as a command line says it."""
     if beat is None:  # each beat of each worker is three changes of the folder that holds them
         beat = min(60.0, max(10.0, rank.of / 100))
     return Role(rank.index, rank.of, rank.local, options.device, options.threads, options.claims,
@@ -299,7 +211,7 @@ def do_work(options: Namespace) -> int:
     if options.threads:
         os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
     folder = RunFolder(options.run)
-    role = _role(options, _rank_of(options), options.beat)
+    role = role_for(options, _rank_of(options), options.beat)
     # Its launcher knows the time limit, and asks for another turn for all its workers.
     end = None if options.parent else end_of_job()
     with Stop(end, options.parent) as stop:  # before torch is imported, which takes long

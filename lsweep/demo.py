@@ -21,12 +21,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 
+from lsweep.convexity import THRESHOLD, convexity_ratio, nonconvex_fraction
 from lsweep.errors import LsweepError
 from lsweep.files import write_whole
 from lsweep.folder import RunFolder
 from lsweep.machine import cpus
 from lsweep.marks import VERMILLION
-from lsweep.measures import THRESHOLD, convexity_ratio, nonconvex_fraction
 from lsweep.pictures import render, save
 from lsweep.surface import Surface
 

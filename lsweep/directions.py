@@ -7,9 +7,8 @@ array travels and none can differ.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
@@ -18,25 +17,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from lsweep import weights
 from lsweep.errors import LsweepError
+from lsweep.families import Curved, Family, curved, moved_layers, random_direction
+from lsweep.noise import dtype_of
+from lsweep.recipes import DERIVED, INDEXES, STILL, Axis, Recipe
 from lsweep.reference import read_reference_directions
-from lsweep.settings import Axis, Recipe, Settings
+from lsweep.settings import Settings
 from lsweep.trajectory import gram_matrix, mixture, principal_components, project
 from lsweep.vectors import (
     Direction,
     Origin,
     difference,
     dot,
-    dtype_of,
     finish,
     ignored_names,
     weighted_sum,
 )
 
 PARALLEL = 0.99
+FOUND = ("eigenvalue", "residual", "converged", "slope", "note")  # facts of a derived direction
 MARGIN = 0.1  # of the trajectory's extent, left free on each side of an automatic range
 FloatArray = npt.NDArray[np.float64]
 
@@ -58,6 +59,10 @@ class Directions:
         steps: checkpoints to show, in order.
         grid: axis name -> axis, every automatic range resolved.
         facts: axis name -> what the recipe found out (explained share, its null, ...).
+        kinds: the kind of each axis, in order; empty where none is known.
+        family: what the directions are at each replicate and layer; None where no axis counts any.
+        layers: names of the layers that an axis counts.
+        curved: what derivatives are taken over; None where no recipe says.
         origin: name -> tensor at offset 0, where that is not the network's own (a gauge).
     """
 
@@ -65,7 +70,29 @@ class Directions:
     steps: tuple[Step, ...]
     grid: dict[str, Axis]
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    kinds: tuple[str, ...] = ()
+    family: Family | None = None
+    layers: tuple[str, ...] = ()
+    curved: Curved | None = None
     origin: weights.State = field(default_factory=dict)
+
+    @property
+    def moving(self) -> tuple[int, ...]:
+        """Places of the axes that move weights."""
+        still = [k in STILL for k in self.kinds] or [False] * len(self.axes)
+        return tuple(i for i, s in enumerate(still) if not s)
+
+    def along(self, offsets: Sequence[float]) -> tuple[float, ...]:
+        """Return a point's offsets with 0 along the axes that move nothing."""
+        return tuple(o if i in self.moving else 0.0 for i, o in enumerate(offsets))
+
+    def fingerprint(self, axis: str) -> str:
+        """Return the sha256 of a direction; along replicates of the first two."""
+        tensors = {n: t.float() for n, t in self.axes[axis].tensors.items()}
+        if self.family is not None and tensors and "replicate" in self.kinds:
+            second = self.family.at((1, -1))[list(self.axes).index(axis)]
+            tensors |= {f"{n} of replicate 1": t.float() for n, t in second.items()}
+        return weights.fingerprint(tensors)
 
     @property
     def gram(self) -> FloatArray:
@@ -77,30 +104,8 @@ class Directions:
         gram = self.gram
         norms = np.sqrt(np.diag(gram))
         with np.errstate(invalid="ignore", divide="ignore"):
-            return np.asarray(gram / np.outer(norms, norms))
-
-
-def random_tensor(seed: int, axis: str, name: str, like: Tensor) -> Tensor:
-    """Return N(0,1) noise from Philox keyed by (seed, axis, name), never from global state.
-
-    >>> a = random_tensor(0, "x", "w", torch.zeros(2))
-    >>> bool((a == random_tensor(0, "x", "w", torch.zeros(2))).all())
-    True
-    """
-    key = hashlib.sha256(f"{seed}\0{axis}\0{name}".encode()).digest()[:16]
-    bits = np.random.Philox(key=np.frombuffer(key, "<u8").astype(np.uint64))
-    noise = np.random.Generator(bits).standard_normal(tuple(like.shape))
-    return torch.from_numpy(np.asarray(noise)).to(dtype_of(like))
-
-
-def _random(axis: str, recipe: Recipe, origin: Origin) -> Direction:
-    still = set(ignored_names(recipe, origin))
-    noise = {
-        n: random_tensor(recipe.seed, axis, n, p)
-        for n, p in origin.parameters.items()
-        if n not in still
-    }
-    return finish(noise, recipe, origin)
+            cosines = gram / np.outer(norms, norms)
+        return np.where(np.outer(norms, norms) > 0, cosines, 0.0)
 
 
 def _to(path: Path, recipe: Recipe, origin: Origin) -> Direction:
@@ -142,6 +147,7 @@ def make_directions(
     origin: Origin,
     base: Path,
     known: Mapping[str, Mapping[str, Any]] | None = None,
+    derived: Mapping[str, weights.State] | None = None,
 ) -> Directions:
     """Make every direction of a sweep.
 
@@ -151,6 +157,7 @@ def make_directions(
         base: folder of the TOML, which relative paths refer to.
         known: facts of the plan. Coefficients that come out of linear algebra differ in their
             last bits between machines, so they are computed once, when the plan is made.
+        derived: axis -> tensors of the directions that `lsweep.derived` computed.
 
     Raises:
         LsweepError: a checkpoint is missing or does not fit, directions are parallel
@@ -164,7 +171,13 @@ def make_directions(
         facts[axis] = {}
         remembered = (known or {}).get(axis, {})
         if recipe.kind == "random":
-            axes[axis] = _random(axis, recipe, origin)
+            axes[axis] = random_direction(axis, recipe, origin)
+        elif recipe.kind in DERIVED:
+            facts[axis] = {k: remembered[k] for k in FOUND if k in remembered}
+            tensors = dict((derived or {})[axis])
+            axes[axis] = Direction(tensors, ignored_names(recipe, origin))
+        elif recipe.kind in STILL:
+            axes[axis] = Direction({})
         elif recipe.kind == "to":
             path = base / str(recipe.checkpoint)
             axes[axis] = _to(path, recipe, origin)
@@ -195,7 +208,12 @@ def make_directions(
             Step(p.stem, p) for p in weights.find_checkpoints(settings.trajectory.checkpoints, base)
         ]
     _orthogonalize(axes, settings, facts, known or {})
-    directions = Directions(axes, tuple(steps), dict(settings.grid), facts)
+    recipes = settings.directions
+    kinds = tuple(r.kind for r in recipes.values())
+    layers = moved_layers(recipes, axes, origin) if "layer" in kinds else ()
+    family = Family(recipes, axes, origin, layers) if set(kinds) & set(INDEXES) else None
+    directions = Directions(axes, tuple(steps), dict(settings.grid), facts, kinds, family, layers)
+    directions = replace(directions, curved=curved(recipes, origin))
     _refuse_degenerate(directions)
     return replace(directions, grid=_resolve_ranges(directions, settings, origin))
 
@@ -228,7 +246,8 @@ def _least_squares(direction: Direction, others: list[Direction]) -> list[float]
 
 def _refuse_degenerate(directions: Directions) -> None:
     names = list(directions.axes)
-    for axis, direction in directions.axes.items():
+    for i in directions.moving:
+        axis, direction = names[i], directions.axes[names[i]]
         if not direction.norm:
             raise LsweepError(
                 f"the direction {axis} is zero: all that it could move is ignored or has norm zero"
@@ -246,6 +265,12 @@ def _refuse_degenerate(directions: Directions) -> None:
 
 
 def _resolve_ranges(directions: Directions, settings: Settings, origin: Origin) -> dict[str, Axis]:
+    counted = {
+        axis: _layer_range(axis, settings.grid[axis], directions.layers)
+        for axis, recipe in settings.directions.items()
+        if recipe.kind == "layer"
+    }
+    settings = replace(settings, grid={**settings.grid, **counted})
     if all(axis.range != "auto" for axis in settings.grid.values()):
         return dict(settings.grid)
     everything = origin.everything
@@ -262,6 +287,20 @@ def _resolve_ranges(directions: Directions, settings: Settings, origin: Origin) 
             axis = replace(axis, range=bounds)
         grid[name] = axis
     return grid
+
+
+def _layer_range(name: str, axis: Axis, layers: tuple[str, ...]) -> Axis:
+    """Return an axis that counts no more layers than there are; all of them for ``auto``."""
+    if axis.range == "auto":
+        if len(layers) < 2:
+            raise LsweepError(f"grid.{name}: the network has one layer that moves, no axis of them")
+        return Axis((Decimal(0), Decimal(len(layers) - 1)), len(layers))
+    if axis.count > len(layers):
+        raise LsweepError(
+            f"grid.{name}.count = {axis.count}: {len(layers)} layers move ({', '.join(layers[:3])}"
+            f'{", …" if len(layers) > 3 else ""}); range = "auto" counts them all'
+        )
+    return axis
 
 
 def _three_digits(value: float) -> Decimal:

@@ -184,9 +184,7 @@ def _module(name: str) -> str:
 
 
 def _label(u: Units) -> str:
-    makers = dict.fromkeys(
-        _module(s.name) for s in u.slots if {"row", "depthwise"} & set(s.roles)
-    )
+    makers = dict.fromkeys(_module(s.name) for s in u.slots if {"row", "depthwise"} & set(s.roles))
     readers = dict.fromkeys(_module(s.name) for s in u.outgoing)
     if u.stream:
         return f"stream {next(iter(makers))} ({len(makers)} in, {len(readers)} out)"

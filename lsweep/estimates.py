@@ -100,9 +100,12 @@ def _variables(sums: FloatArray, plan: Plan, opaque: set[str]) -> dict[str, Floa
         s = sums[:, k]
         with np.errstate(invalid="ignore", divide="ignore"):
             values[name] = s[:, WV] / s[:, W]
-        if name in opaque:
+        pointwise = plan.pointwise.get(name)
+        if name in opaque or (pointwise and not pointwise.sampled):
             continue
         errors[f"{name}_se"] = standard_error(s[:, W], s[:, WW], s[:, WV], s[:, WWV], s[:, WWVV])
+        if pointwise:
+            continue
         errors[f"{name}_diff_se"] = standard_error(
             s[:, W], s[:, WW], s[:, WD], s[:, WWD], s[:, WWDD]
         )

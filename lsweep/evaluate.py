@@ -19,31 +19,22 @@ from torch import Tensor
 
 from lsweep import batchnorm, catalogue
 from lsweep.backends import Backend, Eager, Ground, Seat
-from lsweep.data import Batch, Split, map_tensors, moved, samples_in, tensors_of
-from lsweep.device import free_memory, is_out_of_memory, synchronize
+from lsweep.data import Batch, map_tensors, moved, samples_in
+from lsweep.device import is_out_of_memory, synchronize
+from lsweep.differentiating import Differentiating
 from lsweep.directions import Directions
 from lsweep.errors import LsweepError, nearest
 from lsweep.factory import describe
-from lsweep.packed import Packed, Spot
+from lsweep.packed import KEPT, Packed, Spot
+from lsweep.pointwise import POINTWISE, expanded
 from lsweep.problem import Problem, Sampled
 from lsweep.summing import Reference, Samples, stacked
 from lsweep.sums import SUMS
+from lsweep.supply import Supply, default_batch_size
 from lsweep.takeover import generators_kept, model_kept, numerics
 
 T = TypeVar("T")
 FloatArray = npt.NDArray[np.float64]
-RESIDENT_SHARE = 0.25  # of the free memory may hold the data
-
-
-def default_batch_size(split: Split, device: torch.device) -> int:
-    """Return a batch size that follows from the data alone: about 0.5 MiB of inputs on a CPU.
-
-    Deterministic on purpose: values are bit for bit functions of the batch shape.
-    """
-    numbers = max(1, split.sample_numbers())
-    budget, low, high = (2**17, 32, 2048) if device.type == "cpu" else (2**26, 256, 8192)
-    size = 2 ** round(math.log2(max(1.0, budget / numbers)))
-    return int(min(high, max(low, size)))
 
 
 class Evaluator:
@@ -67,10 +58,16 @@ class Evaluator:
         device: torch.device,
         batch_sizes: Mapping[str, int] | None = None,
     ) -> None:
-        self.problem, self.settings, self.device = problem, settings, device
-        self.directions = directions
+        self.problem, self.device, self.directions = problem, device, directions
         self.splits: tuple[str, ...] = tuple(settings["splits"])
-        self.metrics: tuple[str, ...] = tuple(settings["metrics"])
+        asked: tuple[str, ...] = tuple(settings["metrics"])
+        self.pointwise = tuple(m for m in asked if m in POINTWISE)
+        self.stored = tuple(m for m in asked if m not in POINTWISE)
+        # Where all are pointwise, the checks at the centre still need something to look at.
+        self.metrics = self.stored or problem.metric_names[:1]
+        self.settings = {**settings, "metrics": list(self.metrics)}
+        self._columns = [list(expanded(asked)).index(v) for v in expanded(self.stored)]
+        self._asked = asked
         self.slices = int(settings["slices"])
         for name in (*self.splits, *self._calibration_splits()):
             if name not in problem.splits:
@@ -84,10 +81,15 @@ class Evaluator:
                     asked if isinstance(asked, int) else default_batch_size(split, device)
                 )
         self.dtype = torch.float64 if settings["precision"] == "float64" else torch.float32
-        self._resident: dict[tuple[str, int], list[Batch] | None] = {}
+        self._supply = Supply(problem.splits, self.batch_sizes, self.slices, device, self.dtype)
         self._centre: dict[int, list[list[list[Reference]]]] = {}
         self._builder: catalogue.Builder | None = None
         self._stack = contextlib.ExitStack()
+
+    @property
+    def names(self) -> list[str]:
+        """``train_loss`` and the like: what `samples` and `centre` return, in order."""
+        return [f"{s}_{m}" for s in self.splits for m in self.metrics]
 
     def _calibration_splits(self) -> tuple[str, ...]:
         if self.settings["batch_norm"] != "recalibrate":
@@ -109,7 +111,7 @@ class Evaluator:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._resident.clear()
+        self._supply.clear()
         self._centre.clear()
         self._stack.close()
 
@@ -132,7 +134,7 @@ class Evaluator:
         axes = [axis.tensors for axis in self.directions.axes.values()]
         packed = Packed(plain, axes, self.device, self.dtype)
         for axis, row in zip(axes, packed.axes, strict=True):
-            for name, view in packed.views_of(row).items():
+            for name, view in packed.views_of(row).items() if axis else ():
                 old = axis.get(name)
                 if old is not None and (old.dtype, old.device) == (view.dtype, view.device):
                     axis[name] = view  # the same numbers: a copy of each direction less
@@ -149,6 +151,7 @@ class Evaluator:
         self.eager = Eager(self.ground, self.seat, packed)
         self.plain = Eager(self.ground, self.seat, packed, plain=True)
         self.backend: Backend = self.eager
+        self.differentiating = Differentiating(self.ground, self.plain, self._supply.batches)
 
     # -- backends -------------------------------------------------------------------------------
 
@@ -171,7 +174,7 @@ class Evaluator:
         backend = catalogue.build(name, self.builder()) if name != "eager" else self.eager
         if backend is not self.backend or self.batch_sizes != batch_sizes:
             self.batch_sizes |= batch_sizes
-            self._resident.clear()
+            self._supply.clear()
             self._centre.clear()
         self.backend, self._builder = backend, None
 
@@ -179,36 +182,11 @@ class Evaluator:
 
     def batches(self, split: str, slice_: int = 0) -> Iterator[Batch]:
         """Yield the batches of a split on the device; kept there when they fit."""
-        key = (split, slice_)
-        kept = self._resident.get(key)
-        if kept:
-            yield from kept
-            return
-        keeping: list[Batch] | None = None if key in self._resident else []
-        free = free_memory(self.device) * RESIDENT_SHARE
-        used = sum(
-            t.numel() * t.element_size()
-            for batches in self._resident.values()
-            for b in batches or ()
-            for t in tensors_of(b)
-        )
-        for there in self.fresh(split, self.batch_sizes[split], slice_):
-            if keeping is not None:
-                used += sum(t.numel() * t.element_size() for t in tensors_of(there))
-                if used <= free:
-                    keeping.append(there)
-                else:
-                    keeping = None
-            yield there
-        self._resident[key] = keeping
+        return self._supply.batches(split, slice_)
 
-    def fresh(self, split: str, size: int, slice_: int = 0) -> Iterator[Batch]:
+    def fresh(self, split: str, size: int) -> Iterator[Batch]:
         """Yield batches of a size on the device, without keeping them."""
-        for batch in self.problem.splits[split].batches(size, slice_, self.slices):
-            yield map_tensors(batch, lambda t: moved(t, self.device, self.dtype))
-
-    def _is_resident(self, slice_: int) -> bool:
-        return all(self._resident.get((s, slice_)) for s in self.splits)
+        return self._supply.fresh(split, size)
 
     # -- evaluation -----------------------------------------------------------------------------
 
@@ -226,9 +204,13 @@ class Evaluator:
         spots have many batches, each has the network for itself, which is then moved only once.
         Both ways give the same bits.
         """
-        many = any(len(self._resident.get((s, slice_)) or ()) > 1 for s in self.splits)
-        alone = recalibrate or any(spot.step >= 0 for spot in spots)  # a step is a file
-        if alone or (self._is_resident(slice_) and many and not backend.together):
+        many = any(self._supply.resident(s, slice_) > 1 for s in self.splits)
+        alone = bool(recalibrate) or any(spot.step >= 0 for spot in spots)  # a step is a file
+        if self.directions.family is not None:  # others are made anew for each batch
+            index = self.directions.family.index
+            alone |= len({index(spot.offsets) for spot in spots}) > KEPT
+        resident = self._supply.all_resident(self.splits, slice_)
+        if alone or (resident and many and not backend.together):
             groups = [slice(k, k + 1) for k in range(len(spots))]
         else:
             groups = [slice(0, len(spots))]
@@ -338,15 +320,35 @@ class Evaluator:
         Args:
             spots: where.
             slice_: which fixed part of the data.
-            audit: in eager float32 (or float64) whatever the backend and the precision.
+            audit: in eager float32 (or float64) whatever the backend and the precision; pointwise
+                metrics, which are computed so at any time, are left out then, as NaN.
 
         Raises:
             LsweepError: the data gave another number of samples than at the centre.
         """
-        return self.sums(spots, slice_, self.plain if audit else self.backend)
+        variables = len(expanded(self._asked))
+        out = np.full((len(spots), len(self.splits), variables, len(SUMS)), np.nan)
+        if self.stored:
+            found = self.sums(spots, slice_, self.plain if audit else self.backend)
+            shape = (len(spots), len(self.splits), len(self.stored), len(SUMS))
+            out[:, :, self._columns] = found.reshape(shape)
+        for k, spot in enumerate(spots if self.pointwise and not audit else ()):
+            for metric, at in self._places():
+                for i, split in enumerate(self.splits):
+                    out[k, i, at] = self.differentiating.sums(metric, spot, split)
+        return out.reshape(len(spots), -1, len(SUMS))
+
+    def _places(self) -> Iterator[tuple[str, slice]]:
+        """Yield where among the variables each pointwise metric's are."""
+        start = 0
+        for metric in self._asked:
+            end = start + len(expanded((metric,)))
+            if metric in POINTWISE:
+                yield metric, slice(start, end)
+            start = end
 
     def sums(self, spots: Sequence[Spot], slice_: int, backend: Backend) -> FloatArray:
-        """Return what `evaluate` does, by the backend that is given."""
+        """Return (K, V, 8) sums of the metrics that are means, by the backend that is given."""
         references = self._references(slice_)
         totals: Tensor | None = None
         seen = np.zeros((len(spots), len(self.splits)), dtype=np.int64)
@@ -381,7 +383,7 @@ class Evaluator:
             return False
         for s in free:
             self.batch_sizes[s] = max(1, self.batch_sizes[s] // 2)
-        self._resident.clear()
+        self._supply.clear()
         self._centre.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

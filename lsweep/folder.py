@@ -66,6 +66,11 @@ class RunFolder:
         return self.root / "parts"
 
     @property
+    def arrays(self) -> Path:
+        """The folder of stored arrays."""
+        return self.root / "arrays"
+
+    @property
     def submissions(self) -> Path:
         """The folder of what was submitted to Slurm."""
         return self.root / "submissions"
@@ -95,9 +100,30 @@ class RunFolder:
         """The merged surface."""
         return self.root / "surface.h5"
 
+    @property
+    def measured(self) -> Path:
+        """The numbers that were measured last."""
+        return self.root / "measures.json"
+
+    def child(self, name: str) -> RunFolder:
+        """The child run that computes one measure; only its bare name counts."""
+        return RunFolder(self.measures / Path(name).name)
+
+    def all_children(self) -> list[str]:
+        """The names of the child runs that are planned."""
+        return [n for n in names(self.measures) if self.child(n).exists]
+
     def factory(self, name: str) -> Path:
         """The copy of the factory's file; only its bare name counts, so nothing escapes the run."""
         return self.root / Path(name).name
+
+    def array(self, name: str, sha256: str) -> Path:
+        """Stored arrays, named by what they hold."""
+        return self.arrays / f"{name}-{sha256[:16]}.h5"
+
+    def all_arrays(self) -> list[Path]:
+        """All stored arrays, by name."""
+        return [self.arrays / n for n in names(self.arrays) if n.endswith(".h5")]
 
     def round(self, number: int) -> Path:
         """One published round."""

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsweep.certified import Tested
 from lsweep.certificate import SAME, bench, certify, few, inputs_of
+from lsweep.certified import Tested
 from lsweep.equivalences import BATCH, CARRIED, GAUGEABLE, WHOLE, candidates
 from lsweep.errors import LsweepError, PlanChanged
 from lsweep.problem import Problem

@@ -44,8 +44,9 @@ def given(options: Namespace) -> Given:
 
     The run of a TOML is where the certificate is kept, if it holds the same plan.
     """
-    from lsweep.planning import base_of, load_problem, make_plan, settings_of
+    from lsweep.planning import make_plan
     from lsweep.problem import make_problem
+    from lsweep.restoring import base_of, load_problem, settings_of
 
     folder = run_of(options)
     if folder.exists:
@@ -62,7 +63,7 @@ def given(options: Namespace) -> Given:
     base = options.sweep.absolute().parent
     problem = make_problem(settings.problem, base, trust=options.trust)
     there = Plan.read(folder) if folder.exists else None
-    plan, directions = make_plan(settings, problem, base, there and there.facts)
+    plan, directions = make_plan(settings, problem, base, there.facts if there else None)
     if there is not None:
         there.require_same(plan, folder)
     plan = there or plan
@@ -126,7 +127,10 @@ def _certificate(sweep: Given, device: torch.device, samples: int, plain: bool) 
 
     small = few(problem, split, samples, device)
     rows, loss, count = certify(small, transforms, metric, device, say)
-    normalize, gauge = next(iter(sweep.settings.directions.values())).normalize, sweep.settings.gauge
+    normalize, gauge = (
+        next(iter(sweep.settings.directions.values())).normalize,
+        sweep.settings.gauge,
+    )
     dtype = precisions(problem, device)[-1]
     settings = dataclasses.replace(sweep.settings, grid=dict(sweep.directions.grid))
     picture = Picture(

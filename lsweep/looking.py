@@ -6,31 +6,51 @@ Nothing here computes a value; arguments are those of `lsweep.cli`.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lsweep.commands import INCOMPLETE
 from lsweep.errors import LsweepError
 from lsweep.folder import RunFolder
 
+if TYPE_CHECKING:
+    from lsweep.comparing import Comparison, Question
+    from lsweep.measures import Report
+
 MOST_DPI = 1200
 
 
 def do_status(options: Namespace) -> int:
-    """Print what is done, once or until it is complete."""
+    """Print what is done, once or until it is complete; of a study, run by run."""
     from lsweep.status import Overview, lines
+    from lsweep.study import runs
 
-    overview = Overview(RunFolder(options.run))
+    folders = [RunFolder(p) for p in runs(options.run)]
+    overviews: dict[RunFolder, Overview] = {}
     while True:
-        state = overview.look()
-        text = json.dumps(state) if options.json else "\n".join(lines(state))
+        states, texts = [], []
+        for folder in folders:
+            if folder not in overviews and (folder.exists or len(folders) == 1):
+                overviews[folder] = Overview(folder)
+            state = overviews[folder].look() if folder in overviews else _unplanned(folder)
+            states.append(state)
+            text = lines(state) if folder in overviews else [f"{folder.root}: not planned yet"]
+            texts.append(json.dumps(state) if options.json else "\n".join(text))
         if options.watch and sys.stdout.isatty() and not options.json:
-            text = f"\033[2J\033[H{text}"
-        print(text, flush=True)
-        if not options.watch or state["complete"]:
+            texts[0] = f"\033[2J\033[H{texts[0]}"
+        print("\n".join(texts), flush=True)
+        if not options.watch or all(s["complete"] for s in states):
             return 0
         time.sleep(options.interval)
+
+
+def _unplanned(folder: RunFolder) -> dict[str, Any]:
+    return {"run": str(folder.root), "planned": False, "complete": False}
 
 
 def do_merge(options: Namespace) -> int:
@@ -80,12 +100,17 @@ def do_prune(options: Namespace) -> int:
 def do_render(options: Namespace) -> int:
     """Draw runs or surfaces into one file."""
     from lsweep.opening import open_surface
+    from lsweep.penalty import with_l2
     from lsweep.pictures import render
+    from lsweep.study import runs
 
-    surfaces = [open_surface(p) for p in options.source]
+    if options.kind == "study":
+        return _render_study(options)
+    sources = [p for given in options.source for p in runs(given)]
+    surfaces = [with_l2(open_surface(p), options.l2) for p in sources]
     if options.dpi > MOST_DPI:
         raise LsweepError(f"--dpi {options.dpi}: at most {MOST_DPI}; for more, write .pdf or .svg")
-    labels = [p.stem for p in options.source] if len(surfaces) > 1 else None
+    labels = [p.stem for p in sources] if len(surfaces) > 1 else None
     render(surfaces, options.output, name=options.metric, kind=options.kind, log=options.log,
            vmin=options.vmin, vmax=options.vmax, labels=labels, dpi=options.dpi,
            points=options.points)  # fmt: skip
@@ -93,12 +118,27 @@ def do_render(options: Namespace) -> int:
     return 0
 
 
+def _render_study(options: Namespace) -> int:
+    from lsweep.comparing import Question
+    from lsweep.measures import measure_path
+    from lsweep.pictures import save
+    from lsweep.scatter import study_figure
+
+    paths, absent = _there(options.source)
+    reports = [measure_path(p, options.metric, options.l2) for p in paths]
+    names = {row.name for report in reports for row in report.rows}
+    figure = study_figure(_comparison(Question(), paths, reports, names))
+    save(figure, options.output, dpi=options.dpi)
+    print(f"wrote {options.output}")
+    return INCOMPLETE if absent else 0
+
+
 def _export_directions(options: Namespace) -> int:
     """Write a run's directions as a direction file of the reference implementation."""
     from lsweep.directions import as_reference
     from lsweep.plan import Plan
-    from lsweep.planning import load_problem
     from lsweep.reference import write_reference_directions
+    from lsweep.restoring import load_problem
     from lsweep.vectors import Origin
 
     folder = RunFolder(options.source)
@@ -122,21 +162,98 @@ def do_convert(options: Namespace) -> int:
 
 
 def do_measure(options: Namespace) -> int:
-    """Print numbers, a block or a JSON object for each run."""
-    from lsweep.measures import measure
-    from lsweep.opening import open_surface
+    """Print the numbers of runs: a table each, CSV, or JSON; keep them in the runs."""
+    from lsweep import sheet
+    from lsweep.measured import jsonable
+    from lsweep.measures import measure_path
 
-    rows = []
-    for path in options.runs:
-        surface = open_surface(path)
-        rows.append({"run": str(path), **measure(surface, options.metric or surface.metrics[0])})
+    if options.json and options.csv:
+        raise LsweepError("--json and --csv are two forms of one answer: give one of them")
+    paths, absent = _there(options.runs)
+    reports = [measure_path(path, options.metric, options.l2) for path in paths]
+    for path, report in zip(paths, reports, strict=True):
+        folder = RunFolder(path)
+        if folder.exists and options.metric is None and options.l2 is None:
+            trouble = sheet.keep(folder, report)
+            if trouble:
+                print(f"lsweep: {trouble}; the numbers are not kept", file=sys.stderr)
+    whole = reports
+    if options.only is not None:
+        reports = sheet.only(reports, options.only)
+    if len(paths) > 1:
+        _print_comparison(options, paths, whole, reports)
+    elif options.json:
+        rows = [{**jsonable(r.summary), **sheet.as_json(r)} for r in reports]
+        print(json.dumps(rows, allow_nan=False))
+    elif options.csv:
+        print(sheet.as_csv(reports), end="")
+    else:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print("\n\n".join(sheet.text(r, width) for r in reports))
+    return INCOMPLETE if absent else 0
+
+
+def _there(given: Sequence[Path]) -> tuple[list[Path], int]:
+    """Return the runs that are meant, each once, and how many of a study are not planned yet."""
+    from lsweep.study import runs
+
+    paths: dict[Path, Path] = {}
+    absent = 0
+    for path in given:
+        found = runs(path)
+        there = [p for p in found if p.exists()] if len(found) > 1 else found
+        for p in found:
+            if p not in there:
+                print(f"lsweep: {p}: not planned yet", file=sys.stderr)
+        absent += len(found) - len(there)
+        paths |= {p.resolve(): p for p in there if p.resolve() not in paths}
+    if not paths:
+        raise LsweepError(f"nothing of {given[0]} is planned yet: 'lsweep run {given[0]}'")
+    return list(paths.values()), absent
+
+
+def _print_comparison(
+    options: Namespace, paths: Sequence[Path], whole: Sequence[Report], shown: Sequence[Report]
+) -> None:
+    from lsweep import sheet, sidebyside
+    from lsweep.comparing import Question
+    from lsweep.measured import jsonable
+
+    names = {row.name for report in shown for row in report.rows}
+    asked = Question(options.gap, options.match, options.regularizer, options.permutations)
+    found = _comparison(asked, paths, whole, names)
     if options.json:
-        print(json.dumps(rows))
-        return 0
-    for row in rows:
-        for key, value in row.items():
-            print(f"{key:20} {value:.6g}" if isinstance(value, float) else f"{key:20} {value}")
-    return 0
+        runs = [{**jsonable(r.summary), **sheet.as_json(r)} for r in shown]
+        print(json.dumps({**sidebyside.as_json(found), "runs": runs}, allow_nan=False))
+    elif options.csv:
+        print(sidebyside.as_csv(found), end="")
+    else:
+        print("\n".join(sidebyside.lines(found)))
+        lacking = [r for r in shown if r.missing]
+        if lacking:
+            print(f"\nnot all is measured in {len(lacking)} of {len(shown)} runs: 'lsweep measure "
+                  f"{lacking[0].source}' says what, and how it is")  # fmt: skip
+
+
+def _comparison(
+    asked: Question, paths: Sequence[Path], reports: Sequence[Report], only: Collection[str]
+) -> Comparison:
+    import dataclasses
+
+    from lsweep.comparing import compare
+    from lsweep.opening import open_surface
+    from lsweep.plan import Plan
+    from lsweep.siblings import RunMeasures
+
+    runs = []
+    for path, report in zip(paths, reports, strict=True):
+        folder = RunFolder(path)
+        if folder.exists:
+            plan = dataclasses.asdict(Plan.read(folder))
+        else:
+            plan = open_surface(path).provenance.get("plan") or {}
+        runs.append(RunMeasures(str(path), plan, report.rows))
+    return compare(runs, asked, only)
 
 
 def do_doctor(options: Namespace) -> int:

@@ -1,123 +1,239 @@
-"""Measures: numbers computed from a surface, without the network."""
+"""Measures: numbers computed from surfaces, without the network.
+
+From a run's own surface, and from the child runs in its ``measures/`` that are complete.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from lsweep.children import CHILDREN, Child, names_of
+from lsweep.committed import read_run
+from lsweep.convexity import nonconvex_fraction
 from lsweep.errors import LsweepError
+from lsweep.folder import RunFolder
+from lsweep.from_children import Finished, rows_of
+from lsweep.from_surface import centre_of, context_of, rows_at_centre, rows_of_plane
+from lsweep.measured import Measured
+from lsweep.merge import merge
+from lsweep.opening import open_surface
+from lsweep.penalty import with_l2
 from lsweep.surface import Status, Surface
 
-FloatArray = npt.NDArray[np.float64]
-THRESHOLD = 0.1
-ROUNDING = 64 * float(np.finfo(np.float64).eps)
+CERTAIN = 3.0  # standard errors within which two routes to one number agree
+LIVE = "live:"  # how the factory of a live model begins
+ROUTES = {"direction_curvature": "filter_hessian_trace", "spectral_trace": "hessian_trace"}
 
 
-def plane_hessian_extremes(
-    z: FloatArray, x: FloatArray, y: FloatArray
-) -> tuple[FloatArray, FloatArray]:
-    """Return both eigenvalues of the 2 x 2 Hessian of a plane, by central differences.
+@dataclass(frozen=True)
+class Report:
+    """What was measured of one run or surface.
+
+    Attributes:
+        source: the path of the run or the surface; "" for a surface in memory.
+        plan: the digest of its plan; "" where there is none.
+        rows: the numbers.
+        missing: what was not measured, why, and what computes it; one line each.
+        summary: what `measure` returns for a surface.
+    """
+
+    source: str
+    plan: str
+    rows: list[Measured]
+    missing: list[str]
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+def measure_run(folder: RunFolder, name: str | None = None, l2: float | None = None) -> Report:
+    """Return every number of a run that its surface and its complete children tell.
 
     Args:
-        z: (ny, nx) values.
-        x: (nx,) equidistant offsets.
-        y: (ny,) equidistant offsets.
-
-    Returns:
-        (smaller, larger), each of shape (ny-2, nx-2): interior cells.
-
-    >>> x = np.linspace(-1, 1, 5)
-    >>> low, high = plane_hessian_extremes(np.add.outer(-(x**2), 2 * x**2), x, x)
-    >>> bool(np.allclose(low, -2) and np.allclose(high, 4))
-    True
-    """
-    dx, dy = x[1] - x[0], y[1] - y[0]
-    c = z[1:-1, 1:-1]
-    with np.errstate(invalid="ignore", over="ignore"):
-        xx = (z[1:-1, 2:] - 2 * c + z[1:-1, :-2]) / dx**2
-        yy = (z[2:, 1:-1] - 2 * c + z[:-2, 1:-1]) / dy**2
-        xy = (z[2:, 2:] - z[2:, :-2] - z[:-2, 2:] + z[:-2, :-2]) / (4 * dx * dy)
-        middle, spread = (xx + yy) / 2, np.hypot((xx - yy) / 2, xy)
-        return middle - spread, middle + spread
-
-
-def convexity_ratio(surface: Surface, name: str = "train_loss") -> FloatArray:
-    """Return -λ_min / max|λ| of the plane Hessian at interior points, (ny-2, nx-2).
-
-    Positive where the plane curves downwards in some direction; NaN next to a value that is not
-    finite.
+        folder: the run, complete or not.
+        name: the variable that is looked at as a landscape; by default the first, ``train_loss``.
+        l2: λ of a penalty that is added to the surface's losses; children are of the loss without
+            it, and are then left out.
 
     Raises:
-        LsweepError: the surface is no plane of at least 3 x 3 points.
-
-    >>> x = np.linspace(-1, 1, 3)
-    >>> convexity_ratio(Surface({"x": x, "y": x}, {"train_loss": np.subtract.outer(x**2, x**2)}))
-    array([[1.]])
+        LsweepError: this is no run, or it has no such variable.
+        DamagedFile: its plan or a round was altered.
     """
-    if len(surface.axes) != 2 or min(surface.shape) < 3:
-        raise LsweepError(
-            f"a non-convex fraction needs a plane of 3 x 3 points, not {surface.shape}"
-        )
-    z = surface[name]
-    low, high = plane_hessian_extremes(z, surface.x, surface.y)
-    step = min(surface.x[1] - surface.x[0], surface.y[1] - surface.y[0])
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        size = np.maximum(np.abs(low), np.abs(high))
-        # A second difference below the rounding of float64 values is flat, and flat is convex.
-        height = np.maximum.reduce(
-            [np.abs(c) for c in (z[2:, 2:], z[:-2, :-2], z[2:, :-2], z[:-2, 2:])]
-        )
-        flat = size <= ROUNDING * height / step**2
-        return np.where(flat, 0.0, -low / size)
+    surface, merged = merge(folder)
+    surface = with_l2(surface, l2)
+    report = measure_surface(surface, name, str(folder.root))
+    missing = list(report.missing)
+    if merged.missing:
+        missing.insert(0, f"{merged.missing} of {merged.points} points are missing: "
+                          f"'lsweep run {folder.root}' computes them")  # fmt: skip
+    if l2 is not None:
+        missing.append("what is measured at the centre: child runs are of the loss without --l2")
+        return dataclasses.replace(report, missing=missing)
+    rows, absent, live = list(report.rows), [], _is_live(surface)
+    known = [*CHILDREN, *(n for n in folder.all_children() if n not in CHILDREN)]
+    for child in known:
+        if not folder.child(child).exists:
+            absent.append(CHILDREN[child])
+            continue
+        try:
+            found, trouble = _child_rows(folder, child)
+        except LsweepError as e:
+            found, trouble = [], [f"{child}: {e}"]
+        rows += found
+        missing += trouble
+    first = name or surface.metrics[0]
+    context = {first: centre_of(surface, first)}
+    rows = [dataclasses.replace(r, context={**r.context, **context}) for r in rows]
+    return dataclasses.replace(
+        report, rows=compared(rows), missing=missing + _how_to_get(folder, absent, live)
+    )
 
 
-def nonconvex_fraction(
-    surface: Surface, name: str = "train_loss", threshold: float = THRESHOLD
-) -> float:
-    """Return the share of interior points whose plane Hessian has -λ_min / max|λ| > threshold.
+def measure_surface(surface: Surface, name: str | None = None, source: str = "") -> Report:
+    """Return the numbers that a surface alone tells.
 
-    A lower bound of the true non-convexity: principal curvatures of a random plane are averages of
-    the full ones (Li et al., section 6). Points next to a value that is not finite do not count.
-
-    >>> x = np.linspace(-1, 1, 9)
-    >>> saddle = Surface({"x": x, "y": x}, {"train_loss": np.subtract.outer(x**2, x**2)})
-    >>> nonconvex_fraction(saddle)
-    1.0
+    Raises:
+        LsweepError: it has no variable ``name``.
     """
-    ratio = convexity_ratio(surface, name)
-    known = np.isfinite(ratio)
-    if not known.any():
-        return float("nan")
-    return float((ratio[known] > threshold).mean())
+    first = name or surface.metrics[0]
+    summary = _summary(surface, first)
+    rows, refused = rows_of_plane(surface, first)
+    digest = str(surface.provenance.get("plan_sha256", ""))
+    return Report(source, digest, rows_at_centre(surface) + rows, refused, summary)
 
 
-def measure(surface: Surface, name: str = "train_loss") -> dict[str, Any]:
-    """Return what a surface alone tells about one metric.
+def measure_path(
+    path: str | os.PathLike[str], name: str | None = None, l2: float | None = None
+) -> Report:
+    """Return the numbers of a run or of a surface file; arguments as in `measure_run`.
+
+    Raises:
+        LsweepError: there is neither.
+    """
+    folder = RunFolder(Path(path))
+    if folder.exists:
+        return measure_run(folder, name, l2)
+    return measure_surface(with_l2(open_surface(path), l2), name, str(path))
+
+
+def _is_live(surface: Surface) -> bool:
+    plan = surface.provenance.get("plan") or {}
+    return str(plan.get("problem", {}).get("factory", "")).startswith(LIVE)
+
+
+def _child_rows(folder: RunFolder, name: str) -> tuple[list[Measured], list[str]]:
+    """Return what a child tells; nothing unless it is complete, but lines that say why."""
+    child = folder.child(name)
+    _, _, committed = read_run(child)
+    if not committed.complete:
+        done, total = committed.share
+        return [], [f"{name}: {total - done} of {total} points are missing: 'lsweep run "
+                    f"{folder.root} --measures {name}' computes them"]  # fmt: skip
+    surface, merged = merge(child)
+    trouble = [f"{name}: {n} points failed: {reason}" for reason, n in merged.failed.items()]
+    if sum(merged.failed.values()) == merged.points:
+        return [], trouble
+    split = str(surface.provenance["plan"]["evaluate"]["splits"][0])
+    return rows_of(Finished(name, surface, context_of(surface, split))), trouble
+
+
+def _how_to_get(folder: RunFolder, absent: Sequence[Child], live: bool) -> list[str]:
+    """Return one line for each measure at the centre that was never asked for."""
+    if live and absent:
+        return [
+            f"not measured at the centre: {names_of(absent)}; this run was made from a live model, "
+            "which no command can load: make its problem with lsweep.Problem.from_factory"
+        ]
+    command = f"lsweep run {folder.root} --measures"
+    out = [f"{c.name} ({c.about}): '{command} {c.name}'" for c in absent if c.usual]
+    if len(out) > 1:
+        out.append(f"all of these: '{command} all'")
+    rest = [c for c in absent if not c.usual]
+    return out + [f"on request: {c.name} ({c.about}): '{command} {c.name}'" for c in rest]
+
+
+def compared(rows: list[Measured]) -> list[Measured]:
+    """Return rows, with a note where two routes lead to one number: whether they agree.
+
+    >>> a = Measured("direction_curvature", 2.0, 0.3, "directions", {"normalize": "filter"})
+    >>> b = Measured("filter_hessian_trace", 1.0, 0.4, "probes")
+    >>> compared([a, b])[0].note
+    'agrees with filter_hessian_trace (2.0 standard errors apart)'
+    """
+    named = {row.name: row for row in rows}
+    out = []
+    for row in rows:
+        other = named.get(ROUTES.get(row.name, ""))
+        if other is not None and row.context.get("normalize", "filter") == "filter":
+            note = "; ".join(filter(None, [row.note, _agreement(row, other)]))
+            row = dataclasses.replace(row, note=note)
+        out.append(row)
+    return out
+
+
+def _agreement(a: Measured, b: Measured) -> str:
+    error = math.hypot(a.se or 0.0, b.se or 0.0)
+    gap = abs(a.value - b.value)
+    if not math.isfinite(gap) or not math.isfinite(error):
+        return ""
+    apart = gap / error if error else math.inf if gap else 0.0
+    if apart <= CERTAIN:
+        return f"agrees with {b.name} ({apart:.1f} standard errors apart)"
+    why = (
+        ": up to this radius the loss is not the quadratic that derivatives at the centre describe"
+    )
+    finite = a.context.get("radius")
+    return f"differs from {b.name} by {apart:.1f} standard errors{why if finite else ''}"
+
+
+def measure(surface: Surface | str | os.PathLike[str], name: str = "train_loss") -> dict[str, Any]:
+    """Return what a surface, a run or a surface file tells about one metric.
 
     Of a refined surface most values are interpolated. What looks at neighbours is then computed
     from interpolated values, and that is said, with their stated error.
 
+    Args:
+        surface: a `Surface`, or the path of a run or of a surface file.
+        name: the metric.
+
     Returns:
         ``center``, ``minimum``, ``minimum_at``, ``points``, ``finite`` (share), and for planes
         ``nonconvex_fraction``; of a refined surface also ``evaluated`` (how many points),
-        ``values`` (what the numbers were computed from) and ``minimum_is``.
+        ``values`` (what the numbers were computed from) and ``minimum_is``. Of a path also
+        ``measures``, all numbers as `Measured`, and ``missing``, what was not measured.
+
+    Raises:
+        LsweepError: there is no such metric, or nothing at the path.
 
     >>> x = np.linspace(-1, 1, 5)
     >>> bowl = Surface({"x": x, "y": x}, {"train_loss": np.add.outer(x**2, x**2)})
     >>> measure(bowl)["nonconvex_fraction"]
     0.0
     """
-    where, least = surface.minimum(name)
+    if isinstance(surface, Surface):
+        surface.minimum(name)  # one without a finite value has none, and that is an error here
+        return _summary(surface, name)
+    report = measure_path(surface, name)
+    return {**report.summary, "measures": report.rows, "missing": report.missing}
+
+
+def _summary(surface: Surface, name: str) -> dict[str, Any]:
     out: dict[str, Any] = {
         "metric": name,
         "points": int(surface[name].size),
         "finite": float(np.isfinite(surface[name]).mean()),
         "center": surface.center(name),
-        "minimum": least,
-        "minimum_at": where,
     }
+    if not out["finite"]:
+        return out
+    where, least = surface.minimum(name)
+    out |= {"minimum": least, "minimum_at": where}
     if len(surface.axes) == 2 and min(surface.shape) >= 3:
         out["nonconvex_fraction"] = nonconvex_fraction(surface, name)
     if (surface.status == Status.INTERPOLATED).any():

@@ -22,6 +22,7 @@ from lsweep.gaps import fill_gaps
 from lsweep.machine import versions
 from lsweep.plan import Plan
 from lsweep.points import IntArray, Lattice
+from lsweep.pointwise import Pointwise
 from lsweep.rounds import Rounds
 from lsweep.rows import device_code
 from lsweep.sums import means
@@ -149,7 +150,8 @@ def merge(folder: RunFolder, parts: Sequence[Path] | None = None) -> tuple[Surfa
         provenance["caption"] += gaps.caption
     del winners, numbers
     shaped = {n: v.reshape(lattice.shape) for n, v in values.items()}
-    shaped["weight_sq"] = _weight_squares(plan, lattice)
+    if plan.facts["weight_sq"] is not None:
+        shaped["weight_sq"] = _weight_squares(plan, lattice)
     surface = Surface(
         lattice.axes,
         shaped,
@@ -190,11 +192,12 @@ def _reasons(winners: Winners, failed: IntArray) -> dict[str, int]:
 
 
 def _audit(winners: Winners, plan: Plan) -> dict[str, float]:
-    """Compare the first variable of audited points with their value."""
+    """Compare the first variable of audited points, a mean, with their value."""
     rows, audits = winners.audits()
     if not len(audits):
         return {}
-    pairs = np.stack([means(rows["sums"][:, 0]), means(audits["sums"][:, 0])], axis=1)
+    k = next(k for k, name in enumerate(plan.variable_names) if name not in plan.pointwise)
+    pairs = np.stack([means(rows["sums"][:, k]), means(audits["sums"][:, k])], axis=1)
     values = pairs[audits["status"] == Status.OK]
     finite = np.isfinite(values)
     both = values[finite.all(axis=1)]
@@ -229,6 +232,9 @@ def _attributes(plan: Plan, opaque: set[str]) -> dict[str, dict[str, str]]:
     for (split, metric), name in zip(plan.variables, plan.variable_names, strict=True):
         units = "percent" if metric == "accuracy" else "1"
         common = {"units": units, "split": split}
+        if name in plan.pointwise:
+            out |= _pointwise_attributes(plan.pointwise[name], split, metric, plan)
+            continue
         note = " (mean over batches, no standard error)" if name in opaque else ""
         out[name] = {**common, "metric": metric, "long_name": f"{split} {metric}{note}"}
         for suffix, what in (
@@ -243,7 +249,27 @@ def _attributes(plan: Plan, opaque: set[str]) -> dict[str, dict[str, str]]:
             "long_name": f"offset along direction {axis}",
             "norm": repr(float(plan.facts["axes"][axis]["norm"])),
         }
+        if axis not in plan.moving:
+            out[axis] |= {"long_name": describe_recipe(recipe), "kind": str(recipe["kind"])}
+            del out[axis]["norm"]
+        if recipe["kind"] == "layer":
+            out[axis]["layers"] = " ".join(plan.facts["layers"])
     return out
+
+
+def _pointwise_attributes(
+    pointwise: Pointwise, split: str, variable: str, plan: Plan
+) -> dict[str, dict[str, str]]:
+    name = f"{split}_{variable}"
+    what = next(v for v in pointwise.outputs if v.name == variable)
+    common = {"units": what.units, "split": split}
+    attributes = {**common, "metric": pointwise.name, "long_name": f"{split} {what.long_name}"}
+    if not pointwise.sampled:
+        attributes["moved"] = plan.facts["curvature"]
+    if pointwise.replicate:
+        attributes["replicate"] = pointwise.replicate
+    error = {**common, "long_name": f"standard error of {split} {what.long_name}"}
+    return {name: attributes, f"{name}_se": {**error, "replicate": "samples"}}
 
 
 def _trajectory(values: dict[str, FloatArray], rounds: Rounds, plan: Plan) -> Trajectory | None:
@@ -280,6 +306,8 @@ def _provenance(
             for k in ("device", "batch_sizes", "threads", "versions", "samples", "centre")
         } | {"batch_norm": value["batch_norm"], "seconds_per_point": value["seconds_per_point"]}
         devices[value["class"]] |= {k: value.get(k) for k in ("backend", "error", "tried")}
+        devices[value["class"]]["derivatives"] = value.get("derivatives", "")
+    left_out = list(dict.fromkeys(p.name for p in plan.pointwise.values()))
     return {
         "plan": {f: getattr(plan, f) for f in plan.__dataclass_fields__},
         "plan_sha256": plan.digest,
@@ -292,7 +320,7 @@ def _provenance(
             "agreement_across_classes": ACROSS_CLASSES[plan.evaluate["precision"]],
         },
         "seconds": f"{seconds:.3f}",
-        "audit": report.audit,
+        "audit": {**report.audit, **({"left_out": left_out} if left_out else {})},
         "failures": report.failed,
         "sampling": sampling,
         "caption": caption(plan, devices, variates.words(sampling)),

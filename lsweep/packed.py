@@ -6,13 +6,15 @@ origin + Σ offset·direction, so it is applied to the rows once and never to a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 ALIGNMENT = 64  # bytes: where every tensor begins, as vector loads like it
+KEPT = 3  # sets of directions that are kept packed
+Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Packed:
             does not move, one that ``origin`` lacks is left out.
         device: where the rows are kept.
         dtype: of all rows.
+        relaid: a direction -> what its row holds, where the rows have another layout.
 
     Attributes:
         views: name -> view into the weights at the present point; move and load change it in place.
@@ -48,10 +51,11 @@ class Packed:
 
     def __init__(
         self,
-        origin: Mapping[str, Tensor],
-        directions: Sequence[Mapping[str, Tensor]],
+        origin: Tensors,
+        directions: Sequence[Tensors],
         device: torch.device,
         dtype: torch.dtype,
+        relaid: Callable[[Tensors], Tensors] = dict,
     ) -> None:
         self._layout: dict[str, tuple[int, torch.Size, tuple[int, ...]]] = {}
         step, size = ALIGNMENT // dtype.itemsize, 0
@@ -60,9 +64,10 @@ class Packed:
             like = torch.empty_like(t, device="meta", memory_format=torch.preserve_format)
             self._layout[name] = (size, t.shape, like.stride())
             size += -(-t.numel() // step) * step
-        self._size, self._device, self._dtype = size, device, dtype
+        self._size, self._device, self._dtype, self._relaid = size, device, dtype, relaid
         self.origin = self.row(origin)
-        self.axes = [self.row(d) for d in directions]
+        self.axes = self._rows(directions)
+        self._turned: dict[Hashable, list[Tensor]] = {}
         self.theta = self.origin.clone()
         self.views = self.views_of(self.theta)
 
@@ -73,7 +78,26 @@ class Packed:
             for name, (start, shape, stride) in self._layout.items()
         }
 
-    def row(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    def _rows(self, directions: Sequence[Tensors]) -> list[Tensor]:
+        nothing = torch.empty(0, dtype=self._dtype, device=self._device)
+        return [self.row(self._relaid(d)) if d else nothing for d in directions]
+
+    def turn(self, key: Hashable, directions: Callable[[], Sequence[Tensors]]) -> None:
+        """Let the axes be other directions from now on; the last few are remembered by ``key``.
+
+        >>> packed = Packed({"w": torch.ones(1)}, [{"w": torch.ones(1)}], torch.device("cpu"),
+        ...                 torch.float32)
+        >>> packed.turn("another", lambda: [{"w": torch.tensor([3.0])}])
+        >>> packed.move([1.0])
+        >>> packed.views["w"]
+        tensor([4.])
+        """
+        rows = self._turned.pop(key, None)
+        while rows is None and len(self._turned) >= KEPT:
+            del self._turned[next(iter(self._turned))]  # before another is made: it is large
+        self.axes = self._turned[key] = rows or self._rows(directions())
+
+    def row(self, tensors: Tensors) -> Tensor:
         """Return tensors as one vector; 0 where a name is missing."""
         flat = torch.zeros(self._size, dtype=self._dtype, device=self._device)
         for name, view in self.views_of(flat).items():

@@ -10,6 +10,8 @@ from typing import Any
 from lsweep.errors import DamagedFile, LsweepError, PlanChanged
 from lsweep.files import digest, publish, read_json, sealed
 from lsweep.folder import RunFolder
+from lsweep.pointwise import POINTWISE, Pointwise, expanded
+from lsweep.recipes import INDEXES, STILL
 
 VERSION = 1
 
@@ -50,13 +52,40 @@ class Plan:
 
     @property
     def variables(self) -> tuple[tuple[str, str], ...]:
-        """(split, metric) of each stored value, in the order of a row's sums."""
-        return tuple((s, m) for s in self.evaluate["splits"] for m in self.evaluate["metrics"])
+        """(split, metric) of each stored value, in the order of a row's sums.
+
+        A pointwise metric counts as the variables that it computes.
+        """
+        metrics = expanded(tuple(self.evaluate["metrics"]))
+        return tuple((s, m) for s in self.evaluate["splits"] for m in metrics)
 
     @property
     def variable_names(self) -> tuple[str, ...]:
         """``train_loss`` and the like, in the order of a row's sums."""
         return tuple(f"{s}_{m}" for s, m in self.variables)
+
+    @functools.cached_property
+    def pointwise(self) -> dict[str, Pointwise]:
+        """``train_hessian_max`` and the like -> the pointwise metric that computes it."""
+        found = {v: POINTWISE[m] for m in self.evaluate["metrics"] if m in POINTWISE
+                 for v in POINTWISE[m].variables}  # fmt: skip
+        return {f"{s}_{v}": p for s in self.evaluate["splits"] for v, p in found.items()}
+
+    @property
+    def counting(self) -> tuple[str, ...]:
+        """Axes whose offsets count replicates or layers, in the order in which they vary least."""
+        kinds = {self.directions[a]["kind"]: a for a in self.axes}
+        return tuple(kinds[k] for k in INDEXES if k in kinds)
+
+    @property
+    def moving(self) -> tuple[str, ...]:
+        """Axes that move the weights, in the order x, y, z."""
+        return tuple(a for a in self.axes if self.directions[a]["kind"] not in STILL)
+
+    @property
+    def derived(self) -> tuple[str, ...]:
+        """Axes whose directions are stored in the run."""
+        return tuple(a for a in self.axes if self.directions[a].get("stored"))
 
     @property
     def slices(self) -> int:

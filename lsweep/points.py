@@ -6,13 +6,13 @@ fastest, so that point ``i`` of a plane has coordinates ``(x[i % nx], y[i // nx]
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
 
-from lsweep.settings import Axis
+from lsweep.recipes import Axis
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -79,19 +79,28 @@ class Lattice:
             known = known[..., None] & (mine[at] == theirs)
         return np.where(known, index, -1).ravel()
 
-    def coarse_to_fine(self) -> IntArray:
+    def coarse_to_fine(self, one_by_one: Sequence[str] = ()) -> IntArray:
         """Return all C-order indices, level by level of integer bisection, so pictures come early.
+
+        Args:
+            one_by_one: axes along which one index after the other is done with, the first of them
+                slowest: each may cost something to come to.
 
         >>> Lattice({"x": np.arange(5.0)}).coarse_to_fine()
         array([0, 4, 2, 1, 3])
+        >>> Lattice({"x": np.arange(3.0), "y": np.arange(2.0)}).coarse_to_fine(["y"])
+        array([0, 2, 1, 3, 5, 4])
         """
         level = np.zeros((), dtype=np.int64)
-        for n in self.shape:
-            level = np.maximum(level[..., None], bisection_levels(n))
+        for axis, n in zip(reversed(self.axes), self.shape, strict=True):
+            levels = np.zeros(n, dtype=np.int64) if axis in one_by_one else bisection_levels(n)
+            level = np.maximum(level[..., None], levels)
         # Levels are few, and a stable sort of single bytes takes linear time.
-        return np.argsort(level.astype(np.uint8).ravel(), kind="stable").astype(
-            np.int64, copy=False
-        )
+        order = np.argsort(level.astype(np.uint8).ravel(), kind="stable")
+        if one_by_one:
+            along = dict(zip(reversed(self.axes), np.unravel_index(order, self.shape), strict=True))
+            order = order[np.lexsort([along[axis] for axis in reversed(one_by_one)])]
+        return order.astype(np.int64, copy=False)
 
 
 def bisection_levels(n: int) -> IntArray:

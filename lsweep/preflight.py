@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lsweep import batchnorm, machine
-from lsweep.choice import choose
+from lsweep.choice import Choice, choose
 from lsweep.data import map_tensors, tensors_of
 from lsweep.device import device_class, human, memory_used
 from lsweep.directions import Directions
@@ -90,13 +90,15 @@ def preflight(
     again = evaluator.samples([evaluator.origin], limit=REPEATED_SAMPLES)[0]
     _check_repeat(evaluator, slices[0], again)
     first = [Samples.joined(parts) for parts in zip(*slices, strict=True)]
-    centre = {v: s.mean for v, s in zip(plan.variable_names, first, strict=True)}
-    for label, s in zip(plan.variable_names, first, strict=True):
+    centre = {v: s.mean for v, s in zip(evaluator.names, first, strict=True)}
+    for label, s in zip(evaluator.names, first, strict=True):
         if not bool((s.weights >= 0).all()) or not bool(torch.isfinite(s.weights).all()):
             raise LsweepError(f"{label}: a weight is negative or not finite")
     check_expected(centre, expected)
     changes = _batch_norm_check(evaluator)
-    choice = choose(evaluator, [evaluator.origin, *spots], seconds, points)
+    choice = Choice("eager", dict(evaluator.batch_sizes))
+    if evaluator.stored:
+        choice = choose(evaluator, [evaluator.origin, *spots], seconds, points)
     if (choice.backend, choice.batch_sizes) != ("eager", evaluator.batch_sizes):
         evaluator.use(choice.backend, choice.batch_sizes)
         slices.clear()
@@ -104,7 +106,7 @@ def preflight(
             lambda: slices.extend(evaluator.centre(s) for s in range(evaluator.slices))
         )
         first = [Samples.joined(parts) for parts in zip(*slices, strict=True)]
-        centre = {v: s.mean for v, s in zip(plan.variable_names, first, strict=True)}
+        centre = {v: s.mean for v, s in zip(evaluator.names, first, strict=True)}
     value = {
         "plan": plan.digest,
         "class": name,
@@ -119,7 +121,7 @@ def preflight(
             for v, whole in (over_all or {}).items()
             if math.isfinite(centre[v])
         },
-        "opaque": [v for v, s in zip(plan.variable_names, first, strict=True) if s.opaque],
+        "opaque": [v for v, s in zip(evaluator.names, first, strict=True) if s.opaque],
         "samples": {
             s: len(first[i * len(evaluator.metrics)].values) for i, s in enumerate(evaluator.splits)
         },
@@ -127,6 +129,7 @@ def preflight(
         "seconds_per_point": seconds,
         "memory": memory_used(evaluator.device),
         "batch_norm": changes,
+        "derivatives": evaluator.differentiating.note(evaluator.pointwise, evaluator.splits[0]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     publish(folder.device(name), sealed(value))
@@ -224,8 +227,13 @@ def _batch_norm_check(evaluator: Evaluator) -> dict[str, Any] | None:
     if evaluator.settings["batch_norm"] != "eval" or not batchnorm.layers(evaluator.problem.model):
         return None
     axes = len(evaluator.directions.axes)
-    offsets = [(s, *(0.0,) * (axes - 1)) for s in (1.0, -1.0)]
-    offsets += [(0.0, s, *(0.0,) * (axes - 2)) for s in (1.0, -1.0)] if axes > 1 else []
+    offsets = [
+        tuple(sign if i == a else 0.0 for i in range(axes))
+        for a in evaluator.directions.moving[:2]
+        for sign in (1.0, -1.0)
+    ]
+    if not offsets:
+        return None
     spots = [Spot(o) for o in offsets]
     split = "train" if "train" in evaluator.problem.splits else evaluator.splits[0]
     few = RECALIBRATED_SAMPLES

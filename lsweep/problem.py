@@ -116,6 +116,8 @@ class Problem:
         batch: Batch,
         names: tuple[str, ...],
         network: Callable[..., Any] | None = None,
+        *,
+        graph: bool = False,
     ) -> dict[str, Sampled]:
         """Return the metrics ``names`` on one batch at the model's present weights.
 
@@ -123,6 +125,7 @@ class Problem:
             batch: as the split yields it, on the model's device.
             names: which metrics.
             network: called in place of the model.
+            graph: values stay attached to the weights, so that they can be differentiated.
 
         Raises:
             LsweepError: a metric is unknown or not per sample.
@@ -145,7 +148,7 @@ class Problem:
         for name in names:
             if name not in results:
                 raise LsweepError(f"no metric {name!r}{nearest(name, results or self._functions)}")
-            out[name] = _sampled(results[name], n, name)
+            out[name] = _sampled(results[name], n, name, graph)
         return out
 
     def check_mean(self, batch: Batch) -> None:
@@ -236,10 +239,11 @@ def full(output: Any) -> Any:
     return output
 
 
-def _sampled(result: Values, n: int, name: str) -> Sampled:
+def _sampled(result: Values, n: int, name: str, graph: bool = False) -> Sampled:
     values, weights = result if isinstance(result, tuple) else (result, None)
     if not isinstance(values, Tensor):
         values = torch.as_tensor(values)
+    values = values if graph else values.detach()
     if values.is_complex():
         raise LsweepError(f"metric {name!r} is complex: a value is a real number")
     if values.dim() == 0 or (values.numel() == 1 and n > 1 and weights is None):
@@ -250,8 +254,7 @@ def _sampled(result: Values, n: int, name: str) -> Sampled:
                 "Return one value per sample"
             )
         total = torch.tensor(float(n)) if weights is None else weights.detach().double().sum()
-        return Sampled(values.detach().reshape(1), total.reshape(1).to(values.device), opaque=True)
-    values = values.detach()
+        return Sampled(values.reshape(1), total.reshape(1).to(values.device), opaque=True)
     if values.dim() > 1:
         reduced = flatten(values, weights)
         values, weights = reduced if isinstance(reduced, tuple) else (reduced, weights)

@@ -28,7 +28,7 @@ from lsweep.folder import RunFolder
 from lsweep.insist import names
 from lsweep.plan import Plan
 from lsweep.points import IntArray, Lattice
-from lsweep.settings import Axis
+from lsweep.recipes import Axis
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
@@ -235,7 +235,7 @@ class Rounds:
             if r.again is not None or r.asked is not None:
                 orders.append(np.array(r.asked or [], dtype=np.int64))
                 continue
-            known, order = self._known(r), r.lattice.coarse_to_fine()
+            known, order = self._known(r), r.lattice.coarse_to_fine(self.plan.counting)
             orders.append(order if known is None else order[~known[order]])
         return orders
 

@@ -8,26 +8,23 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from decimal import Decimal
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from lsweep.errors import LsweepError, nearest
-from lsweep.tables import build, override_key, parse_toml, plain
+from lsweep.origins import Study
+from lsweep.pointwise import POINTWISE, expanded
+from lsweep.recipes import AXES as AXES
+from lsweep.recipes import EIGENVECTORS, LARGEST_GRID, check_range, check_together
+from lsweep.recipes import Axis as Axis
+from lsweep.recipes import Recipe as Recipe
+from lsweep.tables import build, one_of, override_key, parse_toml, plain
 
-KINDS = ("random", "to", "plane", "pca", "hessian", "gradient", "file")
-NORMALIZATIONS = ("filter", "layer", "weight", "none")
-GAUGES = ("none", "equi")
-CHECKPOINT_KINDS = ("to", "plane", "pca", "file")
 BATCH_NORMS = ("eval", "batch", "recalibrate")
 PRECISIONS = ("float64", "float32", "tf32", "bfloat16", "float16")
 BACKENDS = (
     "auto", "eager", "channels_last", "fused", "native", "vmap", "cudagraph", "compiled"
 )  # fmt: skip
-AXES = ("x", "y", "z")
-LARGEST_GRID = 10**8  # points; beyond it the index arrays alone outgrow a node
-LARGEST_OFFSET = 10**6
 LEAST_TOLERANCE = 1e-6
 
 
@@ -54,92 +51,6 @@ class ProblemSource:
 
 
 @dataclass(frozen=True)
-class Axis:
-    """A range and a count; bounds are exact decimals, or ``auto`` until a trajectory is read."""
-
-    range: tuple[Decimal, Decimal] | str
-    count: int
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.count <= LARGEST_GRID:
-            raise LsweepError(f"count = {self.count}: must be between 2 and {LARGEST_GRID}")
-        if isinstance(self.range, str):
-            if self.range != "auto":
-                raise LsweepError(f'range = {self.range!r}: write [low, high] or "auto"')
-            return
-        for bound in self.range:
-            size = bound.copy_abs()  # abs() would round, and overflow
-            if not bound.is_finite() or size > LARGEST_OFFSET:
-                raise LsweepError(f"range bound {bound}: must be within ±{LARGEST_OFFSET:g}")
-            if bound and size < Decimal("1e-12"):
-                raise LsweepError(f"range bound {bound}: must be 0 or at least 1e-12 in size")
-        shown = f"range = [{self.range[0]}, {self.range[1]}]"
-        low, high = self.bounds
-        if low >= high:
-            raise LsweepError(f"{shown}: the low end must be below the high end")
-        if (high - low) / (self.count - 1) < max(-low, high) / 2**50:
-            raise LsweepError(
-                f"{shown}, count = {self.count}: so close together, offsets are the same float64"
-            )
-
-    @property
-    def bounds(self) -> tuple[Fraction, Fraction]:
-        """Low and high end as exact rationals."""
-        assert not isinstance(self.range, str), "an auto range is resolved when the plan is made"
-        return Fraction(self.range[0]), Fraction(self.range[1])
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a direction is made; see ``directions.py`` for what each kind means."""
-
-    kind: str = "random"
-    seed: int = 0
-    normalize: str | None = None
-    ignore: str | None = None
-    orthogonalize: bool = False
-    parameters: tuple[str, ...] = ("*",)
-    gauge: str = "none"
-    checkpoint: str | None = None
-    checkpoints: tuple[str, ...] = ()
-    file: str | None = None
-
-    def __post_init__(self) -> None:
-        _one_of("kind", self.kind, KINDS)
-        if self.kind in ("hessian", "gradient"):
-            raise LsweepError(f'kind = "{self.kind}" is not built yet; use random, to, pca or file')
-        _one_of("gauge", self.gauge, GAUGES)
-        if self.gauge != "none" and self.kind in CHECKPOINT_KINDS:
-            raise LsweepError(
-                f'gauge = "{self.gauge}" with kind = "{self.kind}": it rescales the origin and not '
-                "what directions are read from files; leave it out"
-            )
-        random = self.kind == "random"
-        object.__setattr__(self, "normalize", self.normalize or ("filter" if random else "none"))
-        object.__setattr__(self, "ignore", self.ignore or ("bias+norm" if random else "none"))
-        _one_of("normalize", self.normalize, NORMALIZATIONS)
-        _one_of("ignore", self.ignore, ("bias+norm", "none"))
-        if not 0 <= self.seed < 2**63:
-            raise LsweepError(f"seed = {self.seed}: must be between 0 and 2**63 - 1")
-        needs = {"to": "checkpoint", "plane": "checkpoints", "pca": "checkpoints", "file": "file"}
-        if self.kind in needs and not getattr(self, needs[self.kind]):
-            raise LsweepError(f'kind = "{self.kind}" needs {needs[self.kind]} = …')
-        for key in ("checkpoint", "checkpoints", "file"):
-            if getattr(self, key) and needs.get(self.kind) != key:
-                kinds = [k for k, needed in needs.items() if needed == key]
-                raise LsweepError(f'{key} goes with kind = {" or ".join(kinds)}, not "{self.kind}"')
-        if self.kind in ("to", "plane") and self.normalize != "none":
-            raise LsweepError(
-                f'normalize = "{self.normalize}" with kind = "{self.kind}": x = 1 would not be the '
-                "checkpoint any more; leave it out"
-            )
-        if self.kind == "plane" and len(self.checkpoints) != 2:
-            raise LsweepError('kind = "plane" needs two checkpoints: the plane through them and θ')
-        if not self.parameters:
-            raise LsweepError('parameters = []: give at least one pattern, such as ["layer3.*"]')
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """What is computed at a point, and how."""
 
@@ -154,9 +65,9 @@ class Evaluation:
     batch_size: int | str = "auto"
 
     def __post_init__(self) -> None:
-        _one_of("batch_norm", self.batch_norm, BATCH_NORMS)
-        _one_of("precision", self.precision, PRECISIONS)
-        _one_of("backend", self.backend, BACKENDS)
+        one_of("batch_norm", self.batch_norm, BATCH_NORMS)
+        one_of("precision", self.precision, PRECISIONS)
+        one_of("backend", self.backend, BACKENDS)
         for what in ("metrics", "splits"):
             names = getattr(self, what)
             if not names or len(set(names)) != len(names):
@@ -164,6 +75,7 @@ class Evaluation:
             for name in names:
                 if not re.fullmatch(r"[A-Za-z]\w*", name):
                     raise LsweepError(f"{what}: {name!r} must be letters, digits and _")
+        self._check_pointwise()
         for name, value in self.expected.items():
             if not math.isfinite(value):
                 raise LsweepError(f"expected.{name} = {value}: must be finite")
@@ -189,6 +101,28 @@ class Evaluation:
             raise LsweepError(f'batch_size = {self.batch_size!r}: a number or "auto"')
         if isinstance(self.batch_size, int) and self.batch_size < 1:
             raise LsweepError(f"batch_size = {self.batch_size}: must be at least 1")
+
+    def _check_pointwise(self) -> None:
+        """Refuse what derivatives cannot be taken with."""
+        variables = expanded(self.metrics)
+        if len(set(variables)) < len(variables):
+            raise LsweepError(f"metrics = {list(self.metrics)}: two compute the same variable")
+        for metric in self.metrics:
+            if metric not in POINTWISE:
+                continue
+            what = f"metric {metric!r} takes derivatives over all the data"
+            if self.precision not in ("float32", "float64"):
+                raise LsweepError(
+                    f'{what}: precision = "{self.precision}" is too coarse for them; use float32 '
+                    "or float64"
+                )
+            if self.slices > 1:
+                raise LsweepError(f"{what}: it cannot be put together from slices; use slices = 1")
+            if self.batch_norm == "recalibrate":
+                raise LsweepError(
+                    f'{what}: batch_norm = "recalibrate" hides how statistics follow the weights; '
+                    'use "eval" or "batch"'
+                )
 
 
 @dataclass(frozen=True)
@@ -241,6 +175,7 @@ class Settings:
     evaluate: Evaluation = field(default_factory=Evaluation)
     refine: Refinement | None = None
     trajectory: Track | None = None
+    study: Study | None = None
 
     def __post_init__(self) -> None:
         if list(self.grid) not in (["x"], ["x", "y"], ["x", "y", "z"]):
@@ -256,12 +191,15 @@ class Settings:
                     f"[directions.{name}] has no [grid.{name}]{nearest(name, self.grid)}"
                 )
         recipes = {n: self.directions.get(n, Recipe()) for n in self.grid}
+        for name, recipe in recipes.items():
+            if recipe.kind == "hessian" and recipe.eigenvector is None:
+                recipes[name] = dataclasses.replace(recipe, eigenvector=EIGENVECTORS[name])
         object.__setattr__(self, "directions", recipes)
         gauges = list(dict.fromkeys(r.gauge for r in recipes.values()))
         if len(gauges) > 1:
             raise LsweepError(
-                f"gauge is {' and '.join(gauges)}: all axes start from one origin, so write it once "
-                "under [directions]"
+                f"gauge is {' and '.join(gauges)}: all axes start from one origin, so write it "
+                "once under [directions]"
             )
         if gauges != ["none"] and self.trajectory is not None:
             raise LsweepError(
@@ -269,8 +207,12 @@ class Settings:
                 "checkpoints, which would be drawn elsewhere; leave one of them out"
             )
         for name, axis in self.grid.items():
-            if axis.range == "auto" and recipes[name].kind != "pca":
-                raise LsweepError(f'grid.{name}.range = "auto" needs directions of kind "pca"')
+            check_range(name, axis, recipes[name].kind)
+        check_together(recipes, self.refine is not None)
+        _check_metrics(self.evaluate.metrics, recipes, self.refine)
+        seeded = self.study is not None and self.study.seeds
+        if seeded and all(r.kind != "random" for r in recipes.values()):
+            raise LsweepError("[study] seeds = …: no direction here is random; leave them out")
 
     @property
     def gauge(self) -> str:
@@ -320,6 +262,12 @@ class Settings:
         for name, value in special.items():
             if not isinstance(value, Mapping):
                 raise LsweepError(f"{where}: directions.{name} must be a table")
+            study = top.get("study")
+            if "seed" in value and isinstance(study, Mapping) and study.get("seeds"):
+                raise LsweepError(
+                    f"{where}: directions.{name}.seed: [study] seeds = … are those of all "
+                    "directions; leave it out"
+                )
         top["directions"] = {
             n: {**shared, **special.get(n, {})}
             for n in [*grid, *(k for k in special if k not in grid)]
@@ -328,6 +276,17 @@ class Settings:
         return build(cls, top, where)
 
 
-def _one_of(name: str, value: Any, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise LsweepError(f"{name} = {value!r}{nearest(str(value), valid)}")
+def _check_metrics(
+    metrics: tuple[str, ...], recipes: Mapping[str, Recipe], refine: Refinement | None
+) -> None:
+    """Refuse pointwise metrics that the axes do not serve."""
+    for metric in metrics:
+        if metric in POINTWISE and refine is not None:
+            raise LsweepError(
+                f"[refine] interpolates means over samples, not metric {metric!r}: leave one out"
+            )
+        needs_radius = metric in POINTWISE and POINTWISE[metric].radius
+        if needs_radius and all(r.kind != "radius" for r in recipes.values()):
+            raise LsweepError(
+                f'metric {metric!r} needs an axis of radii: [directions.y] kind = "radius"'
+            )

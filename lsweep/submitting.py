@@ -6,32 +6,74 @@ import shlex
 import sys
 import time
 from argparse import Namespace
+from typing import TYPE_CHECKING
 
-from lsweep.commands import INCOMPLETE, INTERRUPTED, planned, run_of
+from lsweep.commands import (
+    INCOMPLETE,
+    INTERRUPTED,
+    planned,
+    planned_children,
+    run_of,
+    wanted_children,
+)
 from lsweep.errors import LsweepError
 from lsweep.folder import RunFolder
 from lsweep.machine import refuse_foreign
+from lsweep.study import through
 from lsweep.submission import Options, Submission, remember
+
+if TYPE_CHECKING:
+    from lsweep.limits import Site
 
 LOOKS = (1.0, 15.0)  # seconds between looks at the queue, first and last
 
 
 def do_submit(options: Namespace) -> int:
-    """Submit an array of workers and a merge after it."""
-    from lsweep.limits import Site
-    from lsweep.submit import Order, check, objection, require_slurm, scripts, submit
+    """Submit an array of workers and a merge: of a run or a study's runs, and of their children."""
+    jobs: list[tuple[RunFolder, Submission]] = []
 
+    def submit_run(one: Namespace) -> int:
+        jobs.extend(_submit_run(one))
+        return 0
+
+    code = through(submit_run)(options)
+    # All are in the queue before the first is waited for.
+    return max([code, *(wait(*job) for job in jobs if options.wait)])
+
+
+def _submit_run(options: Namespace) -> list[tuple[RunFolder, Submission]]:
+    from lsweep.submit import check, require_slurm
+
+    measures = wanted_children(options)
     folder = run_of(options)
     wanted = _options(folder, options)
-    site: Site = require_slurm()
+    site = require_slurm()
     limit = check(site, wanted)
+    children: list[RunFolder] = []
     if not options.dry_run:
-        folder, _ = planned(options)
+        folder, problem = planned(options)
+        children, _ = planned_children(folder, measures, problem, options)
+    jobs = [_submit(folder, wanted, site, limit, options)]
+    if options.dry_run and measures:
+        print(f"# and as much again for each of: {', '.join(c.name for c in measures)}")
+    for child in children:
+        own = _options(child, options, wanted)
+        jobs.append(_submit(child, own, site, check(site, own), options))
+    return [job for job in jobs if job]
+
+
+def _submit(
+    folder: RunFolder, wanted: Options, site: Site, limit: float | None, options: Namespace
+) -> tuple[RunFolder, Submission] | None:
+    """Submit one run, unless nothing of it is missing or this is only to show how."""
+    from lsweep.submit import Order, objection, scripts, submit
+
     most, why = site.array, f"MaxArraySize allows {site.array}"
     if folder.exists:
         points, leases = work_left(folder)
         if not points:
-            return _complete(folder)
+            _complete(folder)
+            return None
         if -(-leases // wanted.ranks) < most:
             most, why = -(-leases // wanted.ranks), "there is no more work"
     order = Order(folder, wanted, min(wanted.tasks, most), limit, options.trust)
@@ -46,7 +88,7 @@ def do_submit(options: Namespace) -> int:
         print(f"# which becomes: {shlex.join(order.merge)}")
         if doubt:
             print(f"# Slurm says: {doubt}")
-        return 0
+        return None
     _tell_of_others(folder)
     receipt = submit(order)
     from lsweep.plan import Plan
@@ -67,14 +109,15 @@ def do_submit(options: Namespace) -> int:
     print(f"  logs:   {folder.slurm_logs(submission.logs)}")
     print(f"  cancel: scancel {jobs}")
     print(f"  again:  lsweep submit {folder.root}, whatever happened to it", flush=True)
-    return wait(folder, submission) if options.wait else 0
+    return folder, submission
 
 
-def _options(folder: RunFolder, options: Namespace) -> Options:
+def _options(folder: RunFolder, options: Namespace, usual: Options | None = None) -> Options:
+    """Return what was asked for, else what the run remembers, else what is usual."""
     before = Submission.all(folder)
     if before:  # their lines would run as this user
         refuse_foreign(folder.submission(before[-1].number), options.trust)
-    wanted = (before[-1].options if before else Options()).changed(vars(options))
+    wanted = (before[-1].options if before else usual or Options()).changed(vars(options))
     if not wanted.tasks:
         raise LsweepError("--tasks N is missing: how many tasks? The run remembers it")
     return wanted
@@ -101,11 +144,10 @@ def work_left(folder: RunFolder) -> tuple[int, int]:
     return total - done, leases
 
 
-def _complete(folder: RunFolder) -> int:
+def _complete(folder: RunFolder) -> None:
     merged = folder.surface.is_file()
     print(f"{folder.root} is complete, nothing was submitted"
           + ("" if merged else f"; 'lsweep merge {folder.root}' it"))  # fmt: skip
-    return 0
 
 
 def _tell_of_others(folder: RunFolder) -> None:

@@ -389,7 +389,7 @@ def _attributes(dataset: h5py.Dataset, attributes: Mapping[str, str]) -> None:
 
 
 _TEXTS: tuple[str, ...] = ("long_name", "units", "split", "metric", "direction", "replicate")
-_TEXTS += ("norm", "samples", "estimator")
+_TEXTS += ("norm", "samples", "estimator", "kind", "layers", "moved")
 _UNHASHED = {"lsweep_sha256", "CLASS", "NAME", "DIMENSION_LIST", "REFERENCE_LIST", "_Netcdf4Dimid"}
 
 

@@ -26,10 +26,10 @@ from lsweep.ledger import Ledger
 from lsweep.packed import Spot
 from lsweep.picking import Picker
 from lsweep.plan import Plan
-from lsweep.planning import load_problem
 from lsweep.preflight import frozen_class, preflight
 from lsweep.problem import Problem
 from lsweep.residence import resident
+from lsweep.restoring import load_problem
 from lsweep.role import Role
 from lsweep.rounds import Round, Rounds
 from lsweep.rows import Kind, Rows
@@ -95,7 +95,7 @@ def work(
                     )
         let_go(problem)
         _use(evaluator, known)
-        _require_same_centre(evaluator, plan, known)
+        _require_same_centre(evaluator, plan.slices, known)
         with Ledger(folder, plan, name, known, role, evaluator) as ledger:
             bench = _Bench(plan, shift, evaluator, ledger, stop)
             picker = Picker(evaluator, plan, stop)
@@ -138,10 +138,10 @@ def _preflight(
     )
 
 
-def _require_same_centre(evaluator: Evaluator, plan: Plan, known: dict[str, Any]) -> None:
+def _require_same_centre(evaluator: Evaluator, count: int, known: dict[str, Any]) -> None:
     """The centre must be what the first worker of this class found, or the class is a fiction."""
-    slices = [evaluator.centre(s) for s in range(plan.slices)]
-    for name, parts in zip(plan.variable_names, zip(*slices, strict=True), strict=True):
+    slices = [evaluator.centre(s) for s in range(count)]
+    for name, parts in zip(evaluator.names, zip(*slices, strict=True), strict=True):
         there = known["centre"].get(name)
         relative, absolute = SAME_CENTRE["cpu" if evaluator.device.type == "cpu" else "gpu"]
         weight = sum(float(s.weights.sum()) for s in parts)
@@ -230,8 +230,11 @@ class _Bench:
     def _is_audited(self, point: int) -> bool:
         """One point in a hundred, at least three of the first round's, none that may not count.
 
-        By number, so every worker agrees which.
+        By number, so every worker agrees which. Pointwise metrics are not audited: each costs as
+        much as hundreds of points of a mean.
         """
+        if not self._evaluator.stored:
+            return False
         first = self._shift.rounds.all[0].points
         few = first // LEAST_AUDITED if point < first else AUDIT_SHARE
         stride = min(AUDIT_SHARE, max(1, few))

@@ -158,7 +158,6 @@ WRONG_TOML = [
     ("[evaluate]", "[refine]\n[evaluate]", "refine: tolerance is missing"),
     ("[evaluate]", "[refine]\ntolerances = 1\n[evaluate]", "did you mean 'tolerance'?"),
     # what is not built
-    ('"random"', '"hessian"', 'kind = "hessian" is not built yet'),
     ("seed = 0", 'gauge = "equi"', "gauge = 'equi' is not built yet"),
     # no TOML at all
     ("[problem]", "[problem", "is not valid TOML: "),

@@ -7,7 +7,7 @@ import torch
 
 from lsweep.demo import Trained, table
 from lsweep.digits import Network, digits, train
-from lsweep.directions import random_tensor
+from lsweep.noise import random_tensor
 
 
 def trained(skip, seed, nonconvex, loss=0.02):

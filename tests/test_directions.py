@@ -24,8 +24,9 @@ from problems import another, at, fixed, numbers, toward
 from torch import nn
 
 import lsweep
-from lsweep.directions import make_directions, random_tensor
+from lsweep.directions import make_directions
 from lsweep.errors import DamagedFile, LsweepError
+from lsweep.noise import random_tensor
 from lsweep.reference import write_reference_directions
 from lsweep.settings import Settings
 from lsweep.trajectory import project, random_walk_null

@@ -18,11 +18,11 @@ from torch import nn
 
 import lsweep
 import lsweep.merge as merging
+from lsweep.convexity import nonconvex_fraction
 from lsweep.errors import LsweepError, PlanChanged, SickDevice
 from lsweep.evaluate import Evaluator
 from lsweep.files import read_json, replace, sealed
 from lsweep.folder import RunFolder
-from lsweep.measures import nonconvex_fraction
 from lsweep.merge import merge
 from lsweep.plan import Plan
 from lsweep.role import Role

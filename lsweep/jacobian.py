@@ -1,0 +1,98 @@
+"""The sensitivity of the network to its input: ‖∂f/∂x‖ at every sample.
+
+R. Novak et al., *Sensitivity and Generalization in Neural Networks*, ICLR 2018. A property of the
+function alone: no rescaling of weights that leaves the function alone changes it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lsweep.batchnorm import BatchNorm
+from lsweep.data import Batch, map_tensors, samples_in, tensors_of
+from lsweep.errors import LsweepError
+from lsweep.noise import random_signs
+from lsweep.objective import Objective
+from lsweep.problem import Problem, Sampled, call, classifier, full, split_batch
+
+EXACT = 64  # outputs: up to so many, one backward pass for each
+PROBES = 16  # for more
+
+
+def input_jacobian(objective: Objective, *, seed: int = 0, replicate: int = 0) -> Sampled:
+    """Return the Frobenius norm of ∂f/∂x at each sample, f the logits (or whatever comes out).
+
+    Exact for up to 64 outputs, one backward pass each. For more, ‖J‖² is the mean of ‖Jᵀu‖² over 16
+    random sign vectors u per sample, and the objective's ``note`` says so.
+
+    Args:
+        objective: its network and data; ``context`` and precision are used, ``names`` are not.
+        seed: of the probes.
+        replicate: which probes.
+
+    Returns:
+        Values [n] and weights [n] (1 each) over all samples, in units of output per input.
+
+    Raises:
+        LsweepError: inputs are whole numbers, samples depend on each other through batch norm, or
+            the problem has a ``forward`` of its own, so that its output is not known.
+    """
+    problem = objective.problem
+    if problem.forward is not None and problem.forward is not classifier:
+        raise LsweepError(
+            "input_jacobian needs the network's output: give the Problem loss=… instead of a "
+            "forward=… of its own"
+        )
+    parts = []
+    with objective.opened():
+        _require_independent(problem.model)
+        for b, batch in enumerate(objective.batches()):
+            square, outputs = _square(problem, batch, f"{seed}.{replicate}.{b}")
+            parts.append(square)
+    if outputs > EXACT:
+        objective.note = f"Jacobian of {outputs} outputs by {PROBES} random probes per sample"
+    values = torch.cat(parts).sqrt()
+    return Sampled(values, torch.ones_like(values))
+
+
+def _square(problem: Problem, batch: Batch, key: str) -> tuple[Tensor, int]:
+    """Return ‖J‖² of each sample of a batch, [B], and how many outputs there are."""
+    inputs = map_tensors(
+        split_batch(batch)[0],
+        lambda t: t.detach().requires_grad_() if t.is_floating_point() else t,
+    )
+    given = [t for t in tensors_of(inputs) if t.requires_grad]
+    if not given:
+        raise LsweepError(
+            "input_jacobian: the inputs are whole numbers (such as token ids), which have no "
+            "derivative"
+        )
+    output = full(call(problem.model, inputs))
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        raise LsweepError(f"input_jacobian: the network returned a {type(output).__name__}")
+    n = samples_in(batch)
+    flat = output.reshape(n, -1)
+    count = flat.shape[1]
+    square = flat.new_zeros(n, dtype=torch.float64 if flat.device.type != "mps" else None)
+    if not flat.requires_grad:
+        return square, count
+    exact = count <= EXACT
+    for k in range(count if exact else PROBES):
+        if exact:
+            seen = flat[:, k].sum()
+        else:
+            seen = (flat * random_signs(0, key, f"probe {k}", flat.detach().cpu()).to(flat)).sum()
+        for g in torch.autograd.grad(seen, given, retain_graph=True, allow_unused=True):
+            if g is not None:
+                square += g.reshape(n, -1).to(square.dtype).square().sum(1)
+    return square if exact else square / PROBES, count
+
+
+def _require_independent(model: nn.Module) -> None:
+    for name, m in model.named_modules():
+        if isinstance(m, BatchNorm) and (m.training or m.running_mean is None):
+            raise LsweepError(
+                f"input_jacobian: {name} normalises by the statistics of each batch, so that an "
+                'output depends on all its samples: use batch_norm = "eval"'
+            )

@@ -1,0 +1,131 @@
+"""Measuring: the child runs of a run, planned beside it from what its own plan says."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lsweep.children import Child, settings_for
+from lsweep.errors import LsweepError, PlanChanged
+from lsweep.factory import factory_file
+from lsweep.folder import RunFolder
+from lsweep.plan import Plan
+from lsweep.planning import Planned, plan_run
+from lsweep.problem import Problem
+from lsweep.restoring import LIVE, base_of, load_problem, settings_of
+from lsweep.rounds import Rounds
+from lsweep.settings import Settings
+
+LIVE_PARENT = (
+    "was made from a live model, which no command can load: make its problem with "
+    "lsweep.Problem.from_factory, and its measures can be computed"
+)
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A planned run with its problem, from which children are planned.
+
+    Attributes:
+        folder: the run.
+        settings: that make its plan again.
+        problem: with all its data.
+        base: the folder that relative paths refer to.
+        code: the run's copy of its factory's file; None for an importable module.
+    """
+
+    folder: RunFolder
+    settings: Settings
+    problem: Problem
+    base: Path
+    code: Path | None
+
+    @classmethod
+    def of(cls, folder: RunFolder, problem: Problem | None = None, trust: bool = False) -> Parent:
+        """Make the problem of a run from its own copy of the factory, and check that it is.
+
+        Args:
+            folder: a planned run.
+            problem: with which it was just planned, so that it need not be made twice.
+            trust: import a factory that belongs to another user.
+
+        Raises:
+            LsweepError: the run was made from a live model, or its factory fails.
+            PlanChanged: weights, data or code are not those that were planned.
+        """
+        plan = Plan.read(folder)
+        if plan.problem["factory"] == LIVE:
+            raise LsweepError(f"{folder.root} {LIVE_PARENT}")
+        settings = settings_of(folder, plan)
+        source = factory_file(settings.problem, folder.root)
+        code = folder.factory(source.name) if source else None
+        if problem is None:
+            problem, _ = load_problem(folder, plan, trust=trust)
+            whole = {name: split.whole or split for name, split in problem.splits.items()}
+            problem = dataclasses.replace(problem, data=whole)  # a child may take other samples
+        return cls(folder, settings, problem, base_of(folder), code)
+
+    def plan_child(self, child: Child, replicates: int = 0, samples: int | None = None) -> Planned:
+        """Freeze a child's plan and ask for its points; more replicates are one more round.
+
+        Args:
+            child: which.
+            replicates: how many; 0 for as many as it has, or its usual number.
+            samples: of the split; None for as many as it has, or as the parent takes.
+
+        Raises:
+            LsweepError: the parent has not the axes for it, or the child exists with another plan.
+        """
+        folder = self.folder.child(child.name)
+        had = _asked(folder)
+        if had is not None:
+            replicates = replicates or had.replicates
+            samples = had.samples if samples is None else samples
+        settings = settings_for(child, self.settings, replicates, samples)
+        try:
+            return plan_run(settings, self.problem, self.base, folder, code=self.code)
+        except PlanChanged as e:
+            raise PlanChanged(
+                f"{folder.root} was made with another {e.field}: remove that folder to measure "
+                "anew, or leave the option out",
+                e.field,
+            ) from None
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What an earlier command asked of a child."""
+
+    replicates: int
+    samples: int | None
+
+
+def _asked(folder: RunFolder) -> _Asked | None:
+    if not folder.exists:
+        return None
+    plan = Plan.read(folder)
+    grid = Rounds.read(folder, plan).last.grid
+    counts = [grid[a][2] for a in grid if plan.directions[a]["kind"] == "replicate"]
+    return _Asked(counts[0] if counts else 0, plan.evaluate["samples"])
+
+
+def passes(child: Child, planned: Planned) -> float:
+    """Return what a child costs, about, in passes over the data.
+
+    A pass is what one evaluation of the loss takes; a gradient counts as three, a Hessian-vector
+    product as seven.
+    """
+    return planned.rounds.total * child.cost
+
+
+def cost_lines(found: Sequence[tuple[Child, Planned]]) -> list[str]:
+    """Return for each planned child what it costs, and their sum."""
+    out = [
+        f"{child.name:<10} {planned.rounds.total:5} points, about {passes(child, planned):6.0f} "
+        f"passes over the data: {child.about}"
+        for child, planned in found
+    ]
+    total = sum(passes(*pair) for pair in found)
+    return [*out, f"{'together':<10} {'':5}         about {total:6.0f}"] if len(out) > 1 else out

@@ -1,0 +1,26 @@
+"""Scientific: the one place that imports scipy, which only `lsweep[measure]` brings."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from lsweep.errors import LsweepError
+
+
+def scipy(part: str) -> Any:
+    """Return a module of scipy.
+
+    Args:
+        part: its name below ``scipy``, such as ``sparse.linalg``.
+
+    Raises:
+        LsweepError: scipy is not installed.
+
+    >>> scipy("special").comb(4, 2, exact=True)
+    6
+    """
+    try:
+        return importlib.import_module(f"scipy.{part}")
+    except ImportError:
+        raise LsweepError("needs scipy: pip install 'lsweep[measure]'") from None

@@ -1,0 +1,224 @@
+"""Siblings: the measures of several runs, brought together network by network, over their planes.
+
+Runs of one network that differ in the seed of their directions are its planes: measures are
+averaged over them and their spread is told. What else differs between runs is said.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lsweep.measured import Measured
+from lsweep.origins import label
+
+SEEDS = ("seed", "training_seed", "train_seed")
+"""Options that repeat a training: held equal in a comparison, never a hyper-parameter."""
+GAPS = {"error": "test error - train error, per cent", "loss": "test loss - train loss"}
+
+
+@dataclass(frozen=True)
+class RunMeasures:
+    """One run as a study sees it.
+
+    Attributes:
+        name: as given on the command line.
+        plan: of the run; empty for a surface that no run made.
+        rows: its measures, and its metrics at the trained weights, such as ``test_loss``.
+    """
+
+    name: str
+    plan: Mapping[str, Any]
+    rows: Sequence[Measured]
+
+    @property
+    def center(self) -> dict[str, tuple[float, float]]:
+        """Name -> (value, standard error over samples or NaN)."""
+        return {r.name: (r.value, math.nan if r.se is None else r.se) for r in self.rows}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the problem was made with."""
+        return dict(self.plan.get("problem", {}).get("options", {}))
+
+    @property
+    def network(self) -> str:
+        """What is equal for all planes of one network."""
+        if not self.plan:
+            return self.name
+        return json.dumps([self.plan["origin"]["sha256"], self.options], sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A measure of a network, over its planes.
+
+    Attributes:
+        mean: over planes.
+        sd: standard deviation over planes, or None with one.
+        planes: how many had it.
+        se: of one plane's own value, or None.
+        replicate: of what ``se`` is the error.
+    """
+
+    mean: float
+    sd: float | None
+    planes: int
+    se: float | None = None
+    replicate: str = ""
+
+    @property
+    def error(self) -> float:
+        """What an error bar shows: over planes where there are several, else its own; or NaN."""
+        if self.sd is not None:
+            return self.sd
+        return math.nan if self.se is None else self.se
+
+
+@dataclass(frozen=True)
+class Network:
+    """One trained network of a study.
+
+    Attributes:
+        name: what tells it apart.
+        options: what its problem was made with.
+        planes: names of its runs.
+        train_loss: at the trained weights, NaN where unknown.
+        gaps: ``error`` and ``loss`` -> (value, standard error over samples or NaN), where both
+            splits are there.
+        measures: name -> its value over planes.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    planes: tuple[str, ...]
+    train_loss: float
+    gaps: Mapping[str, tuple[float, float]]
+    measures: Mapping[str, Spread]
+
+
+def networks(runs: Sequence[RunMeasures]) -> list[Network]:
+    """Return the networks of several runs, in their order.
+
+    >>> rows = [[Measured("a", value)] for value in (1.0, 3.0)]
+    >>> planes = [RunMeasures("net.run", {}, r) for r in rows]
+    >>> (net,) = networks(planes)
+    >>> net.measures["a"].mean, net.measures["a"].planes
+    (2.0, 2)
+    """
+    groups: dict[str, list[RunMeasures]] = {}
+    for run in runs:
+        groups.setdefault(run.network, []).append(run)
+    every = [g[0].options for g in groups.values()]
+    varying = varying_options(every)
+    axes, held = sort_options(every)
+    if len({json.dumps([o.get(k) for k in (*axes, *held)]) for o in every}) == len(every):
+        varying = [*axes, *held]  # which checkpoint that is says no more
+    out = []
+    for planes in groups.values():
+        first = planes[0]
+        shown = {k: first.options[k] for k in varying if k in first.options}
+        out.append(
+            Network(
+                label(shown) if shown else first.name,
+                first.options,
+                tuple(p.name for p in planes),
+                first.center.get("train_loss", (math.nan, math.nan))[0],
+                dict(_gaps(first.center)),
+                {n: _spread(n, planes) for n in _names(planes)},
+            )
+        )
+    return out
+
+
+def _names(planes: Sequence[RunMeasures]) -> list[str]:
+    return list(dict.fromkeys(r.name for p in planes for r in p.rows))
+
+
+def _spread(name: str, planes: Sequence[RunMeasures]) -> Spread:
+    rows = [r for p in planes for r in p.rows if r.name == name]
+    values = [r.value for r in rows]
+    sd = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
+    mean = math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan
+    own = rows[0] if len(rows) == 1 else None
+    return Spread(mean, sd, len(rows), own.se if own else None, own.replicate if own else "")
+
+
+def _gaps(
+    center: Mapping[str, tuple[float, float]],
+) -> Iterator[tuple[str, tuple[float, float]]]:
+    for gap, metric, sign in (("error", "accuracy", -1.0), ("loss", "loss", 1.0)):
+        pair = [center.get(f"{split}_{metric}") for split in ("test", "train")]
+        if pair[0] is not None and pair[1] is not None:
+            (test, a), (train, b) = pair[0], pair[1]
+            if math.isfinite(test) and math.isfinite(train):
+                yield gap, (sign * (test - train) + 0.0, math.hypot(a, b))  # no -0
+
+
+def varying_options(options: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the options that are not the same in all networks, in alphabetical order.
+
+    >>> varying_options([{"a": 1, "b": 2}, {"a": 1, "b": 3}])
+    ['b']
+    """
+    keys = sorted({k for o in options for k in o})
+    return [k for k in keys if len({json.dumps(o.get(k)) for o in options}) > 1]
+
+
+def hyperparameters(found: Sequence[Network]) -> tuple[list[str], list[str]]:
+    """Return (hyper-parameters, seeds of trainings) among the options that vary.
+
+    A word that is another one for every network, such as its checkpoint, names it and is neither.
+
+    >>> nets = [Network("", {"checkpoint": c, "wd": w, "seed": s}, (), 0.0, {}, {})
+    ...         for c, w, s in (("a", 0, 0), ("b", 0, 1), ("c", 1, 0), ("d", 1, 1))]
+    >>> hyperparameters(nets)
+    (['wd'], ['seed'])
+    """
+    return sort_options([n.options for n in found])
+
+
+def sort_options(options: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """Return what `hyperparameters` does, of options alone."""
+    axes, held = [], []
+    for key in varying_options(options):
+        values = [o.get(key) for o in options]
+        names = all(isinstance(v, str) for v in values) and len(set(values)) == len(values)
+        if key in SEEDS:
+            held.append(key)
+        elif key != "checkpoint" and not names:
+            axes.append(key)
+    return axes, held
+
+
+def unlike(runs: Sequence[RunMeasures]) -> list[str]:
+    """Return which fields of the plans differ though measures are compared.
+
+    Expected to differ: the network, its options, the seed of its directions.
+
+    >>> unlike([RunMeasures("a", {}, []), RunMeasures("b", {}, [])])
+    []
+    """
+    tables = []
+    for run in runs:
+        if run.plan:
+            recipes = {
+                f"directions.{axis}.{k}": v
+                for axis, recipe in run.plan["directions"].items()
+                for k, v in recipe.items()
+                if k not in ("seed", "sha256")
+            }
+            data = {
+                f"data.{split}.{k}": v
+                for split, d in run.plan["data"].items()
+                for k, v in d.items()
+            }
+            asked = {f"evaluate.{k}": v for k, v in run.plan["evaluate"].items()}
+            tables.append({**recipes, **data, **asked})
+    if len(tables) < len(runs) and tables:
+        return ["some have no plan"]
+    return varying_options(tables)
