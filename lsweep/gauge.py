@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsweep.certificate import SAME, bench, certify, few, inputs_of
-from lsweep.certified import Tested
+from lsweep.bench import bench, few, inputs_of, mean_metric
+from lsweep.certificate import SAME, certify
+from lsweep.certified import Trial
 from lsweep.equivalences import BATCH, CARRIED, GAUGEABLE, WHOLE, candidates
 from lsweep.errors import LsweepError, PlanChanged
 from lsweep.problem import Problem
@@ -61,7 +62,7 @@ def rescalable(problem: Problem, metric: str) -> tuple[list[Transform], list[Tra
 
 
 def sorted_out(
-    tried: Sequence[Transform], rows: Sequence[Tested]
+    tried: Sequence[Transform], rows: Sequence[Trial]
 ) -> tuple[list[Transform], list[Transform]]:
     """Return the rescalings of units and heads that are exact, and the rows of free length."""
     both = list(zip(tried, rows, strict=True))
@@ -70,7 +71,7 @@ def sorted_out(
     return exact, [t for t, r in both if t.kind in FREE and r.verdict not in NEVER]
 
 
-def gauge_of(tried: Sequence[Transform], rows: Sequence[Tested]) -> Callable[[Origin], Origin]:
+def gauge_of(tried: Sequence[Transform], rows: Sequence[Trial]) -> Callable[[Origin], Origin]:
     """Return what takes any origin to its representative, by what was certified."""
     exact, free = sorted_out(tried, rows)
     return lambda origin: gauged(origin, equi_factors(origin.everything, exact, free))
@@ -212,7 +213,7 @@ def fixed_origin(
         return origin, {}
     factors: Factors
     if known is None:
-        factors = find_factors(problem, settings.evaluate.metrics[0])
+        factors = find_factors(problem, mean_metric(problem, settings.evaluate.metrics))
     else:
         factors = {
             name: {int(d): torch.tensor(v, dtype=torch.float64) for d, v in along.items()}

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from lsweep.certified import Tested
+from lsweep.certified import Trial
 from lsweep.equivalences import GAUGEABLE
 from lsweep.filters import filter_dim
 from lsweep.rescaling import Slab, Transform
@@ -20,7 +20,7 @@ Layers = dict[str, tuple[str, tuple[str, ...]]]
 
 def justified(
     transforms: Sequence[Transform],
-    rows: Sequence[Tested],
+    rows: Sequence[Trial],
     moved: Mapping[str, Tensor],
     owners: Mapping[str, nn.Module],
     normalize: str,
