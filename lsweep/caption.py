@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lsweep.plan import Plan
-from lsweep.settings import STILL
+from lsweep.recipes import STILL
 
 _COUNTED = {
     "replicate": "number of the replicate",
@@ -28,6 +28,8 @@ def describe_recipe(recipe: dict[str, Any]) -> str:
         words = [f"to {recipe['checkpoint']}"]
     if recipe["kind"] == "file":
         words = [f"from {recipe['file']}"]
+    if recipe.get("eigenvector"):
+        words = [f"hessian, eigenvector {recipe['eigenvector']}"]
     if recipe["normalize"] != "none":
         words.append(f"{recipe['normalize']}-normalised")
     if recipe["kind"] == "random":
@@ -62,6 +64,9 @@ def caption(plan: Plan, devices: Mapping[str, Any], notes: Sequence[str] = ()) -
                 f", explains {facts['explained']:.0%} of the path "
                 f"(a random walk: {facts['random_walk_null']:.0%})"
             )
+        if "eigenvalue" in facts:
+            doubt = "" if facts["converged"] else ", not converged"
+            text += f", eigenvalue {facts['eigenvalue']:.4g}{doubt}"
         if facts["zero_filters"]:
             text += f", filters of norm zero: {facts['zero_filters']}"
         words.append(text)

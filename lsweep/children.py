@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from lsweep.errors import LsweepError, nearest
-from lsweep.settings import AXES, Axis, Evaluation, Recipe, Settings
+from lsweep.recipes import AXES, Axis, Recipe
+from lsweep.settings import Evaluation, Settings
 
 REDUCED = ("tf32", "bfloat16", "float16")  # too coarse for derivatives
 PARENT = "parent"  # the axis is the parent's own, with another count
@@ -122,7 +123,7 @@ def settings_for(
         samples: of each split; None for as many as the parent takes.
 
     Raises:
-        LsweepError: the parent has not the axes that the child needs.
+        LsweepError: one replicate, which would have no error.
 
     >>> from lsweep.settings import ProblemSource
     >>> parent = Settings(ProblemSource("p.py:make"), {"x": Axis((Decimal(-1), Decimal(1)), 51)})
@@ -137,11 +138,9 @@ def settings_for(
     if child.replicates and count < 2:
         raise LsweepError(f"--replicates {count}: at least 2, or there is no error to tell")
     for name, along in zip(AXES, child.axes, strict=False):
+        if along.kind == PARENT and name not in parent.grid:
+            continue
         if along.kind == PARENT:
-            if name not in parent.grid:
-                raise LsweepError(
-                    f"--measures {child.name} maps the parent's own plane, and this run is a line"
-                )
             grid[name] = dataclasses.replace(parent.grid[name], count=along.count)
             recipes[name] = parent.directions[name]
         elif along.kind == "layer":

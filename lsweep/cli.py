@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from lsweep import commands, looking, running, submitting
+from lsweep import commands, invariance, looking, running, submitting
 from lsweep.children import CHILDREN
 from lsweep.errors import LsweepError, nearest
 from lsweep.study import through
@@ -66,9 +66,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.startswith("argument COMMAND: invalid choice: "):
             word = message.split("'")[1]
-            later = word == "invariance"
-            why = " yet: it is being built" if later else nearest(word, _COMMANDS)
-            message = f"no command {word!r}{why}"
+            message = f"no command {word!r}{nearest(word, _COMMANDS)}"
         else:
             message = f"{message}; see '{self.prog} --help'"
         self.exit(2, f"lsweep: {message}\n")
@@ -298,6 +296,20 @@ def _add_measure(p: argparse.ArgumentParser) -> None:
                    help="of the gaps, for null intervals (default: 2000)")  # fmt: skip
 
 
+def _add_invariance(p: argparse.ArgumentParser) -> None:
+    p.add_argument("sweep", metavar="SWEEP", type=Path, help="a sweep.toml, or a run")
+    p.add_argument("--run", type=Path, metavar="DIR", help="the run (default: <stem>.run)")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                   help="override a TOML key, such as directions.gauge=equi")  # fmt: skip
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps (default: auto)")
+    p.add_argument("--samples", type=_at_least(2), default=256, metavar="N",
+                   help="samples that the network is compared on (default: 256)")  # fmt: skip
+    form = p.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="for programs")
+    form.add_argument("--csv", action="store_true", help="for spreadsheets, the table alone")
+    _takes_trust(p)
+
+
 def _add_init(p: argparse.ArgumentParser) -> None:
     p.add_argument("folder", metavar="DIR", type=Path, nargs="?", default=Path(), help="where")
 
@@ -325,6 +337,11 @@ _COMMANDS: dict[str, tuple[Command, Callable[[argparse.ArgumentParser], None], s
     "prune": (looking.do_prune, _takes_run, "few parts and no leases, once a run is merged"),
     "doctor": (looking.do_doctor, _add_doctor, "whether a file system is safe for runs"),
     "measure": (looking.do_measure, _add_measure, "numbers from surfaces"),
+    "invariance": (
+        invariance.do_invariance,
+        _add_invariance,
+        "which rescalings leave the network unchanged",
+    ),
     "render": (looking.do_render, _add_render, "draw runs or surfaces"),
     "convert": (looking.do_convert, _add_convert, "to and from other formats"),
 }

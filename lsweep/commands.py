@@ -101,20 +101,27 @@ def planned_children(
     """
     if not wanted:
         return [], problem
-    from lsweep.measuring import Parent, cost_lines
+    from lsweep.measuring import Parent, cost_lines, passes
 
     parent = Parent.of(folder, problem, options.trust)
     found = []
     for child in wanted:
-        found.append((child, parent.plan_child(child, options.replicates or 0, options.samples)))
+        try:
+            run = parent.plan_child(child, options.replicates or 0, options.samples)
+        except LsweepError as e:
+            if "all" not in options.measures.split(","):
+                raise
+            say(f"no {child.name}: {e}")  # all that this network has
+            continue
+        found.append((child, run))
         if options.retry_failed:
-            _ask_again(folder.child(child.name))
-    say(
-        f"{folder.root}: {len(found)} child run{'s' if len(found) > 1 else ''} in {folder.measures}"
-    )
+            _ask_again(run.folder)
+    found.sort(key=lambda pair: passes(*pair))
+    count = f"{len(found)} child run{'s' if len(found) > 1 else ''}"
+    say(f"{folder.root}: {count} in {folder.measures}")
     for line in cost_lines(found):
         say(f"  {line}")
-    return [folder.child(c.name) for c in wanted], parent.problem
+    return [run.folder for _, run in found], parent.problem
 
 
 def _ask_again(folder: RunFolder) -> None:
@@ -162,6 +169,12 @@ def do_plan(options: Namespace) -> int:
         print(f"  {axis}: norm {facts['norm']:.4g}, {facts['zero_filters']} filters of norm zero, "
               f"{len(facts['ignored'])} tensors held still"
               + (f": {', '.join(facts['ignored'])}" if facts["ignored"] else ""))  # fmt: skip
+        if "eigenvalue" in facts:
+            doubt = "" if facts["converged"] else ": it did not converge"
+            print(f"     eigenvalue {facts['eigenvalue']:.4g}, residual {facts['residual']:.1e}"
+                  + doubt + "".join(f"; {n}" for n in [facts.get("note")] if n))  # fmt: skip
+        if "slope" in facts:
+            print(f"     norm of the gradient {facts['slope']:.4g}")
     for i, a in enumerate(plan.axes):
         for j, b in enumerate(plan.axes[:i]):
             if {a, b} <= set(plan.moving):

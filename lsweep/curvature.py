@@ -18,7 +18,7 @@ from torch import Tensor
 from lsweep import scientific
 from lsweep.errors import LsweepError
 from lsweep.filters import filter_rows
-from lsweep.lanczos import lanczos
+from lsweep.lanczos import FloatArray, lanczos
 from lsweep.noise import random_signs, random_tensor
 from lsweep.objective import Objective
 
@@ -27,6 +27,7 @@ Product = Callable[[Tensor], Tensor]
 TOLERANCE = 1e-3  # at which ARPACK stops, relative to the eigenvalue
 CONVERGED = 1e-2  # the residual beyond which an eigenvalue is said not to have converged
 RESTARTS = 20  # of ARPACK, about 19 products each
+GLANCE = 6  # steps of Lanczos, to see where the spectrum lies
 DENSE = 32  # parameters: the whole matrix is cheaper than a Krylov space
 
 
@@ -91,11 +92,10 @@ def extremes(
 ) -> tuple[Eigenpair, Eigenpair]:
     """Return the largest and the smallest eigenpair of H, or of D H D.
 
-    By ARPACK's restarted Lanczos (scipy's ``eigsh``), the eigenvalue of largest magnitude first:
-    "LM" stops at a tolerance relative to the eigenvalue. The other end is then the one of largest
-    magnitude of H - λ₁, so that it is found to a tolerance relative to the whole range. Asked for
-    as "SA" it would be found relative to itself, which for a smallest eigenvalue near zero never
-    ends; and the ratio of the two is what is wanted.
+    By ARPACK's restarted Lanczos (scipy's ``eigsh``), both ends from one Krylov space ("BE").
+    ARPACK stops at a tolerance relative to each eigenvalue, which for a smallest one near zero
+    never ends ("SA" has the same trouble); so the spectrum is shifted first by its middle, as a few
+    steps of Lanczos see it, and both ends are found to a tolerance relative to the range.
 
     Args:
         objective: the loss.
@@ -112,14 +112,12 @@ def extremes(
     product = metric_product(objective, scales)
     start = random_vector(objective, seed, "start", replicate)
     try:
-        (far,) = _dominant(objective, product, start, 1)
-        noise = 10 * objective.eps * abs(far[0])
-        (other,) = _dominant(objective, lambda v: product(v) - far[0] * v, start, 1, noise)
+        (_, low), (_, high) = _ends(objective, _finite(product), start)
     except _NotFinite:
         nothing = Eigenpair(math.nan, torch.full_like(start, math.nan), math.nan)
         return nothing, nothing
-    high, low = _checked(product, [far[1], other[1]])
-    return (high, low) if high.value >= low.value else (low, high)
+    first, last = _checked(product, [high, low])
+    return first, last
 
 
 def eigenpair(
@@ -146,81 +144,92 @@ def eigenpair(
     # Seen from the other end of the spectrum, those at this end are of largest magnitude.
     product, end = metric_product(objective, scales), pairs[which > 0].value
     start = random_vector(objective, seed, "start", 0)
-    found = _dominant(objective, lambda v: product(v) - end * v, start, abs(which))
-    return _checked(product, [pairs[which < 0].vector, found[abs(which) - 1][1]])[1]
+    found = _arpack(objective, lambda v: product(v) - end * v, start, abs(which), "LM")
+    vector = min(found, key=lambda pair: abs(pair[0]))[1]
+    return _checked(product, [vector], max(abs(p.value) for p in pairs))[0]
 
 
 class _NotFinite(Exception):
     """A product with the Hessian is not finite."""
 
 
-def _dominant(
-    objective: Objective, product: Product, start: Tensor, count: int, zero: float = 0.0
-) -> list[tuple[float, Tensor]]:
-    """Return the eigenpairs of largest magnitude of a symmetric operator, the largest first.
-
-    An operator below ``zero`` in size is rounding, and taken for zero.
-    """
-
+def _finite(product: Product) -> Product:
     def checked(v: Tensor) -> Tensor:
         out = product(v)
         if not bool(torch.isfinite(out).all()):
             raise _NotFinite
         return out
 
-    linalg = scientific.scipy("sparse.linalg")
+    return checked
+
+
+Pairs = list[tuple[float, Tensor]]
+
+
+def _ends(objective: Objective, product: Product, start: Tensor) -> Pairs:
+    """Return the smallest and the largest eigenpair of a symmetric operator."""
+    few = lanczos(product, start, GLANCE, objective.eps)
+    if len(few.values) < min(GLANCE, objective.size):  # the space is at its end, and exact
+        return [(float(few.values[i]), few.vector(i)) for i in (0, -1)]
+    middle = float(few.values[0] + few.values[-1]) / 2
+    return _arpack(objective, lambda v: product(v) - middle * v, start, 2, "BE")
+
+
+def _arpack(objective: Objective, product: Product, start: Tensor, count: int, which: str) -> Pairs:
+    """Return eigenpairs, ascending: "LM" those of largest magnitude, "BE" half from each end."""
     size = objective.size
     if size <= DENSE or count >= size - 1:
-        return _dense(checked, start, count)
-    if float(checked(start).norm()) <= zero * float(start.norm()):  # ARPACK refuses such
-        unit = torch.eye(count, size, dtype=start.dtype, device=start.device)
-        return [(0.0, v) for v in unit]
+        matrix = torch.stack([product(e) for e in torch.eye(size).to(start)])
+        values, vectors = (t.cpu() for t in torch.linalg.eigh((matrix + matrix.T) / 2))
+        return _picked(values.numpy(), lambda i: vectors[:, i].to(start), count, which)
+    linalg = scientific.scipy("sparse.linalg")
     operator = linalg.LinearOperator(
         (size, size),
-        matvec=lambda v: checked(torch.from_numpy(v.ravel().copy()).to(start)).cpu().numpy(),
+        matvec=lambda v: product(torch.from_numpy(v.ravel().copy()).to(start)).cpu().numpy(),
         dtype=np.dtype(str(start.dtype).removeprefix("torch.")),
     )
     kept = min(size, max(20, 2 * count + 1))
     known = inspect.signature(linalg.eigsh).parameters
+    # What ARPACK draws when a Krylov space ends early; before scipy 1.17 from a seed of its own.
+    rng = {"rng": np.random.default_rng(0)} if "rng" in known else {}
     try:
-        values, vectors = linalg.eigsh(
+        values, columns = linalg.eigsh(
             operator,
             k=count,
-            which="LM",
+            which=which,
             v0=start.cpu().numpy(),
             ncv=kept,
             maxiter=RESTARTS,
             tol=TOLERANCE,
-            # What ARPACK draws when a Krylov space ends early.
-            **({"rng": np.random.default_rng(0)} if "rng" in known else {}),
+            **rng,
         )
-        found = [
-            (float(a), torch.from_numpy(v.copy()).to(start))
-            for a, v in zip(values, vectors.T, strict=True)
-        ]
-    except linalg.ArpackNoConvergence:
-        ritz = lanczos(checked, start, 2 * kept, objective.eps)
-        order = np.argsort(-np.abs(ritz.values))[:count]
-        found = [(float(ritz.values[i]), ritz.vector(int(i))) for i in order]
-    return sorted(found, key=lambda pair: -abs(pair[0]))
+        vectors = torch.from_numpy(columns)
+        return _picked(values, lambda i: vectors[:, i].to(start), count, which)
+    except linalg.ArpackNoConvergence:  # it keeps to itself what it has: the best of one space
+        ritz = lanczos(product, start, 2 * kept, objective.eps)
+        return _picked(ritz.values, ritz.vector, count, which)
 
 
-def _dense(product: Product, like: Tensor, count: int) -> list[tuple[float, Tensor]]:
-    """Return the same from the whole matrix, column by column: cheap where it is small."""
-    columns = [product(e) for e in torch.eye(len(like), dtype=like.dtype, device=like.device)]
-    matrix = torch.stack(columns)
-    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    order = torch.argsort(values.abs(), descending=True, stable=True)[:count].tolist()
-    return [(float(values[i]), vectors[:, i]) for i in order]
+def _picked(values: FloatArray, vector: Callable[[int], Tensor], count: int, which: str) -> Pairs:
+    order = np.argsort(values).tolist()
+    if which == "BE":
+        order = order[: count // 2] + order[count // 2 - count :]
+    else:
+        largest = sorted(order, key=lambda i: -abs(values[i]))[:count]
+        order = [i for i in order if i in largest]
+    return [(float(values[i]), vector(i)) for i in order]
 
 
-def _checked(product: Product, vectors: list[Tensor]) -> list[Eigenpair]:
-    """Return Rayleigh quotients with their residuals, one more product for each."""
+def _checked(product: Product, vectors: list[Tensor], size: float = 0.0) -> list[Eigenpair]:
+    """Return Rayleigh quotients with their residuals, one more product for each.
+
+    Residuals are relative to ``size``, or to the largest of the quotients where that is larger.
+    """
     units = [v / v.norm() for v in vectors]
     units = [v if v[v.abs().argmax()] > 0 else -v for v in units]
     images = [product(v) for v in units]
     values = [float(v @ w) for v, w in zip(units, images, strict=True)]
-    size = max(map(abs, values)) or 1.0
+    size = max(size, *map(abs, values)) or 1.0
     return [
         Eigenpair(a, v, float((w - a * v).norm()) / size)
         for a, v, w in zip(values, units, images, strict=True)

@@ -58,7 +58,7 @@ class Differentiating:
             here = directions.layers[round(at["layer"])]
             names = tuple(n for n in names if layer_of(n) == here)
         self._eager.move(spot)
-        objective = self._objective(split, names)
+        objective = self.objective(split, names)
         found = compute(
             metric,
             objective,
@@ -78,7 +78,7 @@ class Differentiating:
         if all(POINTWISE[m].sampled for m in metrics):
             return ""
         first = list(itertools.islice(self._batches(split), 1))
-        objective = self._objective(split, self._curved.names, lambda: iter(first))
+        objective = self.objective(split, self._curved.names, lambda: iter(first))
         objective.hessian_product(torch.ones(objective.size, device=objective.device))
         return objective.note
 
@@ -88,13 +88,13 @@ class Differentiating:
         assert curved is not None
         return curved
 
-    def _objective(
+    def objective(
         self,
         split: str,
         names: tuple[str, ...],
         batches: Callable[[], Iterator[Batch]] | None = None,
     ) -> Objective:
-        """Return the loss as a function of the weights; a new one, for it learns as it goes."""
+        """Return the loss as a function of the present weights; a new one, for it learns."""
         batches = batches or functools.partial(self._batches, split)
         return Objective(
             self._ground.problem, batches, names, lambda: self._ground.context(plain=True)

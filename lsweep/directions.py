@@ -21,20 +21,23 @@ import torch
 from lsweep import weights
 from lsweep.errors import LsweepError
 from lsweep.families import Curved, Family, curved, moved_layers, random_direction
+from lsweep.noise import dtype_of
+from lsweep.recipes import DERIVED, INDEXES, STILL, Axis, Recipe
 from lsweep.reference import read_reference_directions
-from lsweep.settings import INDEXES, STILL, Axis, Recipe, Settings
+from lsweep.settings import Settings
 from lsweep.trajectory import gram_matrix, mixture, principal_components, project
 from lsweep.vectors import (
     Direction,
     Origin,
     difference,
     dot,
-    dtype_of,
     finish,
+    ignored_names,
     weighted_sum,
 )
 
 PARALLEL = 0.99
+FOUND = ("eigenvalue", "residual", "converged", "slope", "note")  # facts of a derived direction
 MARGIN = 0.1  # of the trajectory's extent, left free on each side of an automatic range
 FloatArray = npt.NDArray[np.float64]
 
@@ -60,6 +63,7 @@ class Directions:
         family: what the directions are at each replicate and layer; None where no axis counts any.
         layers: names of the layers that an axis counts.
         curved: what derivatives are taken over; None where no recipe says.
+        origin: name -> tensor at offset 0, where that is not the network's own (a gauge).
     """
 
     axes: dict[str, Direction]
@@ -70,6 +74,7 @@ class Directions:
     family: Family | None = None
     layers: tuple[str, ...] = ()
     curved: Curved | None = None
+    origin: weights.State = field(default_factory=dict)
 
     @property
     def moving(self) -> tuple[int, ...]:
@@ -142,6 +147,7 @@ def make_directions(
     origin: Origin,
     base: Path,
     known: Mapping[str, Mapping[str, Any]] | None = None,
+    derived: Mapping[str, weights.State] | None = None,
 ) -> Directions:
     """Make every direction of a sweep.
 
@@ -151,6 +157,7 @@ def make_directions(
         base: folder of the TOML, which relative paths refer to.
         known: facts of the plan. Coefficients that come out of linear algebra differ in their
             last bits between machines, so they are computed once, when the plan is made.
+        derived: axis -> tensors of the directions that `lsweep.derived` computed.
 
     Raises:
         LsweepError: a checkpoint is missing or does not fit, directions are parallel
@@ -165,6 +172,10 @@ def make_directions(
         remembered = (known or {}).get(axis, {})
         if recipe.kind == "random":
             axes[axis] = random_direction(axis, recipe, origin)
+        elif recipe.kind in DERIVED:
+            facts[axis] = {k: remembered[k] for k in FOUND if k in remembered}
+            tensors = dict((derived or {})[axis])
+            axes[axis] = Direction(tensors, ignored_names(recipe, origin))
         elif recipe.kind in STILL:
             axes[axis] = Direction({})
         elif recipe.kind == "to":

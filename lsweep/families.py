@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lsweep.noise import random_tensor
-from lsweep.settings import STILL, WEIGHTS_ONLY, Recipe
+from lsweep.recipes import STILL, WEIGHTS_ONLY, Recipe
 from lsweep.vectors import Direction, Origin, finish, ignored_names
 from lsweep.weights import State
 

@@ -66,6 +66,11 @@ class RunFolder:
         return self.root / "parts"
 
     @property
+    def arrays(self) -> Path:
+        """The folder of stored arrays."""
+        return self.root / "arrays"
+
+    @property
     def submissions(self) -> Path:
         """The folder of what was submitted to Slurm."""
         return self.root / "submissions"
@@ -81,14 +86,19 @@ class RunFolder:
         return self.root / "logs"
 
     @property
+    def measures(self) -> Path:
+        """The folder of what was measured: child runs and their numbers."""
+        return self.root / "measures"
+
+    @property
+    def invariance(self) -> Path:
+        """The certificate: which rescalings leave the network, and the picture, unchanged."""
+        return self.measures / "invariance.json"
+
+    @property
     def surface(self) -> Path:
         """The merged surface."""
         return self.root / "surface.h5"
-
-    @property
-    def measures(self) -> Path:
-        """The folder of child runs."""
-        return self.root / "measures"
 
     @property
     def measured(self) -> Path:
@@ -106,6 +116,14 @@ class RunFolder:
     def factory(self, name: str) -> Path:
         """The copy of the factory's file; only its bare name counts, so nothing escapes the run."""
         return self.root / Path(name).name
+
+    def array(self, name: str, sha256: str) -> Path:
+        """Stored arrays, named by what they hold."""
+        return self.arrays / f"{name}-{sha256[:16]}.h5"
+
+    def all_arrays(self) -> list[Path]:
+        """All stored arrays, by name."""
+        return [self.arrays / n for n in names(self.arrays) if n.endswith(".h5")]
 
     def round(self, number: int) -> Path:
         """One published round."""

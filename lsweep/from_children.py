@@ -21,7 +21,8 @@ from lsweep.surface import Surface
 
 FloatArray = npt.NDArray[np.float64]
 CONVERGED = 1e-2  # largest |Hv - λv| / max|λ| of an eigenvalue that counts as found
-AGREED = 1e-2  # largest relative difference between replicates of one number
+AGREED = 1e-2  # largest relative difference between start vectors of one eigenvalue
+CLIMBED = 0.1  # the same of climbs, which end on different hills
 BENT = 0.1  # |λ_min/λ_max| above which a point counts as not convex, as in the paper
 
 
@@ -51,7 +52,7 @@ class Finished:
     def about(self, variable: str) -> str:
         """Return what a variable is, in the surface's own words."""
         attributes = self.surface.attributes.get(f"{self.split}_{variable}", {})
-        return str(attributes.get("long_name", "")).strip()
+        return str(attributes.get("long_name", "")).strip().removeprefix(f"{self.split} ")
 
     def row(
         self,
@@ -63,7 +64,9 @@ class Finished:
         **context: Any,
     ) -> Measured:
         """Return a number with what is the same for all numbers of this child."""
-        return Measured(name, value, se, replicate, {**self.context, **context}, note)
+        how = [d.get("derivatives") for d in self.surface.provenance.get("devices", {}).values()]
+        said = "; ".join(dict.fromkeys(filter(None, [note, *how])))
+        return Measured(name, value, se, replicate, {**self.context, **context}, said)
 
     def mean(
         self, name: str, values: FloatArray, replicate: str, note: str = "", **context: Any
@@ -165,18 +168,18 @@ def _highest(
     """The highest of several climbs: each is a lower bound of the maximum."""
     known = values[np.isfinite(values)]
     value = float(known.max()) if len(known) else math.nan
-    note = [child.about(variable), "at least", *_disagreement(values)]
+    note = [child.about(variable), *_disagreement(values, CLIMBED)]
     return child.row(name, value, note="; ".join(note), replicates=len(values), **context)
 
 
-def _disagreement(values: FloatArray) -> list[str]:
+def _disagreement(values: FloatArray, most: float = AGREED) -> list[str]:
     """Say so when replicates of one number do not agree."""
     if not np.isfinite(values).all():
         bad = int(np.count_nonzero(~np.isfinite(values)))
         return [f"did not converge: {bad} of {len(values)} start vectors gave no number"]
     size = float(np.abs(values).max())
     gap = float(np.ptp(values)) / size if size else 0.0
-    return [f"start vectors differ by {gap:.1%}"] if gap > AGREED else []
+    return [f"start vectors differ by {gap:.1%}"] if gap > most else []
 
 
 def _keskar(child: Finished) -> list[Measured]:
@@ -257,11 +260,12 @@ def _spectrum(child: Finished) -> list[Measured]:
     edge = threshold(places, weights)
     mass, mean = negative_mass(places, weights), moment(places, weights)
     count = {"replicates": len(places)}
+    size = int(child.surface.provenance["plan"]["facts"]["curved"])
     return [
         child.row("spectral_negative_mass", float(mass.value), float(mass.se), "start vectors",
                   f"share of the eigenvalues below {-edge:.3g}, 1 % of the largest", **count),
-        child.row("spectral_mean", float(mean.value), float(mean.se), "start vectors",
-                  "mean eigenvalue: the trace divided by the number of weights", **count),
+        child.row("spectral_trace", size * float(mean.value), size * float(mean.se),
+                  "start vectors", f"{size} times the mean eigenvalue", **count),
     ]  # fmt: skip
 
 
@@ -274,7 +278,7 @@ def _jacobian(child: Finished) -> list[Measured]:
     se = None if errors is None else float(errors[0])
     note = "Frobenius norm of d output / d input, mean over samples"
     replicate = "" if se is None else "samples"
-    return [child.row("input_jacobian", value, se, replicate, note, split=child.split)]
+    return [child.row("input_jacobian", value, se, replicate, note)]
 
 
 def _convexity(child: Finished) -> list[Measured]:
@@ -289,7 +293,7 @@ def _convexity(child: Finished) -> list[Measured]:
     more: dict[str, Any] = {"grid": grid, "threshold": BENT}
     share = float((ratio[known] > BENT).mean()) if known.any() else math.nan
     most = float(ratio[known].max()) if known.any() else math.nan
-    text = f"share of a {grid} grid where the whole Hessian has |λmin/λmax| > {BENT:g}"
+    text = f"share of {grid} points where the whole Hessian has |λmin/λmax| > {BENT:g}"
     return [
         child.row("map_nonconvex_fraction", share, note="; ".join([text, *note]), **more),
         child.row("map_largest_ratio", most, note="; ".join(note), **more),

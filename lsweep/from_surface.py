@@ -19,8 +19,6 @@ from lsweep.persistence import persistence
 from lsweep.roughness import roughness
 from lsweep.surface import Status, Surface
 
-AT_LEAST = "a lower bound"
-
 
 def context_of(surface: Surface, split: str) -> dict[str, Any]:
     """Return what a number of a surface must be read with, from its provenance.
@@ -39,7 +37,7 @@ def context_of(surface: Surface, split: str) -> dict[str, Any]:
     evaluate, data = plan["evaluate"], plan["data"][split]
     devices = surface.provenance.get("devices", {}).values()
     counted = next((d["samples"].get(split) for d in devices), None)
-    out = {"samples": counted or data["samples"]}
+    out = {"split": split, "samples": counted or data["samples"]}
     if "of" in data:
         out["of"] = data["of"]
     out |= {key: evaluate[key] for key in ("batch_norm", "precision")}
@@ -78,6 +76,8 @@ def rows_at_centre(surface: Surface) -> list[Measured]:
     out = []
     for name in surface.metrics:
         value, split = centre_of(surface, name), split_of(surface, name)
+        if math.isnan(value) and not surface.complete:
+            continue
         errors = surface.values.get(f"{name}_se")
         se = None if errors is None else surface.center(f"{name}_se")
         known = se is not None and math.isfinite(se)
@@ -108,13 +108,18 @@ def rows_of_plane(surface: Surface, name: str) -> tuple[list[Measured], list[str
         "range": [[float(c[0]), float(c[-1])] for c in surface.axes.values()],
         "grid": " x ".join(str(len(c)) for c in surface.axes.values()),
     }
-    rows, refused = [], []
+    rows: list[Measured] = []
+    refused: list[str] = []
+    if not np.isfinite(surface[name]).any():
+        return [], [f"no value of {name} is finite"] if surface.complete else []
     for reader in _READERS:
         try:
-            rows += reader(surface, name)
+            found = reader(surface, name)
         except LsweepError as e:
-            if str(e) not in refused:
-                refused.append(str(e))
+            refused += [str(e)] if str(e) not in refused else []
+            continue
+        rows += [row for row in found if not math.isnan(row.value)]
+        refused += [f"{r.name}: {r.note or 'no value'}" for r in found if math.isnan(r.value)]
     rest = _on_interpolated(surface, name)
     return [
         dataclasses.replace(
@@ -165,13 +170,12 @@ def _basin(surface: Surface, name: str) -> list[Measured]:
     found = basin(surface, name)
     shared = {"rise": found.rise, "cells": found.cells}
     notes, at = "; ".join(found.notes), f"@{found.rise:g}"
-    wide = [] if found.bounded else [AT_LEAST]
-    about = "; ".join([*wide, f"of {found.rays} rays", *found.notes])
+    about = "; ".join([f"of {found.rays} rays", *found.notes])
     se = found.share_se
     return [
         # The same samples serve every point, so its error is one over samples.
         Measured(f"basin_share{at}", found.share, se, "" if se is None else "samples", shared,
-                 "; ".join(([AT_LEAST] if found.border else []) + [notes] if notes else [])),
+                 notes),
         Measured(f"basin_area{at}", found.area, context=shared, note=notes),
         Measured(f"basin_width_least{at}", found.least, context=shared, note=about),
         Measured(f"basin_width_median{at}", found.median, context=shared, note=about),
@@ -211,7 +215,7 @@ def _persistence(surface: Surface, name: str) -> list[Measured]:
 
 def _central(surface: Surface, name: str) -> list[Measured]:
     found = central(surface, name)
-    shared = {"radius": found.radius, "points": found.points, "residual": found.residual}
+    shared = {"radius": found.radius, "points": found.points, "misfit": found.residual}
     notes = "; ".join([f"quadratic fit, {found.residual:.1%} left over", *found.notes])
     fit = {"fit_se": found.se} if math.isfinite(found.se) else {}
     out = [Measured("plane_curvature_max", found.largest, context={**shared, **fit}, note=notes)]

@@ -137,8 +137,8 @@ def _export_directions(options: Namespace) -> int:
     """Write a run's directions as a direction file of the reference implementation."""
     from lsweep.directions import as_reference
     from lsweep.plan import Plan
-    from lsweep.planning import load_problem
     from lsweep.reference import write_reference_directions
+    from lsweep.restoring import load_problem
     from lsweep.vectors import Origin
 
     folder = RunFolder(options.source)

@@ -30,7 +30,7 @@ from lsweep.surface import Status, Surface
 
 CERTAIN = 3.0  # standard errors within which two routes to one number agree
 LIVE = "live:"  # how the factory of a live model begins
-ROUTES = {"direction_curvature": "filter_hessian_trace"}
+ROUTES = {"direction_curvature": "filter_hessian_trace", "spectral_trace": "hessian_trace"}
 
 
 @dataclass(frozen=True)
@@ -185,10 +185,11 @@ def _agreement(a: Measured, b: Measured) -> str:
     apart = gap / error if error else math.inf if gap else 0.0
     if apart <= CERTAIN:
         return f"agrees with {b.name} ({apart:.1f} standard errors apart)"
-    return (
-        f"differs from {b.name} by {apart:.1f} standard errors: up to this radius the loss is not "
-        "the quadratic that derivatives at the centre describe"
+    why = (
+        ": up to this radius the loss is not the quadratic that derivatives at the centre describe"
     )
+    finite = a.context.get("radius")
+    return f"differs from {b.name} by {apart:.1f} standard errors{why if finite else ''}"
 
 
 def measure(surface: Surface | str | os.PathLike[str], name: str = "train_loss") -> dict[str, Any]:

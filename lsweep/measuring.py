@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +12,9 @@ from lsweep.errors import LsweepError, PlanChanged
 from lsweep.factory import factory_file
 from lsweep.folder import RunFolder
 from lsweep.plan import Plan
-from lsweep.planning import LIVE, Planned, base_of, load_problem, plan_run, settings_of
+from lsweep.planning import Planned, plan_run
 from lsweep.problem import Problem
+from lsweep.restoring import LIVE, base_of, load_problem, settings_of
 from lsweep.rounds import Rounds
 from lsweep.settings import Settings
 
@@ -110,21 +111,21 @@ def _asked(folder: RunFolder) -> _Asked | None:
     return _Asked(counts[0] if counts else 0, plan.evaluate["samples"])
 
 
-def cost_lines(found: Iterable[tuple[Child, Planned]]) -> list[str]:
-    """Return for each planned child what it costs, the cheap first; and their sum.
+def passes(child: Child, planned: Planned) -> float:
+    """Return what a child costs, about, in passes over the data.
 
-    A pass over the data is what one evaluation of the loss takes; a gradient counts as three, a
-    Hessian-vector product as seven.
+    A pass is what one evaluation of the loss takes; a gradient counts as three, a Hessian-vector
+    product as seven.
     """
-    costs = []
-    for child, planned in found:
-        points = planned.rounds.total
-        costs.append((points * child.cost, child, points))
-    costs.sort(key=lambda c: c[0])
+    return planned.rounds.total * child.cost
+
+
+def cost_lines(found: Sequence[tuple[Child, Planned]]) -> list[str]:
+    """Return for each planned child what it costs, and their sum."""
     out = [
-        f"{child.name:<10} {points:5} points, about {passes:6.0f} passes over the data: "
-        f"{child.about}"
-        for passes, child, points in costs
+        f"{child.name:<10} {planned.rounds.total:5} points, about {passes(child, planned):6.0f} "
+        f"passes over the data: {child.about}"
+        for child, planned in found
     ]
-    total = sum(c[0] for c in costs)
-    return [*out, f"{'together':<10} {'':5}         about {total:6.0f} passes"]
+    total = sum(passes(*pair) for pair in found)
+    return [*out, f"{'together':<10} {'':5}         about {total:6.0f}"] if len(out) > 1 else out

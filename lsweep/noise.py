@@ -8,7 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lsweep.vectors import dtype_of
+
+def dtype_of(like: Tensor) -> torch.dtype:
+    """Return the precision of a direction for a tensor: float64 for float64, else float32."""
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
 def random_tensor(seed: int, axis: str, name: str, like: Tensor) -> Tensor:

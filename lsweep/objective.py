@@ -24,7 +24,7 @@ from lsweep.noise import random_signs
 from lsweep.problem import Problem
 
 LARGE = 2**24  # parameters: beyond, vectors are kept in float32
-ASYMMETRY = 1e-2  # of a Hessian's size, from which on it is none
+DETACHED = 0.1  # by which a derivative may differ from what differences say, as a share of it
 
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -37,8 +37,9 @@ class Objective:
     nothing. The network computes in its own precision, in eval mode, and is left as it was found.
 
     The second derivative is reverse over reverse. Attention is computed by torch's plain kernel
-    meanwhile, as the fused ones have no second derivative. Where an operation has none, or one
-    that is not symmetric, central differences of the gradient take its place, and ``note`` says so.
+    meanwhile, as the fused ones have no second derivative. Where an operation has none, or an
+    autograd function of the user's own has a wrong one, central differences of the gradient take
+    its place, and ``note`` says so.
 
     Args:
         problem: its network in eval mode, at the point, on the device.
@@ -92,7 +93,7 @@ class Objective:
         self.dtype = torch.float64 if wide else torch.float32
         self.eps = torch.finfo(self.precision).eps
         self.note, self.passes = "", 0
-        self._checked = self._differences = False
+        self._examined = self._tried = self._own_functions = self._differences = False
 
     # -- vectors --------------------------------------------------------------------------------
 
@@ -125,9 +126,12 @@ class Objective:
 
     def value(self, at: Tensor | None = None) -> float:
         """Return L, at the present weights or at the vector ``at``."""
+        return self._value(at, self.batches())
+
+    def _value(self, at: Tensor | None, batches: Iterable[Batch]) -> float:
         total = weight = 0.0
         with self.opened(at, self.problem.grad):
-            for batch in self.batches():
+            for batch in batches:
                 summed, w = self._summed(batch)
                 total, weight = total + float(summed.detach()), weight + w
         return total / weight if weight else math.nan
@@ -138,7 +142,9 @@ class Objective:
 
     def with_gradient(self, at: Tensor | None = None) -> tuple[float, Tensor]:
         """Return L and ∇L, [P], from one pass."""
-        return self._accumulated(at, lambda loss: self._gradients(loss, False))
+        if not self._examined:
+            self._examine(at)
+        return self._accumulated(at, self._slope, self.batches())
 
     def hessian_product(self, vector: Tensor, at: Tensor | None = None) -> Tensor:
         """Return H v for the Hessian H of L, [P].
@@ -147,15 +153,15 @@ class Objective:
             vector: v, [P].
             at: where; the present weights by default.
         """
-        if not self._checked:
-            self._check(at)
+        if not self._examined:
+            self._examine(at)
+        if not self._tried:
+            self._try_product(at)
         if self._differences:
-            return self._difference(vector, at)
-        return self._product(vector, at)
+            return self._difference(vector, at, self.batches)
+        return self._product(vector, at, self.batches())
 
-    def _product(
-        self, vector: Tensor, at: Tensor | None, batches: Iterable[Batch] | None = None
-    ) -> Tensor:
+    def _product(self, vector: Tensor, at: Tensor | None, batches: Iterable[Batch]) -> Tensor:
         pieces = [t.to(self.precision) for t in self.split(vector.to(self.dtype)).values()]
 
         def along(loss: Tensor) -> list[Tensor | None]:
@@ -168,14 +174,18 @@ class Objective:
 
         return self._accumulated(at, along, batches)[1]
 
-    def _difference(self, vector: Tensor, at: Tensor | None) -> Tensor:
+    def _difference(
+        self, vector: Tensor, at: Tensor | None, batches: Callable[[], Iterable[Batch]]
+    ) -> Tensor:
         norm = float(vector.norm())
         if not norm:
             return torch.zeros_like(vector)
         here = self.here if at is None else at
         step = self._step(here) / norm
-        rise = self.gradient(here + step * vector) - self.gradient(here - step * vector)
-        return rise / (2 * step)
+        ahead, behind = (
+            self._accumulated(here + s * step * vector, self._slope, batches())[1] for s in (1, -1)
+        )
+        return (ahead - behind) / (2 * step)
 
     def _step(self, here: Tensor) -> float:
         return float(self.eps ** (1 / 3) * max(1.0, float(here.norm())))
@@ -201,17 +211,20 @@ class Objective:
             )
         )
 
+    def _slope(self, loss: Tensor) -> list[Tensor | None]:
+        return self._gradients(loss, False)
+
     def _accumulated(
         self,
         at: Tensor | None,
         derivative: Callable[[Tensor], list[Tensor | None]],
-        batches: Iterable[Batch] | None = None,
+        batches: Iterable[Batch],
     ) -> tuple[float, Tensor]:
         out = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         views, total, weight = list(self.split(out).values()), 0.0, 0.0
         self.passes += 1
         with self.opened(at):
-            for batch in self.batches() if batches is None else batches:
+            for batch in batches:
                 summed, w = self._summed(batch)
                 total, weight = total + float(summed.detach()), weight + w
                 for view, d in zip(views, derivative(summed), strict=True):
@@ -249,32 +262,77 @@ class Objective:
 
     # -- where autograd is not enough -----------------------------------------------------------
 
-    def _check(self, at: Tensor | None) -> None:
-        """Try a second derivative on one batch; where it fails or is wrong, do without.
+    def _examine(self, at: Tensor | None) -> None:
+        """Look once at how the loss is computed, for what autograd could get wrong in silence."""
+        self._examined = True
+        one = [next(iter(self.batches()))]
+        with self.opened(at):
+            self._own_functions = has_own_functions(self._summed(one[0])[0])
+        if self._own_functions or self.problem.grad:
+            self._check_gradient(at, one)
 
-        An operation whose backward pass autograd cannot follow is a constant to it, in silence;
-        what is then taken for the Hessian is not symmetric.
-        """
-        self._checked = True
-        zeros = [torch.zeros(s, dtype=self.dtype) for s in self.shapes]
-        u, v = (
-            self.flat(random_signs(0, a, n, z) for n, z in zip(self.names, zeros, strict=True))
-            for a in "uv"
-        )
+    def _try_product(self, at: Tensor | None) -> None:
+        """Try a second derivative on one batch; where it fails or is wrong, do without."""
+        self._tried = True
+        one = [next(iter(self.batches()))]
+        zeros = (torch.zeros(s, dtype=self.dtype) for s in self.shapes)
+        v = self.flat(random_signs(0, "v", n, z) for n, z in zip(self.names, zeros, strict=True))
         try:
-            one = [next(iter(self.batches()))]
-            hu, hv = self._product(u, at, one), self._product(v, at, one)
+            product = self._product(v, at, one)
         except (RuntimeError, NotImplementedError) as e:
             if is_out_of_memory(e):
                 raise
             reason = (str(e) or type(e).__name__).splitlines()[0][:120]
         else:
-            if not abs(float(u @ hv - v @ hu)) > ASYMMETRY * float(hu.norm() + hv.norm()):
+            if not self._own_functions:
                 return
-            reason = "the second derivative is not symmetric"
+            other = self._difference(v, at, lambda: one)
+            if not float((product - other).norm()) > DETACHED * float(other.norm()):
+                return
+            reason = "an autograd function of its own has a wrong second derivative"
         self._differences = True
         step = self._step(self.here)
         self.note = f"Hessian by central differences of the gradient, step {step:.1e} ({reason})"
+
+    def _check_gradient(self, at: Tensor | None, one: list[Batch]) -> None:
+        """Compare the gradient on one batch with the loss's rise along it.
+
+        Raises:
+            LsweepError: they differ: a part of the loss is detached from the weights.
+        """
+        value, g = self._accumulated(at, self._slope, one)
+        here, norm = self.here if at is None else at, float(g.norm())
+        step = self._step(here)
+        noise = self.eps**0.5 * (1 + abs(value))
+        if not step * norm > noise:
+            return  # flat, or not finite: nothing to compare
+        ahead, behind = (self._value(here + s * step / norm * g, one) for s in (1, -1))
+        found = (ahead - behind) / (2 * step)
+        if abs(found - norm) > DETACHED * max(abs(found), norm):
+            raise LsweepError(
+                f"the loss rises by {found:.3g} per unit along its gradient, whose norm is "
+                f"{norm:.3g}: a part of it is detached from the weights (create_graph=True in "
+                "torch.autograd.grad keeps it)"
+            )
+
+
+def has_own_functions(loss: Tensor) -> bool:
+    """True where the graph of a value has autograd functions that are not torch's own.
+
+    >>> has_own_functions(torch.ones(1, requires_grad=True) * 2)
+    False
+    """
+    seen: set[Any] = set()
+    waiting = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return True
+        seen.add(node)
+        waiting += [n for n, _ in node.next_functions]
+    return False
 
 
 def filter_scales(weight: Tensor, module: nn.Module | None) -> Tensor:

@@ -96,7 +96,7 @@ def draw(
     KINDS[kind](surface, name, ax, scale=scale)
     told = _dot([surface], [ax], kind) if points else []
     if figure is not None:
-        _write_caption(figure, [surface], [""], told)
+        write_caption(figure, [surface], [""], told)
     return ax
 
 
@@ -171,7 +171,7 @@ def render(
         variable = default_name(shown[0]) if name is None else name
         add_bar(axes, scale, describe(shown[0], variable), kind)
     told = _dot(shown, [axes[0]] * len(shown) if kind == "line" else axes, kind) if points else []
-    _write_caption(figure, shown, texts, told)
+    write_caption(figure, shown, texts, told)
     if path is not None:
         save(figure, path, dpi=dpi)
     return figure
@@ -276,12 +276,21 @@ def _page(surfaces: Sequence[Surface], kind: str) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def _write_caption(
-    figure: Figure, surfaces: Sequence[Surface], titles: Sequence[str], told: Sequence[str] = ()
+def write_caption(
+    figure: Figure,
+    surfaces: Sequence[Surface],
+    titles: Sequence[str],
+    told: Sequence[str] = (),
+    last: str = "",
 ) -> None:
     """Write the captions, equal ones once, below the figure, which grows by their lines.
 
-    ``told`` is what else there is to say of each surface.
+    Args:
+        figure: that is otherwise done.
+        surfaces: those shown.
+        titles: whose caption it is, where they differ.
+        told: what else there is to say of each surface.
+        last: what there is to say of all of them together.
     """
     named: dict[str, list[str]] = {}
     for surface, title, more in zip(surfaces, titles, told or [""] * len(surfaces), strict=True):
@@ -291,6 +300,7 @@ def _write_caption(
             named.setdefault(caption, []).append(title.replace("\n", ", "))
     whose = len(named) > 1
     texts = [f"{', '.join(t)}: {caption}" if whose else caption for caption, t in named.items()]
+    texts += [last] if last else []
     width, height = figure.get_size_inches()
     letters = int((width - 0.3) * 72 / (SMALL * 0.56))
     lines = [part for t in texts for p in t.splitlines() for part in textwrap.wrap(p, letters)]

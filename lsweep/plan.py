@@ -11,7 +11,7 @@ from lsweep.errors import DamagedFile, LsweepError, PlanChanged
 from lsweep.files import digest, publish, read_json, sealed
 from lsweep.folder import RunFolder
 from lsweep.pointwise import POINTWISE, Pointwise, expanded
-from lsweep.settings import INDEXES, STILL
+from lsweep.recipes import INDEXES, STILL
 
 VERSION = 1
 
@@ -81,6 +81,11 @@ class Plan:
     def moving(self) -> tuple[str, ...]:
         """Axes that move the weights, in the order x, y, z."""
         return tuple(a for a in self.axes if self.directions[a]["kind"] not in STILL)
+
+    @property
+    def derived(self) -> tuple[str, ...]:
+        """Axes whose directions are stored in the run."""
+        return tuple(a for a in self.axes if self.directions[a].get("stored"))
 
     @property
     def slices(self) -> int:

@@ -1,49 +1,41 @@
-"""From a sweep and a problem to a frozen plan, and from a run back to its problem."""
+"""From a sweep and a problem to a frozen plan and its first round."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
-import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import h5py
-import numpy as np
-
 from lsweep.asking import ask_grid
+from lsweep.derived import as_arrays, derive, read_derived, store_derived
 from lsweep.differentiating import check_pointwise
+from lsweep.direction_file import write_directions
 from lsweep.directions import Directions, make_directions
-from lsweep.errors import DamagedFile, LsweepError, PlanChanged, nearest
+from lsweep.errors import LsweepError, PlanChanged, nearest
 from lsweep.factory import factory_file, file_digest
-from lsweep.files import publish, read_json, readable, replace, sealed, write_whole
+from lsweep.files import publish, readable, replace, sealed
 from lsweep.folder import RunFolder
-from lsweep.insist import read, there
-from lsweep.machine import refuse_foreign
+from lsweep.gauge import as_lists, fixed_origin, moved_by
+from lsweep.insist import read
 from lsweep.plan import Plan
 from lsweep.pointwise import POINTWISE
 from lsweep.preflight import check_expected, probe
-from lsweep.problem import Problem, make_problem
+from lsweep.problem import Problem
+from lsweep.restoring import LIVE
 from lsweep.rounds import Rounds
-from lsweep.settings import Evaluation, Settings, Track
+from lsweep.settings import Settings
+from lsweep.stored import digest_of
 from lsweep.subsets import described, subsampled
-from lsweep.tables import build, plain
+from lsweep.tables import plain
 from lsweep.trajectory import project
 from lsweep.vectors import Origin, dot
-from lsweep.weights import describe, fingerprint, load_matching
+from lsweep.weights import State, describe, fingerprint, load_matching
 
-LIVE = "live:problem"
 BATCH_NORM_BATCH = 128
 LARGE = 2**30  # bytes of a split that are read as seldom as may be
 PROBE_TOLERANCE, PROBE_FLOOR = 1e-3, 1e-3  # other machines round differently, most near zero
-_RESTORE = "restore it, or plan a new run"
-_REMEDIES = {
-    "origin.sha256": "a factory must load the same weights each time: if it trains, save them first"
-}
 
 
 @dataclass(frozen=True)
@@ -61,6 +53,7 @@ def make_plan(
     base: Path,
     known: dict[str, Any] | None = None,
     code: Path | None = None,
+    stored: dict[str, State] | None = None,
 ) -> tuple[Plan, Directions]:
     """Find out all that a value depends on.
 
@@ -70,6 +63,7 @@ def make_plan(
         base: folder that relative paths refer to.
         known: ``facts`` of a plan made before, whose coefficients are kept.
         code: the factory's file, where it is not the one below ``base``.
+        stored: axis -> tensors of its derived directions; by default they are computed.
 
     Raises:
         LsweepError: a split, a metric, a checkpoint or a direction is wrong.
@@ -85,19 +79,27 @@ def make_plan(
             have = "batches of its own" if samples is None else f"{samples} samples"
             raise LsweepError(f"slices = {evaluate.slices}: the data split {split!r} has {have}")
     check_pointwise(evaluate.metrics, problem)
-    stored = [m for m in evaluate.metrics if m not in POINTWISE]
+    means = [m for m in evaluate.metrics if m not in POINTWISE]
     if problem.forward is None:
-        for metric in stored:
+        for metric in means:
             if metric not in problem.metric_names:
                 raise LsweepError(
                     f"no metric {metric!r}{nearest(metric, [*problem.metric_names, *POINTWISE])}"
                 )
-    variables = [f"{s}_{m}" for s in evaluate.splits for m in stored]
+    variables = [f"{s}_{m}" for s in evaluate.splits for m in means]
     for name in evaluate.expected:
         if name not in variables:
             raise LsweepError(f"expected.{name}{nearest(name, variables)}")
-    origin = Origin.of(problem.model)
-    directions = make_directions(settings, origin, base, known)
+    known = known or {}
+    axes = known.get("axes")
+    origin, factors = fixed_origin(settings, problem, known.get("gauge"))
+    start = moved_by(origin, factors)
+    if stored is None:
+        derived = derive(settings, problem, origin, start)
+        stored = {axis: d.tensors for axis, d in derived.items()}
+        axes = {axis: d.facts for axis, d in derived.items()}
+    directions = make_directions(settings, origin, base, axes, stored)
+    directions = dataclasses.replace(directions, origin=start)
     steps, projections = [], []
     for step in directions.steps:
         state = load_matching(step.path, origin.everything)
@@ -120,6 +122,7 @@ def make_plan(
             axis: {
                 **plain(dataclasses.asdict(settings.directions[axis])),
                 "sha256": directions.fingerprint(axis),
+                **({"stored": digest_of(as_arrays(stored[axis]))} if axis in stored else {}),
             }
             for axis in directions.axes
         },
@@ -141,15 +144,23 @@ def make_plan(
             },
             "layers": list(directions.layers),
             "curvature": str(directions.curved),
+            "curved": _curved_weights(origin, directions),
             "gram": directions.gram.tolist(),
             "cosines": directions.cosines().tolist(),
             "projections": projections,
             "probe": probe(problem, table),
             "large": any(problem.splits[s].bytes > LARGE for s in evaluate.splits),
             "weight_sq": _weight_products(origin, directions),
+            **({"gauge": as_lists(factors)} if factors else {}),
         },
     )
     return plan, directions
+
+
+def _curved_weights(origin: Origin, directions: Directions) -> int:
+    """How many weights derivatives are taken over: the size of the Hessian."""
+    names = directions.curved.names if directions.curved else ()
+    return sum(origin.parameters[n].numel() for n in names)
 
 
 def _weight_products(origin: Origin, directions: Directions) -> dict[str, Any] | None:
@@ -195,9 +206,10 @@ def plan_run(
         LsweepError: the folder cannot be written, or the settings do not fit the problem.
     """
     existing = Plan.read(folder) if folder.exists else None
-    known = existing.facts["axes"] if existing else None
     try:
-        plan, directions = make_plan(settings, problem, base, known, code)
+        stored = read_derived(folder, existing, settings) if existing else None
+        known = existing.facts if existing else None
+        plan, directions = make_plan(settings, problem, base, known, code, stored)
     except LsweepError as e:
         if existing is not None and not isinstance(e, PlanChanged):
             raise LsweepError(f"{e} ({folder.root} exists and is untouched)") from None
@@ -209,6 +221,8 @@ def plan_run(
             check_expected(known_class["centre"], settings.evaluate.expected)
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
+        if existing is None:
+            store_derived(folder, {a: directions.axes[a].tensors for a in plan.derived})
         plan = plan.freeze(folder)  # first: a planner that is refused must not touch the rest
         _keep_base(folder, base.absolute())
         _keep_source(plan, problem, base, folder, text, code)
@@ -272,142 +286,3 @@ def _keep(path: Path, data: bytes) -> None:
     # What is there may be damaged, or left by a plan that was never frozen.
     if not publish(path, data) and read(path) != data:
         replace(path, data, sync=True)
-
-
-def write_directions(folder: RunFolder, plan: Plan, directions: Directions) -> None:
-    """Write norms and fingerprints of the directions; no arrays, for the recipe remakes them."""
-    image = io.BytesIO()
-    with h5py.File(image, "w", libver=("v108", "v108")) as f:
-        f.attrs["plan"] = np.bytes_(plan.digest)
-        f.create_dataset("gram", data=directions.gram, fletcher32=True)
-        f.create_dataset("cosines", data=directions.cosines(), fletcher32=True)
-        for axis, d in directions.axes.items():
-            g = f.create_group(axis)
-            g.attrs["norm"] = d.norm
-            g.attrs["sha256"] = np.bytes_(plan.directions[axis]["sha256"])
-            g.attrs["zero_filters"] = d.zero_filters
-            names = sorted(d.tensors)
-            norms = np.array(
-                [math.sqrt(float(d.tensors[n].double().square().sum())) for n in names]
-            )
-            g.create_dataset("tensor_norms", data=norms, fletcher32=True)
-            joined = np.array([n.encode() for n in names], dtype=None if names else "S1")
-            g.create_dataset("tensor_names", data=joined, fletcher32=True)
-    write_whole(folder.directions, image.getvalue())
-
-
-def base_of(folder: RunFolder) -> Path:
-    """Return the folder that relative paths of a run refer to, also when it moved with the run.
-
-    Raises:
-        LsweepError: it is gone, or the run's note of it is damaged.
-    """
-    if not there(folder.source):
-        return folder.root.absolute().parent
-    source = read_json(folder.source)
-    try:
-        base = Path(source["base"])
-        beside = folder.root.absolute().joinpath(source["beside"])
-    except (KeyError, TypeError):
-        raise DamagedFile(f"{folder.source} does not say where the run was planned") from None
-    if base.is_dir() or not beside.is_dir():
-        return base
-    return beside.resolve()
-
-
-def _data_fields(plan: Plan, problem: Problem) -> Iterator[tuple[str, str, str]]:
-    """Yield (field, planned, present) of each split's data, and of the subset drawn from it."""
-    for s, known in plan.data.items():
-        if s in problem.splits:
-            here = described(problem.splits[s])
-            for field in known:
-                yield f"data.{s}.{field}", str(known[field]), str(here.get(field))
-
-
-def _step_fields(
-    plan: Plan, directions: Directions, origin: Origin
-) -> Iterator[tuple[str, str, str]]:
-    """Yield (field, planned, present) of the checkpoints that are shown on the plane."""
-    labels = [[s["label"] for s in plan.steps], [s.label for s in directions.steps]]
-    yield "steps", ", ".join(labels[0]), ", ".join(labels[1])
-    for known, step in zip(plan.steps, directions.steps, strict=False):
-        state = load_matching(step.path, origin.everything)
-        yield f"steps.{step.label}.sha256", known["sha256"], fingerprint(state)
-
-
-def settings_of(folder: RunFolder, plan: Plan) -> Settings:
-    """Return settings that make the plan's directions again, with the newest round's grid."""
-    rounds = Rounds.read(folder, plan)
-    recipes = {
-        axis: {k: v for k, v in recipe.items() if k != "sha256" and v is not None}
-        for axis, recipe in plan.directions.items()
-    }
-    grid = {
-        n: {"range": [Decimal(low), Decimal(high)], "count": count}
-        for n, (low, high, count) in rounds.last.grid.items()
-    }
-    table: dict[str, Any] = {
-        "problem": {"factory": plan.problem["factory"], "options": plan.problem["options"]},
-        "grid": grid,
-        "directions": recipes,
-    }
-    settings = Settings.from_table(table, str(folder.plan))
-    evaluation = build(
-        Evaluation, {k: v for k, v in plan.evaluate.items() if v is not None}, "plan"
-    )
-    track = Track(tuple(plan.facts["track"])) if plan.facts["track"] else None
-    return dataclasses.replace(settings, evaluate=evaluation, trajectory=track)
-
-
-def load_problem(
-    folder: RunFolder, plan: Plan, problem: Problem | None = None, trust: bool = False
-) -> tuple[Problem, Directions]:
-    """Make a run's problem and directions, and check that they are the plan's.
-
-    Raises:
-        PlanChanged: weights, directions, data or code are not those that were planned.
-        LsweepError: the run was made from a live problem, or its factory fails.
-    """
-    if problem is None:
-        if plan.problem["factory"] == LIVE:
-            raise LsweepError(
-                f"{folder.root} was made from a live model, which no other process can load: "
-                "call lsweep.sweep(problem, run=…) again, or use Problem.from_factory"
-            )
-        for file in (folder.plan, folder.source):
-            refuse_foreign(file, trust)
-        settings = settings_of(folder, plan)
-        source = factory_file(settings.problem, folder.root)
-        code = folder.factory(source.name) if source else None
-        if code is not None and file_digest(code) != plan.problem["code"]:
-            raise PlanChanged(
-                f"{code} is not the factory file that was planned: put back the original, or plan "
-                "a new run",
-                "problem.code",
-            )
-        problem = make_problem(settings.problem, base_of(folder), code, trust)
-    else:
-        settings = settings_of(folder, plan)
-    problem = subsampled(problem, plan.evaluate)
-    origin = Origin.of(problem.model)
-    directions = make_directions(settings, origin, base_of(folder), plan.facts["axes"])
-    for field, planned, here in (
-        ("origin.sha256", plan.origin["sha256"], describe(origin.everything)["sha256"]),
-        *(
-            (
-                f"directions.{axis}.sha256",
-                plan.directions[axis]["sha256"],
-                directions.fingerprint(axis),
-            )
-            for axis in directions.axes
-        ),
-        *_data_fields(plan, problem),
-        *_step_fields(plan, directions, origin),
-    ):
-        if planned != here:
-            raise PlanChanged(
-                f"{folder.root}: {field} is {here[:20]}… now, {planned[:20]}… was planned: the "
-                f"{field.split('.')[0]} changed since; {_REMEDIES.get(field, _RESTORE)}",
-                field,
-            )
-    return problem, directions

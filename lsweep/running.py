@@ -46,9 +46,13 @@ def do_run(options: Namespace) -> int:
     children, problem = planned_children(folder, wanted, problem, options)
     code = _run_here(folder, problem, options, Look(not options.no_picture))
     for child in children:
-        if code not in (0, INCOMPLETE):
+        if code == INTERRUPTED:
             return code
-        code = max(code, _run_here(child, problem, options, CHILD))
+        try:
+            code = max(code, _run_here(child, problem, options, CHILD))
+        except LsweepError as e:  # what one of them cannot, the others may
+            print(f"lsweep: {child.root.name}: {e}", file=sys.stderr)
+            code = max(code, e.exit_code)
     if children:
         print(f"next: lsweep measure {folder.root}")
     return code

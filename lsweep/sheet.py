@@ -17,8 +17,18 @@ from lsweep.insist import read
 from lsweep.measured import Measured, as_table
 from lsweep.measures import Report
 
-SHARED = ("samples", "of", "batch_norm", "precision", "seed", "normalize", "ignore", "parameters")
-OWN = ("split", "residual", "ci95", "step", "units")
+SHARED = (
+    "split",
+    "samples",
+    "of",
+    "batch_norm",
+    "precision",
+    "seed",
+    "normalize",
+    "ignore",
+    "parameters",
+)
+OWN = ("residual", "ci95", "step", "units")
 COLUMNS = ("replicates", "radius", "samples", "seed", "normalize", "batch_norm")
 NARROWEST = 40  # characters of a note in a line
 
@@ -88,14 +98,17 @@ def _words(context: Mapping[str, Any]) -> list[str]:
     for key, value in context.items():
         if key == "samples":
             of = f" of {context['of']}" if "of" in context else ""
-            out.append(f"{value or 'all'}{of} samples")
+            split = f"{context['split']} " if "split" in context else ""
+            out.append(f"{value or 'all'}{of} {split}samples")
+        elif key == "split":
+            out += [] if "samples" in context else [str(value)]
         elif key == "ignore":
             out.append(f"{value} held still" if value != "none" else "nothing held still")
         elif key == "normalize":
             out.append(f"normalised by {value}" if value != "none" else "not normalised")
         elif key == "parameters":
             out.append(f"only {', '.join(value)}")
-        elif key == "precision":
+        elif key in ("precision", "units"):
             out.append(str(value))
         elif key == "residual":
             out.append(f"residual {value:.1e}")
@@ -114,17 +127,18 @@ def _replicates(row: Measured) -> str:
     if what == "samples":
         count = row.context.get("samples", count)
     if not what:
-        return f"best of {count}" if count else ""
+        return f"best of {count} start vectors" if count else ""
     return f"{count} {what}" if count else what
 
 
 def _note(row: Measured, shared: Mapping[str, Any]) -> str:
+    """What is said of a row, with what of its context is not that of the others."""
     differs = {
         k: row.context[k] for k in SHARED if k in row.context and row.context[k] != shared[k]
     }
     own = {k: row.context[k] for k in OWN if k in row.context}
-    if "samples" in differs and "of" in row.context:
-        differs["of"] = row.context["of"]
+    if row.replicate == "samples":
+        differs.pop("samples", None)  # it stands beside the error
     return "; ".join(filter(None, [row.note, *_words({**differs, **own})]))
 
 

@@ -14,6 +14,7 @@ from lsweep import slurm
 from lsweep.audit import contradictions, phrase
 from lsweep.committed import Committed, read_run
 from lsweep.display import duration, speed
+from lsweep.errors import LsweepError
 from lsweep.folder import RunFolder
 from lsweep.insist import there
 from lsweep.plan import Plan
@@ -78,6 +79,7 @@ class Overview:
             "slurm": silent,
             "damaged": self._committed.damage,
             "merged": merged,
+            "children": _children(self._folder),
             "last_beat": beat,
         }
 
@@ -89,6 +91,21 @@ def _interpolated(rounds: Rounds) -> int:
         return 0
     numbers = rounds.numbers_of(rounds.last.lattice)
     return int(((numbers < 0) | ~rounds.required[numbers]).sum())
+
+
+def _children(folder: RunFolder) -> list[dict[str, Any]]:
+    """How far each child run is."""
+    out = []
+    for name in folder.all_children():
+        try:
+            committed = read_run(folder.child(name))[2]
+        except LsweepError as e:
+            out.append({"name": name, "done": 0, "points": 0, "complete": False, "damage": str(e)})
+            continue
+        done, total = committed.share
+        complete = committed.complete
+        out.append({"name": name, "done": done, "points": total, "complete": complete})
+    return out
 
 
 def status(folder: RunFolder) -> dict[str, Any]:
@@ -153,7 +170,8 @@ def _late(facts: dict[str, Any], age: float) -> str:
 
 def lines(state: dict[str, Any]) -> list[str]:
     """Return the state for people, one line a fact."""
-    return [*_progress(state), *_hands(state["workers"]), *_tasks(state), *_ahead(state)]
+    return [*_progress(state), *_hands(state["workers"]), *_tasks(state), *_ahead(state),
+            *_measures(state)]  # fmt: skip
 
 
 def _progress(state: dict[str, Any]) -> list[str]:
@@ -216,6 +234,18 @@ def _ahead(state: dict[str, Any]) -> list[str]:
         out.append(f"  nobody works on it: 'lsweep run {state['run']}' computes what is missing")
     if state["complete"]:
         out.append("  complete" + (", merged" if state["merged"] else ": 'lsweep merge' it"))
+    return out
+
+
+def _measures(state: dict[str, Any]) -> list[str]:
+    """One line for each child run."""
+    out = []
+    for child in state["children"]:
+        words = "complete" if child["complete"] else (
+            f"{child['done']}/{child['points']} points: "
+            f"'lsweep run {state['run']} --measures {child['name']}'"
+        )  # fmt: skip
+        out.append(f"  measure {child['name']}: {child.get('damage') or words}")
     return out
 
 

@@ -19,6 +19,7 @@ from lsweep.commands import (
 from lsweep.errors import LsweepError
 from lsweep.folder import RunFolder
 from lsweep.machine import refuse_foreign
+from lsweep.study import through
 from lsweep.submission import Options, Submission, remember
 
 if TYPE_CHECKING:
@@ -28,7 +29,19 @@ LOOKS = (1.0, 15.0)  # seconds between looks at the queue, first and last
 
 
 def do_submit(options: Namespace) -> int:
-    """Submit an array of workers and a merge after it; the same for each child."""
+    """Submit an array of workers and a merge: of a run or a study's runs, and of their children."""
+    jobs: list[tuple[RunFolder, Submission]] = []
+
+    def submit_run(one: Namespace) -> int:
+        jobs.extend(_submit_run(one))
+        return 0
+
+    code = through(submit_run)(options)
+    # All are in the queue before the first is waited for.
+    return max([code, *(wait(*job) for job in jobs if options.wait)])
+
+
+def _submit_run(options: Namespace) -> list[tuple[RunFolder, Submission]]:
     from lsweep.submit import check, require_slurm
 
     measures = wanted_children(options)
@@ -46,8 +59,7 @@ def do_submit(options: Namespace) -> int:
     for child in children:
         own = _options(child, options, wanted)
         jobs.append(_submit(child, own, site, check(site, own), options))
-    codes = [wait(*job) for job in jobs if job] if options.wait else []
-    return max(codes, default=0)
+    return [job for job in jobs if job]
 
 
 def _submit(

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from lsweep import weights
 from lsweep.errors import LsweepError
 from lsweep.filters import count_zero_filters, is_norm, normalize
-from lsweep.settings import Recipe
+from lsweep.noise import dtype_of
+from lsweep.recipes import Recipe
 from lsweep.weights import State
 
 
@@ -88,11 +89,6 @@ def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     return math.fsum(
         float(torch.dot(a[n].double().flatten(), b[n].double().flatten())) for n in a if n in b
     )
-
-
-def dtype_of(like: Tensor) -> torch.dtype:
-    """Return the precision of a direction for a tensor: float64 for float64, else float32."""
-    return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
 def difference(state: State, origin: State) -> State:

@@ -14,6 +14,7 @@ from lsweep.folder import RunFolder
 from lsweep.merge import merge
 from lsweep.plan import Plan
 from lsweep.rounds import Rounds
+from lsweep.stored import read_arrays
 from lsweep.surface import Surface
 
 
@@ -54,7 +55,7 @@ def verify(folder: RunFolder, data: bool = False, trust: bool = False) -> Findin
         *folder.all_submissions(),
         *sorted(folder.leases.glob("*/*/[0-9]*")),
     ]
-    others += [folder.source] if folder.source.exists() else []
+    others += [p for p in (folder.source, folder.measured) if p.exists()]
     for path in others:
         found.checked += 1
         try:
@@ -65,6 +66,7 @@ def verify(folder: RunFolder, data: bool = False, trust: bool = False) -> Findin
             found.problems.append(f"{e}; it can be deleted, it is made again")
     _check_code(folder, plan, found)
     _check_directions(folder, plan, found)
+    _check_stored(folder, plan, found)
     committed = Committed.read(folder, plan, rounds)
     found.checked += len(committed.readers)
     for name, what in committed.damage.items():
@@ -127,6 +129,16 @@ def _check_directions(folder: RunFolder, plan: Plan, found: Findings) -> None:
         )
 
 
+def _check_stored(folder: RunFolder, plan: Plan, found: Findings) -> None:
+    """Read the derived directions, which cannot be made again."""
+    for axis in plan.derived:
+        found.checked += 1
+        try:
+            read_arrays(folder, axis, plan.directions[axis]["stored"])
+        except LsweepError as e:
+            found.problems.append(str(e))
+
+
 def _check_surface(folder: RunFolder, plan: Plan, merged: Surface, found: Findings) -> None:
     try:
         surface = Surface.load(folder.surface)
@@ -144,7 +156,7 @@ def _check_surface(folder: RunFolder, plan: Plan, merged: Surface, found: Findin
 
 
 def _check_data(folder: RunFolder, plan: Plan, found: Findings, trust: bool) -> None:
-    from lsweep.planning import load_problem
+    from lsweep.restoring import load_problem
 
     problem, _ = load_problem(folder, plan, trust=trust)
     for path in folder.all_devices():

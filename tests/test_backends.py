@@ -22,7 +22,7 @@ from test_any_network import Transformer
 from torch import nn
 
 import lsweep
-from lsweep import catalogue, choice, evaluate, machine, settings
+from lsweep import catalogue, choice, machine, settings, supply
 from lsweep.choice import choose
 from lsweep.data import Split
 from lsweep.directions import Directions, Step
@@ -202,7 +202,7 @@ def test_a_point_has_its_bits_alone_and_among_others(backend, threads, monkeypat
             streamed = ev.evaluate(spots)  # the first pass; then the data is resident
             resident = ev.evaluate(spots)
             alone = np.concatenate([ev.evaluate([s]) for s in spots])
-        monkeypatch.setattr(evaluate, "RESIDENT_SHARE", 0.0)
+        monkeypatch.setattr(supply, "RESIDENT_SHARE", 0.0)
         never = sums(mlp, backend, spots)
     finally:
         torch.set_num_threads(1)

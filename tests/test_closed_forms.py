@@ -20,7 +20,7 @@ from problems import another, at, labels, mean, numbers, toward
 from torch import nn
 
 import lsweep
-from lsweep import evaluate
+from lsweep import supply
 from lsweep.errors import LsweepError
 from lsweep.reference import write_reference_directions
 from lsweep.sums import standard_error
@@ -364,7 +364,7 @@ def test_data_kept_in_memory_and_data_read_anew_give_the_same_bits(batch_norm, m
     """One pass over the data per point, or one pass for many points: two routes to the samples."""
     surfaces = []
     for share in (0.25, 0.0):  # of the free memory
-        monkeypatch.setattr(evaluate, "RESIDENT_SHARE", share)
+        monkeypatch.setattr(supply, "RESIDENT_SHARE", share)
         surfaces.append(
             lsweep.sweep(problems.normalized(), x=(-1, 1, 9), batch_norm=batch_norm, batch_size=8)
         )

@@ -220,7 +220,7 @@ def test_roughness_below_zero_is_on_the_asinh_scale():
 def test_noise_raises_the_variation_and_the_step_is_told():
     smooth, rough = (roughness(noisy(s)) for s in (1e-6, 0.05))
     assert smooth.variation == pytest.approx(1, abs=1e-3)
-    assert rough.variation > 1.2
+    assert rough.variation > 1.05 and rough.largest_variation > 1.2
     assert rough.curvature > 10 * smooth.curvature
 
 

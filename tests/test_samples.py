@@ -25,7 +25,8 @@ from lsweep.files import read_json
 from lsweep.folder import RunFolder
 from lsweep.packed import Spot
 from lsweep.plan import Plan
-from lsweep.planning import LIVE, load_problem, plan_run
+from lsweep.planning import plan_run
+from lsweep.restoring import LIVE, load_problem
 from lsweep.rounds import Rounds
 from lsweep.settings import Settings
 from lsweep.subsets import classes_of, draw
@@ -303,7 +304,7 @@ class Stream(IterableDataset):
 
 @pytest.mark.parametrize(("count", "unit"), [(15, 1), (81, 5), (300, 16)])
 def test_streamed_data_is_read_once_for_all_points_of_a_unit(tmp_path, monkeypatch, count, unit):
-    monkeypatch.setattr("lsweep.evaluate.RESIDENT_SHARE", 0.0)
+    monkeypatch.setattr("lsweep.supply.RESIDENT_SHARE", 0.0)
     problem = lsweep.Problem(nn.Linear(1, 1), {"train": Stream()}, loss=nn.MSELoss())
     settings = Settings.from_table(
         {"problem": {"factory": LIVE}, "grid": {"x": {"range": [-1, 1], "count": count}}}
