@@ -214,8 +214,6 @@ def test_what_fails_in_one_run_stops_no_other(tmp_path, capfd):
     # The folder stands for the runs that are there.
     assert command("verify", tmp_path / "nets.study") == 0
     assert capfd.readouterr().out.count("0 problems") == 2
-    assert command("submit", toml, "--tasks", "1", "--wait") == 1
-    assert "--wait is for one run" in capfd.readouterr().err
 
 
 def test_the_table_of_a_study_is_the_closed_form(finished, capfd):
