@@ -126,6 +126,7 @@ def test_from_a_toml_to_a_picture_and_again_from_the_run(toml, undisturbed):
     assert command("verify", run.root).code == 0
 
 
+@pytest.mark.full
 def test_a_study_is_an_array_for_each_of_its_runs(tmp_path):
     toml = sweep_file(tmp_path, x=3)
     toml.write_text(f"{toml.read_text()}\n[study]\norigins = [{{shift = 0.0}}, {{shift = 1.0}}]\n")
