@@ -20,7 +20,7 @@ import tiny
 import torch
 
 import lsweep
-from lsweep.children import CHILDREN
+from lsweep.children import CHILDREN, settings_for
 from lsweep.folder import RunFolder
 from lsweep.from_surface import rows_of_plane
 from lsweep.measured import Measured, mean_of, read_measures
@@ -28,6 +28,7 @@ from lsweep.measures import measure_run
 from lsweep.noise import random_tensor
 from lsweep.plan import Plan
 from lsweep.rounds import Rounds
+from lsweep.settings import Settings
 from lsweep.surface import Status, Surface
 
 PROBLEM = """\
@@ -147,8 +148,10 @@ def test_sharpness_is_half_r_squared_times_the_curvature_along_each_direction(
         assert (row.replicate, row.context["replicates"]) == ("directions", 10)
         assert row.context["radius"] == pytest.approx(radius)
         assert 0 < row.context["samples_se"] < 10
-    found = rows["direction_curvature"]
-    assert found.value == pytest.approx(bent.mean(), rel=1e-9)
+    assert rows["direction_curvature@0.1"].value == pytest.approx(bent.mean(), rel=1e-9)
+    found = rows["direction_curvature@0.005"]  # the same directions, and ten more
+    bent = np.array([d @ hessian @ d for d in (direction(weights, k) for k in range(20))])
+    assert found.value == pytest.approx(bent.mean(), rel=1e-6)
     d = scales(weights)
     trace, along = rows["filter_hessian_trace"], (d * np.diag(hessian) * d).sum()
     assert abs(trace.value - along) < 4 * trace.se  # E[dᵀHd] = Σ ‖w_f‖²/n_f tr H_ff
@@ -197,13 +200,13 @@ def test_what_else_is_known_of_a_quadratic(rows, hessian, weights):
     assert (rows["input_jacobian"].replicate, rows["input_jacobian"].context["samples"]) == (
         "samples", 5)  # of the test split  # fmt: skip
     for ball in ("filter", "adaptive"):
-        for radius in (0.05, 0.2, 0.35, 0.5):
+        for radius in (0.005, 0.01, 0.015, 0.02):
             one, twenty = (rows[f"worst_{ball}_{n}@{radius:g}"].value for n in (1, 20))
             assert 0 < one <= twenty * (1 + 1e-12)
     highest = max((r * direction(weights, k) @ hessian @ theta)
                   + r**2 / 2 * direction(weights, k) @ hessian @ direction(weights, k)
-                  for r in (0.5, -0.5) for k in range(10))  # fmt: skip
-    assert rows["worst_filter_20@0.5"].value > highest  # of ten directions on the same ball
+                  for r in (0.02, -0.02) for k in range(10))  # fmt: skip
+    assert rows["worst_filter_20@0.02"].value > highest  # of ten directions on the same ball
     assert rows["keskar_sharpness"].value > 0
 
 
@@ -234,8 +237,18 @@ def test_a_child_is_a_run_like_any_other(run, capfd):
 
 
 def test_interrupted_children_go_on_where_they_were(tmp_path):
-    toml = cases.sweep_file(tmp_path, x=3, low="-1", pause=0.01)
-    arguments = ("run", toml, "--on", "inline", "--no-picture", "--measures", "sharpness")
+    toml = cases.sweep_file(tmp_path, x=3, low="-1", pause=0.02)
+    arguments = (
+        "run",
+        toml,
+        "--on",
+        "inline",
+        "--no-picture",
+        "--measures",
+        "sharpness",
+        "--replicates",
+        3,
+    )
     first = cases.Command(*arguments)
     run = RunFolder(tmp_path / "sweep.run")
     child = run.child("sharpness")
@@ -245,18 +258,18 @@ def test_interrupted_children_go_on_where_they_were(tmp_path):
     done = first.wait()
     assert (done.code, "interrupted with" in done.err) == (130, True), done.err
     rows = len(cases.evaluated(child))
-    assert 5 <= rows < 210
+    assert 5 <= rows < 63
     (line,) = (m for m in measure_run(run).missing if m.startswith("sharpness:"))
-    assert line == (f"sharpness: {210 - rows} of 210 points are missing: 'lsweep run {run.root} "
+    assert line == (f"sharpness: {63 - rows} of 63 points are missing: 'lsweep run {run.root} "
                     "--measures sharpness' computes them")  # fmt: skip
     assert not any(n.startswith("sharpness") for n in measured(run.root))  # none are used
     second = cases.command(*arguments)
     assert second.code == 0, second.err
-    assert f"sharpness: {210 - rows} of 210 points to evaluate" in second.out
+    assert f"sharpness: {63 - rows} of 63 points to evaluate" in second.out
     each = cases.evaluated(child)
-    assert len(each) == len(set(each)) == 210
+    assert len(each) == len(set(each)) == 63
     undisturbed = cases.sweep_file(tmp_path / "again", x=3, low="-1", pause=0.0)
-    whole = ("run", undisturbed, "--workers", 2, "--no-picture", "--measures", "sharpness")
+    whole = ("run", undisturbed, *arguments[2:])
     assert cases.command(*whole).code == 0
     other = RunFolder(tmp_path / "again" / "sweep.run").child("sharpness")
     assert cases.differences(cases.merged(child)[0], cases.merged(other)[0]) == []
@@ -387,6 +400,30 @@ def test_the_edited_factory_is_not_what_a_child_measures(tmp_path):
     assert cases.command("run", run, *arguments).code == 0
     child = Plan.read(RunFolder(run).child("jacobian"))
     assert child.problem == Plan.read(RunFolder(run)).problem
+
+
+def test_what_has_no_derivative_in_the_parent_has_one_in_the_child():
+    text = SWEEP.replace('"float64"', '"bfloat16"\nslices = 2')
+    parent = Settings.from_text(text)
+    trace, sharpness = (settings_for(CHILDREN[n], parent).evaluate for n in ("trace", "sharpness"))
+    assert (trace.precision, trace.slices, trace.splits) == ("float32", 1, ("train",))
+    assert (sharpness.precision, sharpness.slices) == ("bfloat16", 2)
+    parent = Settings.from_text(SWEEP + 'batch_norm = "recalibrate"\n')
+    assert settings_for(CHILDREN["hessian"], parent).evaluate.batch_norm == "eval"
+    assert settings_for(CHILDREN["layers"], parent).evaluate.batch_norm == "recalibrate"
+
+
+def test_random_directions_of_a_child_are_those_of_its_parent():
+    named = "\n[directions]\nseed = 7\nnormalize = 'layer'\nignore = 'none'\nparameters = ['a.*']\n"
+    parent = Settings.from_text(SWEEP + named)
+    child = settings_for(CHILDREN["layers"], parent, replicates=3)
+    assert child.directions["x"] == parent.directions["x"]
+    for name in ("y", "z"):
+        r = child.directions[name]
+        assert (r.seed, r.ignore, r.parameters) == (7, "none", ("a.*",))
+    other = Settings.from_text(SWEEP + "[directions]\nkind = 'to'\ncheckpoint = 'b.pt'\n")
+    recipe = settings_for(CHILDREN["sharpness"], other).directions["x"]
+    assert (recipe.kind, recipe.normalize, recipe.ignore) == ("random", "filter", "bias+norm")
 
 
 # -- from values alone -----------------------------------------------------------------------------
