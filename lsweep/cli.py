@@ -257,8 +257,10 @@ def _add_render(p: argparse.ArgumentParser) -> None:
     p.add_argument("source", metavar="RUN|FILE", type=Path, nargs="+",
                    help="runs, studies or surface files")  # fmt: skip
     p.add_argument("-o", "--output", type=Path, required=True, help=".png, .pdf or .svg")
-    p.add_argument("--kind", default="auto", help="line, contour, filled, heat, 3d; study: "
-                   "measures of several networks against their gap")  # fmt: skip
+    p.add_argument("--kind", default="auto",
+                   help="line, contour, filled, heat, 3d; what was measured: sharpness, worst, "
+                   "spectrum, layers, convexity, persistence; study: measures of several networks "
+                   "against their gap")  # fmt: skip
     _takes_l2(p)
     p.add_argument("--metric", help="such as train_loss or test_accuracy")
     p.add_argument("--log", action="store_true", help="logarithmic scale")
@@ -285,6 +287,7 @@ def _add_measure(p: argparse.ArgumentParser) -> None:
     p.add_argument("--only", metavar="NAME,…", help="only these; sharpness means all its radii")
     p.add_argument("--json", action="store_true", help="for programs")
     p.add_argument("--csv", action="store_true", help="for spreadsheets")
+    p.add_argument("--figures", action="store_true", help="draw them too, into RUN/figures/")
     _takes_l2(p)
     p.add_argument("--gap", default="", help="error or loss: what measures of several networks are "
                    "related to (default: error, where both splits have an accuracy)")  # fmt: skip
@@ -323,7 +326,7 @@ def _add_demo(p: argparse.ArgumentParser) -> None:
 
 
 Command = Callable[[argparse.Namespace], int]
-_OF_A_STUDY = ("plan", "run", "submit", "merge", "verify", "prune")  # gone through run by run
+_OF_A_STUDY = ("plan", "run", "merge", "verify", "prune")  # gone through run by run
 _COMMANDS: dict[str, tuple[Command, Callable[[argparse.ArgumentParser], None], str]] = {
     "demo": (commands.do_demo, _add_demo, "two small nets on real digits, with and without skips"),
     "init": (commands.do_init, _add_init, "write a commented sweep.toml and problem.py to edit"),

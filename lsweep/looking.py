@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lsweep.commands import INCOMPLETE
-from lsweep.errors import LsweepError
+from lsweep.errors import LsweepError, nearest
 from lsweep.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -98,24 +98,42 @@ def do_prune(options: Namespace) -> int:
 
 
 def do_render(options: Namespace) -> int:
-    """Draw runs or surfaces into one file."""
+    """Draw runs or surfaces, or what was measured of them, into one file."""
+    from lsweep.figures import FIGURES, Options, figure_of
     from lsweep.opening import open_surface
     from lsweep.penalty import with_l2
-    from lsweep.pictures import render
+    from lsweep.pictures import KINDS, render
     from lsweep.study import runs
 
+    if options.dpi > MOST_DPI:
+        raise LsweepError(f"--dpi {options.dpi}: at most {MOST_DPI}; for more, write .pdf or .svg")
     if options.kind == "study":
         return _render_study(options)
     sources = [p for given in options.source for p in runs(given)]
+    if options.kind in FIGURES:
+        _refuse_scale(options)
+        figure_of(sources, options.kind, options.output, Options(options.metric, options.log),
+                  options.dpi)  # fmt: skip
+        print(f"wrote {options.output}")
+        return 0
+    if options.kind not in ("auto", *KINDS):
+        known = ["auto", *KINDS, *FIGURES, "study"]
+        raise LsweepError(f"kind = {options.kind!r}{nearest(options.kind, known)}")
     surfaces = [with_l2(open_surface(p), options.l2) for p in sources]
-    if options.dpi > MOST_DPI:
-        raise LsweepError(f"--dpi {options.dpi}: at most {MOST_DPI}; for more, write .pdf or .svg")
     labels = [p.stem for p in sources] if len(surfaces) > 1 else None
     render(surfaces, options.output, name=options.metric, kind=options.kind, log=options.log,
            vmin=options.vmin, vmax=options.vmax, labels=labels, dpi=options.dpi,
            points=options.points)  # fmt: skip
     print(f"wrote {options.output}")
     return 0
+
+
+def _refuse_scale(options: Namespace) -> None:
+    """Refuse what a picture of a measure does not take, rather than ignore it."""
+    given = {"--vmin": options.vmin, "--vmax": options.vmax, "--points": options.points or None}
+    for name, value in {**given, "--l2": options.l2}.items():
+        if value is not None:
+            raise LsweepError(f"--kind {options.kind} takes no {name}: leave it out")
 
 
 def _render_study(options: Namespace) -> int:
@@ -190,7 +208,20 @@ def do_measure(options: Namespace) -> int:
     else:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
         print("\n\n".join(sheet.text(r, width) for r in reports))
+    if options.figures:
+        _draw_measures(paths)
     return INCOMPLETE if absent else 0
+
+
+def _draw_measures(paths: Sequence[Path]) -> None:
+    from lsweep.figures import draw_measures
+
+    for path in paths:
+        folder = RunFolder(path)
+        if not folder.exists:
+            raise LsweepError(f"--figures: {path} is no run and has no folder for them")
+        for picture in draw_measures(folder):
+            print(f"wrote {picture}", file=sys.stderr)  # stdout may be a program's
 
 
 def _there(given: Sequence[Path]) -> tuple[list[Path], int]:

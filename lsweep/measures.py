@@ -169,7 +169,7 @@ def compared(rows: list[Measured]) -> list[Measured]:
     named = {row.name: row for row in rows}
     out = []
     for row in rows:
-        other = named.get(ROUTES.get(row.name, ""))
+        other = named.get(ROUTES.get(row.family, ""))
         if other is not None and row.context.get("normalize", "filter") == "filter":
             note = "; ".join(filter(None, [row.note, _agreement(row, other)]))
             row = dataclasses.replace(row, note=note)
@@ -185,11 +185,9 @@ def _agreement(a: Measured, b: Measured) -> str:
     apart = gap / error if error else math.inf if gap else 0.0
     if apart <= CERTAIN:
         return f"agrees with {b.name} ({apart:.1f} standard errors apart)"
-    why = (
-        ": up to this radius the loss is not the quadratic that derivatives at the centre describe"
-    )
-    finite = a.context.get("radius")
-    return f"differs from {b.name} by {apart:.1f} standard errors{why if finite else ''}"
+    radius = a.context.get("radius")
+    why = f": within r = {radius:g} the loss is no quadratic" if radius else ""
+    return f"differs from {b.name} by {apart:.1f} standard errors{why}"
 
 
 def measure(surface: Surface | str | os.PathLike[str], name: str = "train_loss") -> dict[str, Any]:

@@ -87,8 +87,9 @@ class Parent:
         try:
             return plan_run(settings, self.problem, self.base, folder, code=self.code)
         except PlanChanged as e:
+            what = "other data or samples" if e.field[:4] == "data" else f"another {e.field}"
             raise PlanChanged(
-                f"{folder.root} was made with another {e.field}: remove that folder to measure "
+                f"{folder.root} was made with {what}: remove that folder to measure "
                 "anew, or leave the option out",
                 e.field,
             ) from None

@@ -151,7 +151,7 @@ def merge(folder: RunFolder, parts: Sequence[Path] | None = None) -> tuple[Surfa
         provenance["caption"] += gaps.caption
     del winners, numbers
     shaped = {n: v.reshape(lattice.shape) for n, v in values.items()}
-    if plan.facts["weight_sq"] is not None:
+    if "linear" in plan.facts["weight_sq"]:
         shaped["weight_sq"] = _weight_squares(plan, lattice)
     surface = Surface(
         lattice.axes,

@@ -53,7 +53,7 @@ def spectra(
         at = grid(places, weights, sigma)
         phi = density(places, weights, at, sigma)
         facts = child.surface.provenance.get("plan", {}).get("facts", {})
-        one = 1 / (facts.get("parameters", 10**6) * sigma * np.sqrt(2 * np.pi))
+        one = 1 / (facts.get("curved", facts.get("parameters", 10**6)) * sigma * np.sqrt(2 * np.pi))
         floors.append(0.3 * one)  # just below the peak of a single eigenvalue
         peaks.append(float(phi.value.max()))
         edge = max(edge, tau)
