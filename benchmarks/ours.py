@@ -15,8 +15,9 @@ from lsweep.catalogue import KINDS
 from lsweep.evaluate import Evaluator
 from lsweep.folder import RunFolder
 from lsweep.packed import Spot
-from lsweep.planning import load_problem, plan_run
+from lsweep.planning import plan_run
 from lsweep.preflight import preflight
+from lsweep.restoring import load_problem
 from lsweep.settings import Settings
 from lsweep.sums import means
 

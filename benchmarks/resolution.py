@@ -40,8 +40,9 @@ from lsweep.folder import RunFolder
 from lsweep.machine import cpu_model
 from lsweep.pictures import render, save
 from lsweep.plan import Plan
-from lsweep.planning import load_problem, plan_run
+from lsweep.planning import plan_run
 from lsweep.problem import make_problem
+from lsweep.restoring import load_problem
 from lsweep.settings import Settings
 from lsweep.surface import Status, Surface
 

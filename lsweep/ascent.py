@@ -98,8 +98,8 @@ def ascend(
         replicate: which start; 0 is the centre, unless its gradient is zero.
 
     Returns:
-        L(θ+d) - L(θ) after the first step, and the largest at any point on the way, its start
-        included: a lower bound of the maximum over the ball.
+        L(θ+d) - L(θ) after the first step, and the largest at any point on the way, the centre
+        included: a lower bound of the maximum over the ball, never below 0.
     """
     here = objective.here
     start, gradient = objective.with_gradient()
@@ -121,7 +121,7 @@ def ascend(
             best, best_d, gradient = rise, d, g
         else:
             length /= 2
-    return Rise(first, max(best, first) if math.isfinite(start) else math.nan)
+    return Rise(first, max(best, 0.0) if math.isfinite(start) else math.nan)
 
 
 def keskar(

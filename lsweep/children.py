@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from lsweep.errors import LsweepError, nearest
-from lsweep.settings import AXES, Axis, Evaluation, Recipe, Settings
+from lsweep.recipes import AXES, Axis, Recipe
+from lsweep.settings import Evaluation, Settings
 
 REDUCED = ("tf32", "bfloat16", "float16")  # too coarse for derivatives
 PARENT = "parent"  # the axis is the parent's own, with another count
@@ -68,7 +69,9 @@ CHILDREN: dict[str, Child] = {
     for c in (
         Child("sharpness", "the average rise of the loss with the radius", ("loss",),
               (Along("random", "-1", "1", 21), REPLICATE), 10, "directions"),
-        Child("layers", "the same with one layer moved at a time", ("loss",),
+        Child("curvature", "the same so near that only curvature counts", ("loss",),
+              (Along("random", "-0.005", "0.005", 3), REPLICATE), 20, "directions"),
+        Child("layers", "the rise of the loss when one layer moves", ("loss",),
               (Along("random", "-0.5", "0.5", 3), REPLICATE, Along("layer")), 5, "directions"),
         Child("jacobian", "how far outputs follow inputs", ("input_jacobian",),
               (Along("replicate", count=2),), cost=30.0, split="test"),
@@ -77,7 +80,7 @@ CHILDREN: dict[str, Child] = {
         Child("hessian", "the largest and the least curvature", CURVATURE, (REPLICATE,),
               2, "start vectors", 1000.0),
         Child("worst", "the highest loss within a radius", ("worst_case",),
-              (Along("radius", "0.05", "0.5", 4), REPLICATE), 2, "start vectors", 170.0),
+              (Along("radius", "0.005", "0.02", 4), REPLICATE), 2, "start vectors", 170.0),
         Child("spectrum", "the density of the Hessian's eigenvalues", ("spectrum",), (REPLICATE,),
               5, "start vectors", 560.0),
         Child("keskar", "the highest loss in Keskar's box", ("keskar",), (REPLICATE,),
@@ -140,7 +143,7 @@ def settings_for(
         if along.kind == PARENT and name not in parent.grid:
             continue
         if along.kind == PARENT:
-            grid[name] = dataclasses.replace(parent.grid[name], count=along.count)
+            grid[name] = _coarser(parent.grid[name], along.count)
             recipes[name] = parent.directions[name]
         elif along.kind == "layer":
             grid[name] = Axis("auto", 2)
@@ -153,6 +156,10 @@ def settings_for(
             grid[name] = Axis((Decimal(along.low), Decimal(along.high)), along.count)
             recipes[name] = like if along.kind == "random" else _still(like, along.kind)
     return Settings(parent.problem, grid, recipes, _evaluation(child, parent.evaluate, samples))
+
+
+def _coarser(axis: Axis, count: int) -> Axis:
+    return dataclasses.replace(axis, count=min(axis.count, count))
 
 
 def random_recipe(parent: Settings) -> Recipe:
@@ -175,6 +182,8 @@ def _evaluation(child: Child, parent: Evaluation, samples: int | None) -> Evalua
         metrics=child.metrics,
         splits=(child.split if child.split in parent.splits else parent.splits[0],),
         precision=precision,
+        # Recalibrated statistics hide how they follow the weights; every row says its mode.
+        batch_norm="eval" if derived and parent.batch_norm == "recalibrate" else parent.batch_norm,
         samples=parent.samples if samples is None else samples,
         slices=1 if derived else parent.slices,  # a curvature is not a mean over slices
         expected={},

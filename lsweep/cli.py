@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from lsweep import commands, looking, running, submitting
+from lsweep import commands, invariance, looking, running, submitting
 from lsweep.children import CHILDREN
 from lsweep.errors import LsweepError, nearest
 from lsweep.study import through
@@ -66,9 +66,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.startswith("argument COMMAND: invalid choice: "):
             word = message.split("'")[1]
-            later = word == "invariance"
-            why = " yet: it is being built" if later else nearest(word, _COMMANDS)
-            message = f"no command {word!r}{why}"
+            message = f"no command {word!r}{nearest(word, _COMMANDS)}"
         else:
             message = f"{message}; see '{self.prog} --help'"
         self.exit(2, f"lsweep: {message}\n")
@@ -158,6 +156,11 @@ def _takes_device(p: argparse.ArgumentParser) -> None:
 
 def _takes_run(p: argparse.ArgumentParser) -> None:
     p.add_argument("run", metavar="RUN", type=Path, help="a run")
+
+
+def _takes_l2(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--l2", type=float, metavar="λ", help="add λ/2·‖θ‖² to the loss, from the "
+                   "stored squared norm")  # fmt: skip
 
 
 # -- the commands' own arguments -------------------------------------------------------------------
@@ -251,9 +254,14 @@ def _add_doctor(p: argparse.ArgumentParser) -> None:
 
 
 def _add_render(p: argparse.ArgumentParser) -> None:
-    p.add_argument("source", metavar="RUN|FILE", type=Path, nargs="+", help="runs or surface files")
+    p.add_argument("source", metavar="RUN|FILE", type=Path, nargs="+",
+                   help="runs, studies or surface files")  # fmt: skip
     p.add_argument("-o", "--output", type=Path, required=True, help=".png, .pdf or .svg")
-    p.add_argument("--kind", default="auto", help="line, contour, filled, heat, 3d")
+    p.add_argument("--kind", default="auto",
+                   help="line, contour, filled, heat, 3d; what was measured: sharpness, worst, "
+                   "spectrum, layers, convexity, persistence; study: measures of several networks "
+                   "against their gap")  # fmt: skip
+    _takes_l2(p)
     p.add_argument("--metric", help="such as train_loss or test_accuracy")
     p.add_argument("--log", action="store_true", help="logarithmic scale")
     p.add_argument("--vmin", type=float, help="lowest value of the scale")
@@ -273,11 +281,36 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
 
 
 def _add_measure(p: argparse.ArgumentParser) -> None:
-    p.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="runs or surface files")
+    p.add_argument("runs", metavar="RUN", type=Path, nargs="+",
+                   help="runs, studies or surface files; several are compared")  # fmt: skip
     p.add_argument("--metric", help="by default the first")
     p.add_argument("--only", metavar="NAME,…", help="only these; sharpness means all its radii")
     p.add_argument("--json", action="store_true", help="for programs")
     p.add_argument("--csv", action="store_true", help="for spreadsheets")
+    p.add_argument("--figures", action="store_true", help="draw them too, into RUN/figures/")
+    _takes_l2(p)
+    p.add_argument("--gap", default="", help="error or loss: what measures of several networks are "
+                   "related to (default: error, where both splits have an accuracy)")  # fmt: skip
+    p.add_argument("--match", type=float, default=0.1, metavar="T", help="networks are matched "
+                   "whose training losses are within this share (default: 0.1)")  # fmt: skip
+    p.add_argument("--regularizer", "--regulariser", default="", metavar="KEY",
+                   help="the option that regularises (default: weight_decay, wd, l2)")  # fmt: skip
+    p.add_argument("--permutations", type=_at_least(100), default=2000, metavar="N",
+                   help="of the gaps, for null intervals (default: 2000)")  # fmt: skip
+
+
+def _add_invariance(p: argparse.ArgumentParser) -> None:
+    p.add_argument("sweep", metavar="SWEEP", type=Path, help="a sweep.toml, or a run")
+    p.add_argument("--run", type=Path, metavar="DIR", help="the run (default: <stem>.run)")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                   help="override a TOML key, such as directions.gauge=equi")  # fmt: skip
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps (default: auto)")
+    p.add_argument("--samples", type=_at_least(2), default=256, metavar="N",
+                   help="samples that the network is compared on (default: 256)")  # fmt: skip
+    form = p.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="for programs")
+    form.add_argument("--csv", action="store_true", help="for spreadsheets, the table alone")
+    _takes_trust(p)
 
 
 def _add_init(p: argparse.ArgumentParser) -> None:
@@ -293,7 +326,7 @@ def _add_demo(p: argparse.ArgumentParser) -> None:
 
 
 Command = Callable[[argparse.Namespace], int]
-_OF_A_STUDY = ("plan", "run", "submit", "merge", "verify", "prune")  # gone through run by run
+_OF_A_STUDY = ("plan", "run", "merge", "verify", "prune")  # gone through run by run
 _COMMANDS: dict[str, tuple[Command, Callable[[argparse.ArgumentParser], None], str]] = {
     "demo": (commands.do_demo, _add_demo, "two small nets on real digits, with and without skips"),
     "init": (commands.do_init, _add_init, "write a commented sweep.toml and problem.py to edit"),
@@ -307,6 +340,11 @@ _COMMANDS: dict[str, tuple[Command, Callable[[argparse.ArgumentParser], None], s
     "prune": (looking.do_prune, _takes_run, "few parts and no leases, once a run is merged"),
     "doctor": (looking.do_doctor, _add_doctor, "whether a file system is safe for runs"),
     "measure": (looking.do_measure, _add_measure, "numbers from surfaces"),
+    "invariance": (
+        invariance.do_invariance,
+        _add_invariance,
+        "which rescalings leave the network unchanged",
+    ),
     "render": (looking.do_render, _add_render, "draw runs or surfaces"),
     "convert": (looking.do_convert, _add_convert, "to and from other formats"),
 }

@@ -146,7 +146,7 @@ def eigenpair(
     start = random_vector(objective, seed, "start", 0)
     found = _arpack(objective, lambda v: product(v) - end * v, start, abs(which), "LM")
     vector = min(found, key=lambda pair: abs(pair[0]))[1]
-    return _checked(product, [pairs[which < 0].vector, vector])[1]
+    return _checked(product, [vector], max(abs(p.value) for p in pairs))[0]
 
 
 class _NotFinite(Exception):
@@ -220,13 +220,16 @@ def _picked(values: FloatArray, vector: Callable[[int], Tensor], count: int, whi
     return [(float(values[i]), vector(i)) for i in order]
 
 
-def _checked(product: Product, vectors: list[Tensor]) -> list[Eigenpair]:
-    """Return Rayleigh quotients with their residuals, one more product for each."""
+def _checked(product: Product, vectors: list[Tensor], size: float = 0.0) -> list[Eigenpair]:
+    """Return Rayleigh quotients with their residuals, one more product for each.
+
+    Residuals are relative to ``size``, or to the largest of the quotients where that is larger.
+    """
     units = [v / v.norm() for v in vectors]
     units = [v if v[v.abs().argmax()] > 0 else -v for v in units]
     images = [product(v) for v in units]
     values = [float(v @ w) for v, w in zip(units, images, strict=True)]
-    size = max(map(abs, values)) or 1.0
+    size = max(size, *map(abs, values)) or 1.0
     return [
         Eigenpair(a, v, float((w - a * v).norm()) / size)
         for a, v, w in zip(values, units, images, strict=True)

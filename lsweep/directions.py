@@ -22,8 +22,9 @@ from lsweep import weights
 from lsweep.errors import LsweepError
 from lsweep.families import Curved, Family, curved, moved_layers, random_direction
 from lsweep.noise import dtype_of
+from lsweep.recipes import DERIVED, INDEXES, STILL, Axis, Recipe
 from lsweep.reference import read_reference_directions
-from lsweep.settings import DERIVED, INDEXES, STILL, Axis, Recipe, Settings
+from lsweep.settings import Settings
 from lsweep.trajectory import gram_matrix, mixture, principal_components, project
 from lsweep.vectors import (
     Direction,
@@ -62,6 +63,7 @@ class Directions:
         family: what the directions are at each replicate and layer; None where no axis counts any.
         layers: names of the layers that an axis counts.
         curved: what derivatives are taken over; None where no recipe says.
+        origin: name -> tensor at offset 0, where that is not the network's own (a gauge).
     """
 
     axes: dict[str, Direction]
@@ -72,6 +74,7 @@ class Directions:
     family: Family | None = None
     layers: tuple[str, ...] = ()
     curved: Curved | None = None
+    origin: weights.State = field(default_factory=dict)
 
     @property
     def moving(self) -> tuple[int, ...]:

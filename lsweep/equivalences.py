@@ -1,115 +1,208 @@
-"""Which transforms could leave a network unchanged: every candidate that a group of units offers.
+"""Which transforms could leave a network unchanged: every candidate that its hidden units offer.
 
 A candidate is no claim: `lsweep.certificate` measures which of them hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from torch import Tensor
+
 from lsweep.rescaling import Slab, Transform
+from lsweep.symmetries import Discovered, Slot, Units
 
 NEURONS, LAYER = "neuron rescaling", "layer rescaling"
-FLIP, ORDER, HEADS = "sign flip", "unit permutation", "head permutation"
+FLIP, ORDER = "sign flip", "unit permutation"
 STALE, CARRIED, BATCH = (
     "filter scale, statistics left",
     "filter scale, statistics carried",
     "filter scale, batch statistics",
 )
 FILTER, WHOLE = "filter scale before the norm", "layer scale before the norm"
-QK, QK_MAP, VO, VO_MAP, QUERY = (
-    "query-key scale",
-    "query-key map",
-    "value-output scale",
-    "value-output map",
-    "query scale alone",
-)
+QK, QK_MAP, QUERY = "query-key scale", "query-key map", "query scale alone"
+VO, VO_MAP = "value-output scale", "value-output map"
 UP, GATE = "up/down rescaling", "gate/down rescaling"
-Slabs = Sequence[Slab]
+GAUGEABLE = (NEURONS, UP, QK, VO)  # factors between what enters and what leaves: a gauge fixes them
+MAKERS = {"row", "depthwise", "bias", "scale", "mean", "variance"}
+Slots = Sequence[Slot]
 
 
-def of_units(
-    layer: str,
-    size: int,
-    before: Slabs,
-    outgoing: Slabs,
-    *,
-    norm: str = "",
-    affine: Slabs = (),
-    statistics: Slabs = (),
-) -> list[Transform]:
-    """Return what hidden units offer between the layer that produces them and those that read them.
+def candidates(found: Discovered, parameters: Mapping[str, Tensor]) -> list[Transform]:
+    """Return every transform that is worth testing, in the order of the network.
 
     Args:
-        layer: for people.
-        size: how many units.
-        before: rows of weight and bias that produce them, in front of a normalisation if any.
-        outgoing: what reads them.
-        norm: ``batch`` or ``layer`` (or any other that is no batch norm), "" for none.
-        affine: its weight and bias.
-        statistics: its running mean and variance.
-
-    >>> [t.kind for t in of_units("0 -> 2", 4, [Slab("0.weight")], [Slab("2.weight", 1)])]
-    ['neuron rescaling', 'layer rescaling', 'sign flip', 'unit permutation']
+        found: hidden units of the network.
+        parameters: name -> weights; those of two or more dimensions that no unit touches, and
+            what discovery could not follow, become candidates that are untested, with the reason.
     """
-    up = [replace(s, power=1.0) for s in (affine if norm else before)]
-    down = [replace(s, power=-1.0) for s in outgoing]
-    front = [replace(s, power=1.0) for s in before]
-    carried = [replace(s, power=2.0 if s.name.endswith("var") else 1.0) for s in statistics]
+    out: list[Transform] = []
+    for heads in _attended(found.units):
+        out += _of_units(heads)
+    for reason in found.unknown:
+        out.append(Transform("-", "not followed", untested=reason))
+    touched = {s.name for u in found.units for s in u.slots}
+    for name, p in parameters.items():
+        if p.dim() > 1 and name not in touched:
+            why = "no hidden units were followed through it"
+            out.append(Transform(_module(name), "not followed", untested=why))
+    return out
 
-    def one(kind: str, *slabs: Slabs, act: str = "scale", whole: bool = False) -> Transform:
-        return Transform(layer, kind, size, tuple(s for some in slabs for s in some), act, whole)
 
+def _attended(units: Iterable[Units]) -> list[list[Units]]:
+    """Return groups of units, the heads of one attention together."""
+    out: dict[tuple[str, ...], list[Units]] = {}
+    for u in units:
+        name = re.sub(r" \d+$", "", u.name)
+        marks = [f"{s.name} {s.dim} {s.roles}" for s in u.slots]
+        out.setdefault((name, *marks), []).append(u)
+    return list(out.values())
+
+
+def _of_units(heads: list[Units]) -> list[Transform]:
+    u = heads[0]
+    roles = {r for s in u.slots for r in s.roles}
+    strange = [s.name for s in u.slots if not s.roles]
+    if strange:
+        why = f"{strange[0]} uses these units in a way that is not understood"
+        return [Transform(_label(u), NEURONS, untested=why)]
+    if {"query", "key"} <= roles:
+        return _of_queries(heads)
+    if {"gate", "up"} <= roles:
+        return _of_gated(heads)
+    if "value" in roles:
+        out = [
+            _made(heads, VO, whole=True),
+            _made(heads, VO_MAP, act="map"),
+        ]
+        return out + _order(heads)
+    return _of_neurons(heads)
+
+
+def _of_neurons(heads: list[Units]) -> list[Transform]:
+    """Return what units offer between the layers that produce them and those that read them."""
+    u = heads[0]
+    norms = {s.name.rpartition(".")[0] for s in u.slots if {"scale", "mean"} & set(s.roles)}
+    front = {
+        s.name
+        for s in u.slots
+        if {"row", "depthwise", "bias"} & set(s.roles) and s.name.rpartition(".")[0] not in norms
+    }
+    statistics = {s.name for s in u.slots if {"mean", "variance"} & set(s.roles)}
+    affine = {s.name for s in u.slots if s.name.rpartition(".")[0] in norms} - statistics
+    readers = {s.name for s in u.outgoing}
+    batch = any(n.startswith("batch") for n in u.norms)
+    other = any(not n.startswith("batch") for n in u.norms)
     out = []
-    if norm == "batch":
-        if carried:
-            out += [one(STALE, front), one(CARRIED, front, carried)]
-        out.append(replace(one(BATCH, front), batch_norm="batch"))
-    elif norm:
-        out += [one(FILTER, front), one(WHOLE, front, whole=True)]
-    if up and down:  # a norm without weights leaves nothing to rescale behind it
-        out += [one(NEURONS, up, down), one(LAYER, up, down, whole=True)]
-        out.append(one(FLIP, up, down, act="flip"))
-    if down:
-        out.append(one(ORDER, front, affine, carried, down, act="permute"))
-    return out
+    if batch:
+        if statistics:
+            out.append(_made(heads, STALE, front - readers))
+            out.append(_made(heads, CARRIED, (front - readers) | statistics))
+        out.append(replace(_made(heads, BATCH, front - readers), batch_norm="batch"))
+    if other:
+        if not u.stream:  # a stream has no filters of its own
+            out.append(_made(heads, FILTER, front - readers))
+        out.append(_made(heads, WHOLE, front - readers, whole=True))
+    rescaled = (affine if u.norms else front - _depthwise(u)) | readers
+    if readers and (affine or not u.norms):
+        out += [
+            _made(heads, NEURONS, rescaled),
+            _made(heads, LAYER, rescaled, whole=True),
+            _made(heads, FLIP, rescaled, act="flip"),
+        ]
+    return [t for t in out if t.parts] + (_order(heads) if readers else [])
 
 
-def of_attention(
-    layer: str, heads: int, query: Slabs, key: Slabs, value: Slabs, output: Slabs
-) -> list[Transform]:
-    """Return what attention offers: scales and GL(d) maps of each head, and their order.
+def _depthwise(u: Units) -> set[str]:
+    return {s.name for s in u.slots if "depthwise" in s.roles}
 
-    The slabs' ``width`` is the head's; heads that share a key have ``copies`` of the query.
-    """
 
-    def one(kind: str, up: Slabs, down: Slabs, act: str = "scale") -> Transform:
-        slabs = [replace(s, power=1.0) for s in up] + [replace(s, power=-1.0) for s in down]
-        return Transform(layer, kind, heads, tuple(slabs), act)
-
+def _of_queries(heads: list[Units]) -> list[Transform]:
+    """Return what the queries and keys of an attention offer: q·k stays for (A q, A⁻ᵀ k)."""
     out = [
-        one(QK, query, key),
-        one(QK_MAP, query, key, "map"),
-        replace(one(QUERY, query, ()), whole=True),
-        one(VO, value, output),
-        one(VO_MAP, value, output, "map"),
+        _made(heads, QK, whole=True, down="key"),
+        _made(heads, QK_MAP, act="map", down="key"),
+        _made(heads, QUERY, whole=True, only="query"),
     ]
-    if heads > 1:
-        out.append(one(HEADS, [*query, *key, *value], output, "permute"))
-    return out
+    return out + _order(heads)
 
 
-def of_gated(layer: str, size: int, gate: Slabs, up: Slabs, down: Slabs) -> list[Transform]:
-    """Return what a gated unit down·(act(gate·x) * up·x) offers, such as SwiGLU."""
-
-    def one(kind: str, first: Slabs, act: str = "scale") -> Transform:
-        slabs = [replace(s, power=1.0) for s in first] + [replace(s, power=-1.0) for s in down]
-        return Transform(layer, kind, size, tuple(slabs), act)
-
-    return [
-        one(UP, up),
-        one(GATE, gate),
-        one(FLIP, up, "flip"),
-        one(ORDER, [*gate, *up], "permute"),
+def _of_gated(heads: list[Units]) -> list[Transform]:
+    """Return what a product down·(act(gate·x) * up·x) offers, such as SwiGLU."""
+    out = [
+        _made(heads, UP, only="up"),
+        _made(heads, GATE, only="gate"),
+        _made(heads, FLIP, act="flip", only="up"),
     ]
+    return out + _order(heads)
+
+
+def _order(heads: list[Units]) -> list[Transform]:
+    return [_made(heads, ORDER, act="permute")] if all(u.permutable for u in heads) else []
+
+
+def _made(
+    heads: list[Units],
+    kind: str,
+    names: set[str] | None = None,
+    *,
+    act: str = "scale",
+    whole: bool = False,
+    down: str = "column",
+    only: str = "",
+) -> Transform:
+    """Return a transform of the slots with these names, or of all.
+
+    Args:
+        heads: the groups.
+        kind: what it is called.
+        names: of tensors; None for all.
+        act: as in `Transform`.
+        whole: as in `Transform`.
+        down: the role of what is divided.
+        only: a role: of what makes units, only that is multiplied.
+    """
+    parts = []
+    for u in heads:
+        slabs = []
+        for s in u.slots:
+            reads = down in s.roles
+            makes = bool(MAKERS & set(s.roles)) and (not only or only in s.roles)
+            power = (2.0 if "variance" in s.roles else 1.0) * makes * (down != "key" or not reads)
+            power -= reads
+            if (names is None or s.name in names) and (power or act == "permute"):
+                slabs.append(Slab(s.name, s.dim, s.index, power))
+        if slabs:
+            parts.append(tuple(slabs))
+    return Transform(_label(heads[0]), kind, tuple(parts), act, whole)
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0] or name
+
+
+def _label(u: Units) -> str:
+    makers = dict.fromkeys(_module(s.name) for s in u.slots if {"row", "depthwise"} & set(s.roles))
+    readers = dict.fromkeys(_module(s.name) for s in u.outgoing)
+    if u.stream:
+        return f"stream {next(iter(makers))} ({len(makers)} in, {len(readers)} out)"
+    if not readers:
+        return ", ".join(makers)
+    more = f" and {len(readers) - 1} more" if len(readers) > 1 else ""
+    return f"{', '.join(makers)} -> {_short(next(iter(readers)), next(iter(makers)))}{more}"
+
+
+def _short(name: str, beside: str) -> str:
+    """Return a module's name without the folder that it shares with another, where that reads.
+
+    >>> _short("blocks.0.fc2", "blocks.0.fc1"), _short("1.5", "1.2")
+    ('fc2', '1.5')
+    """
+    own, other = name.split("."), beside.split(".")
+    shared = 0
+    while shared < min(len(own) - 1, len(other)) and own[shared] == other[shared]:
+        shared += 1
+    rest = own[shared:]
+    return name if rest[0].isdigit() else ".".join(rest)

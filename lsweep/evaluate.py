@@ -129,7 +129,8 @@ class Evaluator:
                         clones[id(b)] = moved(b.clone(), self.device, self.dtype)
                     module._buffers[name] = clones[id(b)]
         self.seat = Seat(model)
-        plain = {n: t.detach().contiguous() for n, t in self.seat.tensors.items()}
+        start = {**self.seat.tensors, **self.directions.origin}
+        plain = {n: start[n].detach().contiguous() for n in self.seat.tensors}
         axes = [axis.tensors for axis in self.directions.axes.values()]
         packed = Packed(plain, axes, self.device, self.dtype)
         for axis, row in zip(axes, packed.axes, strict=True):

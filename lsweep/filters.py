@@ -55,6 +55,17 @@ def filter_rows(weight: Tensor, module: nn.Module | None) -> Tensor:
     return weight.reshape(weight.shape[0], -1)
 
 
+def filter_dim(weight: Tensor, module: nn.Module | None) -> int:
+    """Return the dimension along which output units lie, a group of a ConvTranspose aside.
+
+    >>> import torch
+    >>> filter_dim(torch.zeros(4, 3, 5, 5), nn.ConvTranspose2d(4, 3, 5))
+    1
+    """
+    swapped = isinstance(module, _TRANSPOSED) or type(module).__name__ == "Conv1D"
+    return 1 if swapped and weight.dim() > 1 else 0
+
+
 def scale_rows(direction: Tensor, factors: Tensor, module: nn.Module | None) -> Tensor:
     """Return ``direction`` with filter j multiplied by ``factors[j]``, in the shape it came in."""
     if direction.dim() <= 1:

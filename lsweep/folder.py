@@ -86,14 +86,19 @@ class RunFolder:
         return self.root / "logs"
 
     @property
+    def measures(self) -> Path:
+        """The folder of what was measured: child runs and their numbers."""
+        return self.root / "measures"
+
+    @property
+    def invariance(self) -> Path:
+        """The certificate: which rescalings leave the network, and the picture, unchanged."""
+        return self.measures / "invariance.json"
+
+    @property
     def surface(self) -> Path:
         """The merged surface."""
         return self.root / "surface.h5"
-
-    @property
-    def measures(self) -> Path:
-        """The folder of child runs."""
-        return self.root / "measures"
 
     @property
     def measured(self) -> Path:

@@ -12,8 +12,9 @@ from lsweep.errors import LsweepError, PlanChanged
 from lsweep.factory import factory_file
 from lsweep.folder import RunFolder
 from lsweep.plan import Plan
-from lsweep.planning import LIVE, Planned, base_of, load_problem, plan_run, settings_of
+from lsweep.planning import Planned, plan_run
 from lsweep.problem import Problem
+from lsweep.restoring import LIVE, base_of, load_problem, settings_of
 from lsweep.rounds import Rounds
 from lsweep.settings import Settings
 
@@ -86,8 +87,9 @@ class Parent:
         try:
             return plan_run(settings, self.problem, self.base, folder, code=self.code)
         except PlanChanged as e:
+            what = "other data or samples" if e.field[:4] == "data" else f"another {e.field}"
             raise PlanChanged(
-                f"{folder.root} was made with another {e.field}: remove that folder to measure "
+                f"{folder.root} was made with {what}: remove that folder to measure "
                 "anew, or leave the option out",
                 e.field,
             ) from None

@@ -11,7 +11,7 @@ from lsweep.errors import DamagedFile, LsweepError, PlanChanged
 from lsweep.files import digest, publish, read_json, sealed
 from lsweep.folder import RunFolder
 from lsweep.pointwise import POINTWISE, Pointwise, expanded
-from lsweep.settings import INDEXES, STILL
+from lsweep.recipes import INDEXES, STILL
 
 VERSION = 1
 

@@ -1,51 +1,41 @@
-"""From a sweep and a problem to a frozen plan, and from a run back to its problem."""
+"""From a sweep and a problem to a frozen plan and its first round."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
-import torch
-
 from lsweep.asking import ask_grid
-from lsweep.derived import derive
+from lsweep.derived import as_arrays, derive, read_derived, store_derived
 from lsweep.differentiating import check_pointwise
 from lsweep.direction_file import write_directions
 from lsweep.directions import Directions, make_directions
-from lsweep.errors import DamagedFile, LsweepError, PlanChanged, nearest
+from lsweep.errors import LsweepError, PlanChanged, nearest
 from lsweep.factory import factory_file, file_digest
-from lsweep.files import publish, read_json, readable, replace, sealed
+from lsweep.files import publish, readable, replace, sealed
 from lsweep.folder import RunFolder
-from lsweep.insist import read, there
-from lsweep.machine import refuse_foreign
+from lsweep.gauge import as_lists, fixed_origin, moved_by
+from lsweep.insist import read
 from lsweep.plan import Plan
 from lsweep.pointwise import POINTWISE
 from lsweep.preflight import check_expected, probe
-from lsweep.problem import Problem, make_problem
+from lsweep.problem import Problem
+from lsweep.restoring import LIVE
 from lsweep.rounds import Rounds
-from lsweep.settings import DERIVED, Evaluation, Settings, Track
-from lsweep.stored import digest_of, read_arrays, store_arrays
+from lsweep.settings import Settings
+from lsweep.stored import digest_of
 from lsweep.subsets import described, subsampled
-from lsweep.tables import build, plain
+from lsweep.tables import plain
 from lsweep.trajectory import project
 from lsweep.vectors import Origin, dot
 from lsweep.weights import State, describe, fingerprint, load_matching
 
-LIVE = "live:problem"
 BATCH_NORM_BATCH = 128
 LARGE = 2**30  # bytes of a split that are read as seldom as may be
 PROBE_TOLERANCE, PROBE_FLOOR = 1e-3, 1e-3  # other machines round differently, most near zero
-_MADE = ("sha256", "stored")  # of a direction: what was made by its recipe
-_RESTORE = "restore it, or plan a new run"
-_REMEDIES = {
-    "origin.sha256": "a factory must load the same weights each time: if it trains, save them first"
-}
 
 
 @dataclass(frozen=True)
@@ -100,12 +90,16 @@ def make_plan(
     for name in evaluate.expected:
         if name not in variables:
             raise LsweepError(f"expected.{name}{nearest(name, variables)}")
-    origin = Origin.of(problem.model)
+    known = known or {}
+    axes = known.get("axes")
+    origin, factors = fixed_origin(settings, problem, known.get("gauge"))
+    start = moved_by(origin, factors)
     if stored is None:
-        derived = derive(settings, problem, origin)
+        derived = derive(settings, problem, origin, start)
         stored = {axis: d.tensors for axis, d in derived.items()}
-        known = {axis: d.facts for axis, d in derived.items()}
-    directions = make_directions(settings, origin, base, known, stored)
+        axes = {axis: d.facts for axis, d in derived.items()}
+    directions = make_directions(settings, origin, base, axes, stored)
+    directions = dataclasses.replace(directions, origin=start)
     steps, projections = [], []
     for step in directions.steps:
         state = load_matching(step.path, origin.everything)
@@ -157,14 +151,10 @@ def make_plan(
             "probe": probe(problem, table),
             "large": any(problem.splits[s].bytes > LARGE for s in evaluate.splits),
             "weight_sq": _weight_products(origin, directions),
+            **({"gauge": as_lists(factors)} if factors else {}),
         },
     )
     return plan, directions
-
-
-def as_arrays(tensors: State) -> dict[str, npt.NDArray[Any]]:
-    """Return tensors as they are stored."""
-    return {n: t.cpu().numpy() for n, t in tensors.items()}
 
 
 def _curved_weights(origin: Origin, directions: Directions) -> int:
@@ -173,13 +163,13 @@ def _curved_weights(origin: Origin, directions: Directions) -> int:
     return sum(origin.parameters[n].numel() for n in names)
 
 
-def _weight_products(origin: Origin, directions: Directions) -> dict[str, Any] | None:
+def _weight_products(origin: Origin, directions: Directions) -> dict[str, Any]:
     """Inner products over parameters alone, from which ||θ||² follows at every point exactly.
 
-    None where directions change along an axis: there are too many of them.
+    That of the origin alone where directions change along an axis: there are too many of them.
     """
     if directions.family is not None and directions.moving:
-        return None
+        return {"origin": dot(origin.parameters, origin.parameters)}
     moved = [d.weights for d in directions.axes.values()]
     return {
         "origin": dot(origin.parameters, origin.parameters),
@@ -216,9 +206,9 @@ def plan_run(
         LsweepError: the folder cannot be written, or the settings do not fit the problem.
     """
     existing = Plan.read(folder) if folder.exists else None
-    known = existing.facts["axes"] if existing else None
     try:
-        stored = _stored(folder, existing, settings) if existing else None
+        stored = read_derived(folder, existing, settings) if existing else None
+        known = existing.facts if existing else None
         plan, directions = make_plan(settings, problem, base, known, code, stored)
     except LsweepError as e:
         if existing is not None and not isinstance(e, PlanChanged):
@@ -231,8 +221,8 @@ def plan_run(
             check_expected(known_class["centre"], settings.evaluate.expected)
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
-        for axis in plan.derived if existing is None else ():
-            store_arrays(folder, axis, as_arrays(directions.axes[axis].tensors))
+        if existing is None:
+            store_derived(folder, {a: directions.axes[a].tensors for a in plan.derived})
         plan = plan.freeze(folder)  # first: a planner that is refused must not touch the rest
         _keep_base(folder, base.absolute())
         _keep_source(plan, problem, base, folder, text, code)
@@ -250,25 +240,6 @@ def plan_run(
     except OSError as e:
         raise LsweepError(f"cannot write the run {folder.root}: {e.strerror or e}") from None
     return Planned(folder, plan, rounds)
-
-
-def _stored(folder: RunFolder, plan: Plan, settings: Settings | None = None) -> dict[str, State]:
-    """Read the derived directions of a run, which are never computed anew.
-
-    Raises:
-        PlanChanged: ``settings`` asks for others.
-        LsweepError: one is missing or damaged.
-    """
-    for axis, recipe in settings.directions.items() if settings else ():
-        there = {k: v for k, v in plan.directions.get(axis, {}).items() if k not in _MADE}
-        if recipe.kind in DERIVED and there != plain(dataclasses.asdict(recipe)):
-            raise PlanChanged(
-                f"{folder.root} holds another plan: directions.{axis} has another recipe; restore "
-                "it, or give a new folder with --run",
-                f"directions.{axis}",
-            )
-    found = {a: read_arrays(folder, a, plan.directions[a]["stored"]) for a in plan.derived}
-    return {a: {n: torch.from_numpy(t) for n, t in ts.items()} for a, ts in found.items()}
 
 
 def _keep_source(
@@ -315,121 +286,3 @@ def _keep(path: Path, data: bytes) -> None:
     # What is there may be damaged, or left by a plan that was never frozen.
     if not publish(path, data) and read(path) != data:
         replace(path, data, sync=True)
-
-
-def base_of(folder: RunFolder) -> Path:
-    """Return the folder that relative paths of a run refer to, also when it moved with the run.
-
-    Raises:
-        LsweepError: it is gone, or the run's note of it is damaged.
-    """
-    if not there(folder.source):
-        return folder.root.absolute().parent
-    source = read_json(folder.source)
-    try:
-        base = Path(source["base"])
-        beside = folder.root.absolute().joinpath(source["beside"])
-    except (KeyError, TypeError):
-        raise DamagedFile(f"{folder.source} does not say where the run was planned") from None
-    if base.is_dir() or not beside.is_dir():
-        return base
-    return beside.resolve()
-
-
-def _data_fields(plan: Plan, problem: Problem) -> Iterator[tuple[str, str, str]]:
-    """Yield (field, planned, present) of each split's data, and of the subset drawn from it."""
-    for s, known in plan.data.items():
-        if s in problem.splits:
-            here = described(problem.splits[s])
-            for field in known:
-                yield f"data.{s}.{field}", str(known[field]), str(here.get(field))
-
-
-def _step_fields(
-    plan: Plan, directions: Directions, origin: Origin
-) -> Iterator[tuple[str, str, str]]:
-    """Yield (field, planned, present) of the checkpoints that are shown on the plane."""
-    labels = [[s["label"] for s in plan.steps], [s.label for s in directions.steps]]
-    yield "steps", ", ".join(labels[0]), ", ".join(labels[1])
-    for known, step in zip(plan.steps, directions.steps, strict=False):
-        state = load_matching(step.path, origin.everything)
-        yield f"steps.{step.label}.sha256", known["sha256"], fingerprint(state)
-
-
-def settings_of(folder: RunFolder, plan: Plan) -> Settings:
-    """Return settings that make the plan's directions again, with the newest round's grid."""
-    rounds = Rounds.read(folder, plan)
-    recipes = {
-        axis: {k: v for k, v in recipe.items() if k not in _MADE and v is not None}
-        for axis, recipe in plan.directions.items()
-    }
-    grid = {
-        n: {"range": [Decimal(low), Decimal(high)], "count": count}
-        for n, (low, high, count) in rounds.last.grid.items()
-    }
-    table: dict[str, Any] = {
-        "problem": {"factory": plan.problem["factory"], "options": plan.problem["options"]},
-        "grid": grid,
-        "directions": recipes,
-    }
-    settings = Settings.from_table(table, str(folder.plan))
-    evaluation = build(
-        Evaluation, {k: v for k, v in plan.evaluate.items() if v is not None}, "plan"
-    )
-    track = Track(tuple(plan.facts["track"])) if plan.facts["track"] else None
-    return dataclasses.replace(settings, evaluate=evaluation, trajectory=track)
-
-
-def load_problem(
-    folder: RunFolder, plan: Plan, problem: Problem | None = None, trust: bool = False
-) -> tuple[Problem, Directions]:
-    """Make a run's problem and directions, and check that they are the plan's.
-
-    Raises:
-        PlanChanged: weights, directions, data or code are not those that were planned.
-        LsweepError: the run was made from a live problem, or its factory fails.
-    """
-    if problem is None:
-        if plan.problem["factory"] == LIVE:
-            raise LsweepError(
-                f"{folder.root} was made from a live model, which no other process can load: "
-                "call lsweep.sweep(problem, run=…) again, or use Problem.from_factory"
-            )
-        for file in (folder.plan, folder.source):
-            refuse_foreign(file, trust)
-        settings = settings_of(folder, plan)
-        source = factory_file(settings.problem, folder.root)
-        code = folder.factory(source.name) if source else None
-        if code is not None and file_digest(code) != plan.problem["code"]:
-            raise PlanChanged(
-                f"{code} is not the factory file that was planned: put back the original, or plan "
-                "a new run",
-                "problem.code",
-            )
-        problem = make_problem(settings.problem, base_of(folder), code, trust)
-    else:
-        settings = settings_of(folder, plan)
-    problem = subsampled(problem, plan.evaluate)
-    origin = Origin.of(problem.model)
-    stored = _stored(folder, plan)
-    directions = make_directions(settings, origin, base_of(folder), plan.facts["axes"], stored)
-    for field, planned, here in (
-        ("origin.sha256", plan.origin["sha256"], describe(origin.everything)["sha256"]),
-        *(
-            (
-                f"directions.{axis}.sha256",
-                plan.directions[axis]["sha256"],
-                directions.fingerprint(axis),
-            )
-            for axis in directions.axes
-        ),
-        *_data_fields(plan, problem),
-        *_step_fields(plan, directions, origin),
-    ):
-        if planned != here:
-            raise PlanChanged(
-                f"{folder.root}: {field} is {here[:20]}… now, {planned[:20]}… was planned: the "
-                f"{field.split('.')[0]} changed since; {_REMEDIES.get(field, _RESTORE)}",
-                field,
-            )
-    return problem, directions

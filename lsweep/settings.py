@@ -8,31 +8,23 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from decimal import Decimal
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from lsweep.errors import LsweepError, nearest
 from lsweep.origins import Study
 from lsweep.pointwise import POINTWISE, expanded
-from lsweep.tables import build, override_key, parse_toml, plain
+from lsweep.recipes import AXES as AXES
+from lsweep.recipes import EIGENVECTORS, LARGEST_GRID, check_range, check_together
+from lsweep.recipes import Axis as Axis
+from lsweep.recipes import Recipe as Recipe
+from lsweep.tables import build, one_of, override_key, parse_toml, plain
 
-INDEXES = ("replicate", "layer")  # kinds of axes whose offsets count: 0, 1, 2, …
-STILL = (*INDEXES, "radius")  # kinds of axes that move nothing themselves
-KINDS = ("random", "to", "plane", "pca", "hessian", "gradient", "file", *STILL)
-DERIVED = ("hessian", "gradient")  # computed once, when a run is planned
-WEIGHTS_ONLY = ("random", *DERIVED, *STILL)  # ignore biases and norms by default
-NORMALIZATIONS = ("filter", "layer", "weight", "none")
 BATCH_NORMS = ("eval", "batch", "recalibrate")
 PRECISIONS = ("float64", "float32", "tf32", "bfloat16", "float16")
 BACKENDS = (
     "auto", "eager", "channels_last", "fused", "native", "vmap", "cudagraph", "compiled"
 )  # fmt: skip
-AXES = ("x", "y", "z")
-EIGENVECTORS = {"x": 1, "y": -1, "z": 2}  # unless asked otherwise
-LARGEST_GRID = 10**8  # points; beyond it the index arrays alone outgrow a node
-LARGEST_OFFSET = 10**6
 LEAST_TOLERANCE = 1e-6
 
 
@@ -59,99 +51,6 @@ class ProblemSource:
 
 
 @dataclass(frozen=True)
-class Axis:
-    """A range and a count; bounds are exact decimals, or ``auto`` until a trajectory is read."""
-
-    range: tuple[Decimal, Decimal] | str
-    count: int
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.count <= LARGEST_GRID:
-            raise LsweepError(f"count = {self.count}: must be between 2 and {LARGEST_GRID}")
-        if isinstance(self.range, str):
-            if self.range != "auto":
-                raise LsweepError(f'range = {self.range!r}: write [low, high] or "auto"')
-            return
-        for bound in self.range:
-            size = bound.copy_abs()  # abs() would round, and overflow
-            if not bound.is_finite() or size > LARGEST_OFFSET:
-                raise LsweepError(f"range bound {bound}: must be within ±{LARGEST_OFFSET:g}")
-            if bound and size < Decimal("1e-12"):
-                raise LsweepError(f"range bound {bound}: must be 0 or at least 1e-12 in size")
-        shown = f"range = [{self.range[0]}, {self.range[1]}]"
-        low, high = self.bounds
-        if low >= high:
-            raise LsweepError(f"{shown}: the low end must be below the high end")
-        if (high - low) / (self.count - 1) < max(-low, high) / 2**50:
-            raise LsweepError(
-                f"{shown}, count = {self.count}: so close together, offsets are the same float64"
-            )
-
-    @property
-    def bounds(self) -> tuple[Fraction, Fraction]:
-        """Low and high end as exact rationals."""
-        assert not isinstance(self.range, str), "an auto range is resolved when the plan is made"
-        return Fraction(self.range[0]), Fraction(self.range[1])
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a direction is made; see ``directions.py`` for what each kind means."""
-
-    kind: str = "random"
-    seed: int = 0
-    normalize: str | None = None
-    ignore: str | None = None
-    orthogonalize: bool = False
-    parameters: tuple[str, ...] = ("*",)
-    gauge: str = "none"
-    checkpoint: str | None = None
-    checkpoints: tuple[str, ...] = ()
-    file: str | None = None
-    eigenvector: int | None = None
-
-    def __post_init__(self) -> None:
-        _one_of("kind", self.kind, KINDS)
-        if self.gauge != "none":
-            raise LsweepError(f"gauge = {self.gauge!r} is not built yet; leave it out")
-        usual = "filter" if self.kind == "random" else "none"
-        rule = "none" if self.kind in STILL else self.normalize or usual
-        object.__setattr__(self, "normalize", rule)
-        still = "bias+norm" if self.kind in WEIGHTS_ONLY else "none"
-        object.__setattr__(self, "ignore", self.ignore or still)
-        _one_of("normalize", self.normalize, NORMALIZATIONS)
-        _one_of("ignore", self.ignore, ("bias+norm", "none"))
-        if not 0 <= self.seed < 2**63:
-            raise LsweepError(f"seed = {self.seed}: must be between 0 and 2**63 - 1")
-        needs = {"to": "checkpoint", "plane": "checkpoints", "pca": "checkpoints", "file": "file"}
-        if self.kind in needs and not getattr(self, needs[self.kind]):
-            raise LsweepError(f'kind = "{self.kind}" needs {needs[self.kind]} = …')
-        for key in ("checkpoint", "checkpoints", "file"):
-            if getattr(self, key) and needs.get(self.kind) != key:
-                kinds = [k for k, needed in needs.items() if needed == key]
-                raise LsweepError(f'{key} goes with kind = {" or ".join(kinds)}, not "{self.kind}"')
-        if self.kind in ("to", "plane") and self.normalize != "none":
-            raise LsweepError(
-                f'normalize = "{self.normalize}" with kind = "{self.kind}": x = 1 would not be the '
-                "checkpoint any more; leave it out"
-            )
-        if self.kind in DERIVED and self.normalize != "none":
-            raise LsweepError(
-                f'normalize = "{self.normalize}" with kind = "{self.kind}": it would be another '
-                "vector; it has the norm of a filter-normalised random direction as it is: leave "
-                "it out"
-            )
-        if self.eigenvector is not None and self.kind != "hessian":
-            raise LsweepError(f'eigenvector goes with kind = "hessian", not "{self.kind}"')
-        if self.eigenvector == 0:
-            raise LsweepError("eigenvector = 0: 1 is the largest, 2 the second, -1 the smallest")
-        if self.kind == "plane" and len(self.checkpoints) != 2:
-            raise LsweepError('kind = "plane" needs two checkpoints: the plane through them and θ')
-        if not self.parameters:
-            raise LsweepError('parameters = []: give at least one pattern, such as ["layer3.*"]')
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """What is computed at a point, and how."""
 
@@ -166,9 +65,9 @@ class Evaluation:
     batch_size: int | str = "auto"
 
     def __post_init__(self) -> None:
-        _one_of("batch_norm", self.batch_norm, BATCH_NORMS)
-        _one_of("precision", self.precision, PRECISIONS)
-        _one_of("backend", self.backend, BACKENDS)
+        one_of("batch_norm", self.batch_norm, BATCH_NORMS)
+        one_of("precision", self.precision, PRECISIONS)
+        one_of("backend", self.backend, BACKENDS)
         for what in ("metrics", "splits"):
             names = getattr(self, what)
             if not names or len(set(names)) != len(names):
@@ -296,13 +195,29 @@ class Settings:
             if recipe.kind == "hessian" and recipe.eigenvector is None:
                 recipes[name] = dataclasses.replace(recipe, eigenvector=EIGENVECTORS[name])
         object.__setattr__(self, "directions", recipes)
+        gauges = list(dict.fromkeys(r.gauge for r in recipes.values()))
+        if len(gauges) > 1:
+            raise LsweepError(
+                f"gauge is {' and '.join(gauges)}: all axes start from one origin, so write it "
+                "once under [directions]"
+            )
+        if gauges != ["none"] and self.trajectory is not None:
+            raise LsweepError(
+                f'gauge = "{gauges[0]}" with [trajectory]: it rescales the origin and not the '
+                "checkpoints, which would be drawn elsewhere; leave one of them out"
+            )
         for name, axis in self.grid.items():
-            _check_range(name, axis, recipes[name].kind)
-        _check_together(recipes, self.refine)
+            check_range(name, axis, recipes[name].kind)
+        check_together(recipes, self.refine is not None)
+        _check_metrics(self.evaluate.metrics, recipes, self.refine)
         seeded = self.study is not None and self.study.seeds
         if seeded and all(r.kind != "random" for r in recipes.values()):
             raise LsweepError("[study] seeds = …: no direction here is random; leave them out")
-        _check_metrics(self.evaluate.metrics, recipes, self.refine)
+
+    @property
+    def gauge(self) -> str:
+        """What is done to the origin before directions are made: ``none`` or ``equi``."""
+        return next(iter(self.directions.values())).gauge
 
     @classmethod
     def from_text(cls, text: str, where: str = "sweep.toml") -> Settings:
@@ -361,42 +276,6 @@ class Settings:
         return build(cls, top, where)
 
 
-def _check_range(name: str, axis: Axis, kind: str) -> None:
-    """Refuse a range that an axis of a kind cannot have."""
-    if isinstance(axis.range, str):
-        if kind not in ("pca", "layer"):
-            raise LsweepError(
-                f'grid.{name}.range = "auto" needs directions of kind "pca" or "layer"'
-            )
-        return
-    low, high = axis.bounds
-    if kind in INDEXES and (low != 0 or high != axis.count - 1):
-        raise LsweepError(
-            f"grid.{name}: an axis of kind {kind} counts 0, 1, …: with count = {axis.count} write "
-            f"range = [0, {axis.count - 1}]"
-        )
-    if kind == "radius" and low < 0:
-        raise LsweepError(f"grid.{name}.range = [{low}, {high}]: a radius is at least 0")
-
-
-def _check_together(recipes: Mapping[str, Recipe], refine: Refinement | None) -> None:
-    """Refuse axes that do not go together."""
-    kinds = [r.kind for r in recipes.values()]
-    for name, recipe in recipes.items():
-        if recipe.kind in STILL and kinds.count(recipe.kind) > 1:
-            raise LsweepError(f'directions: kind = "{recipe.kind}" serves one axis, not several')
-        if recipe.kind in STILL and refine is not None:
-            raise LsweepError(
-                f"[refine] interpolates along every axis, but {name} is an axis of kind "
-                f"{recipe.kind}: leave [refine] out"
-            )
-        if recipe.orthogonalize and "replicate" in kinds and recipe.kind == "random":
-            raise LsweepError(
-                f"directions.{name}: orthogonalize = true does not go with an axis of kind "
-                "replicate: random directions are nearly orthogonal anyway; leave it out"
-            )
-
-
 def _check_metrics(
     metrics: tuple[str, ...], recipes: Mapping[str, Recipe], refine: Refinement | None
 ) -> None:
@@ -411,8 +290,3 @@ def _check_metrics(
             raise LsweepError(
                 f'metric {metric!r} needs an axis of radii: [directions.y] kind = "radius"'
             )
-
-
-def _one_of(name: str, value: Any, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise LsweepError(f"{name} = {value!r}{nearest(str(value), valid)}")

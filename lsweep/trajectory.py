@@ -14,7 +14,7 @@ import torch
 
 from lsweep import weights
 from lsweep.errors import LsweepError
-from lsweep.settings import Recipe
+from lsweep.recipes import Recipe
 from lsweep.vectors import (
     Direction,
     Origin,

@@ -17,7 +17,7 @@ from lsweep import weights
 from lsweep.errors import LsweepError
 from lsweep.filters import count_zero_filters, is_norm, normalize
 from lsweep.noise import dtype_of
-from lsweep.settings import Recipe
+from lsweep.recipes import Recipe
 from lsweep.weights import State
 
 

@@ -55,7 +55,7 @@ def verify(folder: RunFolder, data: bool = False, trust: bool = False) -> Findin
         *folder.all_submissions(),
         *sorted(folder.leases.glob("*/*/[0-9]*")),
     ]
-    others += [p for p in (folder.source, folder.measured) if p.exists()]
+    others += [p for p in (folder.source, folder.measured, folder.invariance) if p.exists()]
     for path in others:
         found.checked += 1
         try:
@@ -156,7 +156,7 @@ def _check_surface(folder: RunFolder, plan: Plan, merged: Surface, found: Findin
 
 
 def _check_data(folder: RunFolder, plan: Plan, found: Findings, trust: bool) -> None:
-    from lsweep.planning import load_problem
+    from lsweep.restoring import load_problem
 
     problem, _ = load_problem(folder, plan, trust=trust)
     for path in folder.all_devices():

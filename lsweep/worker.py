@@ -26,10 +26,10 @@ from lsweep.ledger import Ledger
 from lsweep.packed import Spot
 from lsweep.picking import Picker
 from lsweep.plan import Plan
-from lsweep.planning import load_problem
 from lsweep.preflight import frozen_class, preflight
 from lsweep.problem import Problem
 from lsweep.residence import resident
+from lsweep.restoring import load_problem
 from lsweep.role import Role
 from lsweep.rounds import Round, Rounds
 from lsweep.rows import Kind, Rows

@@ -134,7 +134,7 @@ def transformer() -> Case:
     x, y = numbers(8, 3, 4, seed=1), labels(8, 3)
     loss = nn.CrossEntropyLoss(label_smoothing=0.1)
     problem = lsweep.Problem(fixed(Attentive().double()), {"train": (x, y)}, loss=loss)
-    return Case(problem, lambda net: loss(net(x), y), batch_size=5)
+    return Case(problem, lambda net: loss(net(x), y), batch_size=8)
 
 
 class Tied(nn.Module):

@@ -31,9 +31,10 @@ from lsweep.errors import DamagedFile, LsweepError
 from lsweep.files import read_json, sealed, unsealed
 from lsweep.folder import RunFolder
 from lsweep.plan import Plan
-from lsweep.planning import BATCH_NORM_BATCH, plan_run, settings_of
+from lsweep.planning import BATCH_NORM_BATCH, plan_run
 from lsweep.points import Lattice, coordinates
 from lsweep.problem import make_problem
+from lsweep.restoring import settings_of
 from lsweep.rounds import Rounds
 from lsweep.settings import AXES, Axis, Settings
 from lsweep.surface import Surface, Trajectory

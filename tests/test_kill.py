@@ -37,7 +37,7 @@ from cases import (
 
 from lsweep.folder import RunFolder
 from lsweep.plan import Plan
-from lsweep.planning import load_problem
+from lsweep.restoring import load_problem
 from lsweep.role import Role
 from lsweep.status import share_done
 from lsweep.surface import Surface

@@ -19,8 +19,8 @@ from lsweep.data import tensors_of
 from lsweep.files import read_json
 from lsweep.folder import RunFolder
 from lsweep.plan import Plan
-from lsweep.planning import load_problem
 from lsweep.residence import resident
+from lsweep.restoring import load_problem
 
 PROBLEM = """
 import pathlib, time

@@ -25,7 +25,8 @@ from lsweep.files import read_json
 from lsweep.folder import RunFolder
 from lsweep.packed import Spot
 from lsweep.plan import Plan
-from lsweep.planning import LIVE, load_problem, plan_run
+from lsweep.planning import plan_run
+from lsweep.restoring import LIVE, load_problem
 from lsweep.rounds import Rounds
 from lsweep.settings import Settings
 from lsweep.subsets import classes_of, draw
