@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lsweep.alignment import Alignment, align
-from lsweep.certificate import inputs_of
+from lsweep.bench import inputs_of
 from lsweep.errors import LsweepError
 from lsweep.files import publish
 from lsweep.folder import RunFolder
