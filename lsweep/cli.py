@@ -142,6 +142,8 @@ def _takes_measures(p: argparse.ArgumentParser) -> None:
                    help="directions, probes or start vectors of each of these")  # fmt: skip
     p.add_argument("--samples", type=_at_least(2), metavar="N",
                    help="samples that these take (default: the sweep's)")  # fmt: skip
+    p.add_argument("--to", type=Path, metavar="CHECKPOINT",
+                   help="of the other network, for the measure barrier")  # fmt: skip
 
 
 def _takes_device(p: argparse.ArgumentParser) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lsweep.barrier import barriers
+from lsweep.from_surface import context_of
 from lsweep.measured import Measured, mean_of
 from lsweep.spectrum import moment, negative_mass, threshold
 from lsweep.surface import Surface
@@ -308,6 +310,12 @@ def _convexity(child: Finished) -> list[Measured]:
     ]
 
 
+def _barrier(child: Finished) -> list[Measured]:
+    splits = child.surface.provenance["plan"]["evaluate"]["splits"]
+    contexts = {s: context_of(child.surface, s) for s in splits}
+    return barriers(child.surface, child.name.replace("-", "_"), contexts)
+
+
 _READERS: dict[str, Callable[[Finished], list[Measured]]] = {
     "sharpness": _sharpness,
     "curvature": _curvature,
@@ -319,4 +327,6 @@ _READERS: dict[str, Callable[[Finished], list[Measured]]] = {
     "spectrum": _spectrum,
     "jacobian": _jacobian,
     "convexity": _convexity,
+    "barrier": _barrier,
+    "barrier-aligned": _barrier,
 }

@@ -154,8 +154,11 @@ def _how_to_get(folder: RunFolder, absent: Sequence[Child], live: bool) -> list[
     out = [f"{c.name} ({c.about}): '{command} {c.name}'" for c in absent if c.usual]
     if len(out) > 1:
         out.append(f"all of these: '{command} all'")
-    rest = [c for c in absent if not c.usual]
-    return out + [f"on request: {c.name} ({c.about}): '{command} {c.name}'" for c in rest]
+    rest = [c for c in absent if not c.usual and not c.beside]
+    return out + [
+        f"on request: {c.name} ({c.about}): '{command} {' '.join([c.name, c.needs]).strip()}'"
+        for c in rest
+    ]
 
 
 def compared(rows: list[Measured]) -> list[Measured]:
