@@ -223,7 +223,15 @@ def plan_run(
         folder.root.mkdir(parents=True, exist_ok=True)
         if existing is None:
             store_derived(folder, {a: directions.axes[a].tensors for a in plan.derived})
-        plan = plan.freeze(folder)  # first: a planner that is refused must not touch the rest
+        try:
+            plan = plan.freeze(folder)  # first: a planner that is refused must not touch the rest
+        except PlanChanged:
+            if existing is not None:
+                raise
+            # Another was first meanwhile: what differs in its last bits on that machine is its.
+            return plan_run(
+                settings, problem, base, folder, text=text, unit_points=unit_points, code=code
+            )
         _keep_base(folder, base.absolute())
         _keep_source(plan, problem, base, folder, text, code)
         if not folder.directions.exists():
