@@ -18,9 +18,10 @@ from lsweep.folder import RunFolder
 from lsweep.insist import there
 from lsweep.plan import Plan
 from lsweep.points import IntArray
+from lsweep.recipes import Axis
 from lsweep.refine import first_points
 from lsweep.rounds import Goal, Refining, Round, Rounds, as_grid, lattice_of
-from lsweep.settings import Axis, Refinement
+from lsweep.settings import Refinement
 
 MAX_UNIT_POINTS = 16
 UNITS_WANTED = 1024  # so many workers find something to do

@@ -23,13 +23,12 @@ from lsweep.convexity import THRESHOLD, convexity_ratio
 from lsweep.from_children import CONVERGED, Finished
 from lsweep.maps import COLORS, NONFINITE
 from lsweep.marks import SMALL, equal_aspect, label_axes, put_legend, put_title
-from lsweep.surface import Surface
+from lsweep.scales import FloatArray
+from lsweep.surface import Status, Surface
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
-
-from lsweep.scales import FloatArray
 
 BANDS = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 NORM = BoundaryNorm(BANDS, matplotlib.colormaps[COLORS].N)
@@ -38,9 +37,7 @@ NORM = BoundaryNorm(BANDS, matplotlib.colormaps[COLORS].N)
 def of_plane(surface: Surface, name: str, ax: Axes) -> None:
     """Draw the map of the plane's own Hessian; the border has none."""
     ratio = np.clip(convexity_ratio(surface, name), 0.0, 1.0)
-    inner = np.full(surface.shape, np.nan)
-    inner[1:-1, 1:-1] = ratio
-    _map(surface, inner, ax, [])
+    _map(surface, ratio, ax, [], border=1)
     put_title(ax, f"Hessian of the plane, 2 x 2\n{_share(ratio)}")
 
 
@@ -70,16 +67,26 @@ def _share(ratio: FloatArray) -> str:
     return f"{share:.1%} above {THRESHOLD:g}"
 
 
-def _map(surface: Surface, ratio: FloatArray, ax: Axes, entries: list[Artist]) -> None:
-    x, y = edges(surface.x), edges(surface.y)
+def _map(
+    surface: Surface, ratio: FloatArray, ax: Axes, entries: list[Artist], border: int = 0
+) -> None:
+    """Draw a ratio that the outermost ``border`` points have not; they stay blank."""
+    x, y = (edges(c)[border : len(c) + 1 - border] for c in (surface.x, surface.y))
     known = np.isfinite(ratio)
+    waiting = np.zeros(ratio.shape, bool) if border else surface.status == Status.PENDING
     options: dict[str, Any] = {"rasterized": True, "zorder": 0.6}
     ax.pcolormesh(x, y, np.ma.masked_invalid(ratio), cmap=COLORS, norm=NORM, **options)
-    if not known.all():
-        grey = np.ma.masked_where(known, np.ones(ratio.shape))
-        ax.pcolormesh(x, y, grey, cmap=ListedColormap([NONFINITE]), **options)
-        count = f"no value ({int((~known).sum())} of {known.size})"
-        entries.append(Patch(facecolor=NONFINITE, edgecolor="#303030", lw=0.5, label=count))
+    for mask, color, text in (
+        (~known & ~waiting, NONFINITE, "no value"),
+        (waiting, "white", "pending"),
+    ):
+        if mask.any():
+            one = np.ma.masked_where(~mask, np.ones(ratio.shape))
+            ax.pcolormesh(x, y, one, cmap=ListedColormap([color]), **options)
+            count = f"{text} ({int(mask.sum())} of {mask.size})"
+            entries.append(Patch(facecolor=color, edgecolor="#303030", lw=0.5, label=count))
+    for limits, c in ((ax.set_xlim, surface.x), (ax.set_ylim, surface.y)):
+        limits(edges(c)[0], edges(c)[-1])
     equal_aspect(surface, ax)
     ax.tick_params(labelsize=SMALL + 1)
     ax.locator_params(nbins=5)
@@ -89,12 +96,14 @@ def _map(surface: Surface, ratio: FloatArray, ax: Axes, entries: list[Artist]) -
 
 
 def add_bands(axes: Sequence[Axes]) -> None:
-    """Add the one scale of all maps, beside the last."""
-    last = axes[-1]
-    bar = last.figure.colorbar(
-        ScalarMappable(NORM, COLORS), cax=last.inset_axes((1.04, 0.0, 0.045, 1.0)),
-        spacing="uniform",
-    )  # fmt: skip
+    """Add the one scale of all maps beside the last, and show the same part of the plane in all."""
+    for bounds, limits in (("get_xlim", "set_xlim"), ("get_ylim", "set_ylim")):
+        ends = np.array([getattr(ax, bounds)() for ax in axes])
+        for ax in axes:
+            getattr(ax, limits)(ends[:, 0].min(), ends[:, 1].max())
+    bar = axes[-1].figure.colorbar(
+        ScalarMappable(NORM, COLORS), ax=list(axes), spacing="uniform", pad=0.02, aspect=22
+    )
     bar.set_ticks(list(BANDS), labels=[f"{b:g}" for b in BANDS])
     bar.ax.tick_params(labelsize=SMALL + 1)
     bar.ax.set_ylabel("|λmin / λmax|, 0 where λmin > 0")

@@ -142,6 +142,8 @@ def _takes_measures(p: argparse.ArgumentParser) -> None:
                    help="directions, probes or start vectors of each of these")  # fmt: skip
     p.add_argument("--samples", type=_at_least(2), metavar="N",
                    help="samples that these take (default: the sweep's)")  # fmt: skip
+    p.add_argument("--to", type=Path, metavar="CHECKPOINT",
+                   help="of the other network, for the measure barrier")  # fmt: skip
 
 
 def _takes_device(p: argparse.ArgumentParser) -> None:
@@ -156,6 +158,11 @@ def _takes_device(p: argparse.ArgumentParser) -> None:
 
 def _takes_run(p: argparse.ArgumentParser) -> None:
     p.add_argument("run", metavar="RUN", type=Path, help="a run")
+
+
+def _takes_l2(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--l2", type=float, metavar="λ", help="add λ/2·‖θ‖² to the loss, from the "
+                   "stored squared norm")  # fmt: skip
 
 
 # -- the commands' own arguments -------------------------------------------------------------------
@@ -249,9 +256,14 @@ def _add_doctor(p: argparse.ArgumentParser) -> None:
 
 
 def _add_render(p: argparse.ArgumentParser) -> None:
-    p.add_argument("source", metavar="RUN|FILE", type=Path, nargs="+", help="runs or surface files")
+    p.add_argument("source", metavar="RUN|FILE", type=Path, nargs="+",
+                   help="runs, studies or surface files")  # fmt: skip
     p.add_argument("-o", "--output", type=Path, required=True, help=".png, .pdf or .svg")
-    p.add_argument("--kind", default="auto", help="line, contour, filled, heat, 3d")
+    p.add_argument("--kind", default="auto",
+                   help="line, contour, filled, heat, 3d; what was measured: sharpness, worst, "
+                   "spectrum, layers, convexity, persistence; study: measures of several networks "
+                   "against their gap")  # fmt: skip
+    _takes_l2(p)
     p.add_argument("--metric", help="such as train_loss or test_accuracy")
     p.add_argument("--log", action="store_true", help="logarithmic scale")
     p.add_argument("--vmin", type=float, help="lowest value of the scale")
@@ -271,11 +283,22 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
 
 
 def _add_measure(p: argparse.ArgumentParser) -> None:
-    p.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="runs or surface files")
+    p.add_argument("runs", metavar="RUN", type=Path, nargs="+",
+                   help="runs, studies or surface files; several are compared")  # fmt: skip
     p.add_argument("--metric", help="by default the first")
     p.add_argument("--only", metavar="NAME,…", help="only these; sharpness means all its radii")
     p.add_argument("--json", action="store_true", help="for programs")
     p.add_argument("--csv", action="store_true", help="for spreadsheets")
+    p.add_argument("--figures", action="store_true", help="draw them too, into RUN/figures/")
+    _takes_l2(p)
+    p.add_argument("--gap", default="", help="error or loss: what measures of several networks are "
+                   "related to (default: error, where both splits have an accuracy)")  # fmt: skip
+    p.add_argument("--match", type=float, default=0.1, metavar="T", help="networks are matched "
+                   "whose training losses are within this share (default: 0.1)")  # fmt: skip
+    p.add_argument("--regularizer", "--regulariser", default="", metavar="KEY",
+                   help="the option that regularises (default: weight_decay, wd, l2)")  # fmt: skip
+    p.add_argument("--permutations", type=_at_least(100), default=2000, metavar="N",
+                   help="of the gaps, for null intervals (default: 2000)")  # fmt: skip
 
 
 def _add_invariance(p: argparse.ArgumentParser) -> None:
@@ -305,7 +328,7 @@ def _add_demo(p: argparse.ArgumentParser) -> None:
 
 
 Command = Callable[[argparse.Namespace], int]
-_OF_A_STUDY = ("plan", "run", "submit", "merge", "verify", "prune")  # gone through run by run
+_OF_A_STUDY = ("plan", "run", "merge", "verify", "prune")  # gone through run by run
 _COMMANDS: dict[str, tuple[Command, Callable[[argparse.ArgumentParser], None], str]] = {
     "demo": (commands.do_demo, _add_demo, "two small nets on real digits, with and without skips"),
     "init": (commands.do_init, _add_init, "write a commented sweep.toml and problem.py to edit"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from lsweep.errors import LsweepError, nearest
+from lsweep.measured import Measured
 from lsweep.regularizer import Response, key_of
 from lsweep.regularizer import table as responses
 from lsweep.relate import (
@@ -113,8 +114,17 @@ class Comparison:
         return _values(self.networks, name)
 
 
-def compare(runs: Sequence[RunMeasures], question: Question | None = None) -> Comparison:
+def compare(
+    runs: Sequence[RunMeasures],
+    question: Question | None = None,
+    only: Collection[str] | None = None,
+) -> Comparison:
     """Return all that several runs say together.
+
+    Args:
+        runs: whole, for gap and training loss are among their rows.
+        question: what is asked; None for the usual.
+        only: names of measures that are compared; None for all.
 
     Raises:
         LsweepError: the regulariser that is asked for is no hyper-parameter that varies.
@@ -131,13 +141,19 @@ def compare(runs: Sequence[RunMeasures], question: Question | None = None) -> Co
     if key and not all(isinstance(s, int | float) and s >= 0 for s in strengths):
         raise LsweepError(f"the regulariser {key} is not a number from 0 in every run")
     gap = asked.gap or _gap_of(found)
+    if only is not None:
+        found = [
+            replace(n, measures={k: v for k, v in n.measures.items() if k in only}) for n in found
+        ]
     names = list(dict.fromkeys(name for n in found for name in n.measures))
     known = [n for n in found if gap in n.gaps]
     asked_of = [n for n in names if n not in PARTS and n.partition("@")[0] not in PROFILES]
     same = [known[i] for i in matched(_losses(known), asked.tolerance)]
     losses = [n.train_loss for n in same]
     others = [a for a in (*axes, *held) if a != key]
-    columns = {n: _values(found, n) for n in names}
+    columns = {n: _values(found, n) for n in asked_of}
+    shapes = {r.name for run in runs for r in run.rows if _along_filters(r)}
+    options = [n.options for n in found]
     return Comparison(
         runs=tuple(runs),
         networks=tuple(found),
@@ -151,8 +167,14 @@ def compare(runs: Sequence[RunMeasures], question: Question | None = None) -> Co
         losses=(min(losses), max(losses)) if losses else (math.nan, math.nan),
         partial=_partial(known, gap, asked_of, key, asked),
         regularizer=key,
-        responses=tuple(responses(columns, [n.options for n in found], key, others) if key else ()),
+        responses=tuple(responses(columns, options, key, others, shapes) if key else ()),
     )
+
+
+def _along_filters(row: Measured) -> bool:
+    """Return whether a number was measured along filter-normalised directions."""
+    away = row.context.keys() & {"grid", "radius"}  # not a metric at the trained weights
+    return row.context.get("normalize") == "filter" and bool(away)
 
 
 def _values(found: Sequence[Network], name: str) -> FloatArray:
@@ -208,16 +230,12 @@ def _partial(
     controls |= {n: _values(found, n) for n in names if n.partition("@")[0].endswith(JACOBIAN)}
     out: dict[str, dict[str, Tau]] = {}
     gaps = np.array([n.gaps[gap][0] for n in found])
-    prepared: dict[bytes, Permuted] = {}
     for control, z in controls.items():
         for name in names:
             a = _values(found, name)
             have = np.isfinite(a) & np.isfinite(z)
-            if name == control or have.sum() < FEWEST:
-                continue
-            which = have.tobytes()
-            if which not in prepared:
-                prepared[which] = Permuted.of(gaps[have], asked.permutations, asked.seed)
-            tau = relate_partially(a[have], prepared[which], gaps[have], z[have])
-            out.setdefault(control, {})[name] = tau
+            if name != control and have.sum() >= FEWEST:
+                out.setdefault(control, {})[name] = relate_partially(
+                    a[have], gaps[have], z[have], asked.permutations, asked.seed
+                )
     return out

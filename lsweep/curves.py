@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
 
 from lsweep.from_children import Finished, rises
 from lsweep.marks import SMALL, put_legend, put_title
-from lsweep.scales import FloatArray, number
+from lsweep.scales import FloatArray, log_scale, number, round_ticks
 from lsweep.surface import Status
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Z = 1.96
+LN = log_scale([1.0])
 _UNITS = {
     "filter": ", relative to each filter's norm",
     "layer": ", relative to each layer's norm",
@@ -46,19 +48,21 @@ def average(
         labels: of the runs; for one run alone its directions are drawn too.
         colors: one per run.
         ax: where.
-        log: both axes logarithmic.
+        log: both axes logarithmic, as they are anyway where all means are positive: a rise of
+            order r² is otherwise seen at the largest radii only.
 
     Returns:
         For each run what the caption must say of it; "" for nothing.
     """
     entries: list[Artist] = []
-    told = []
+    told, means = [], []
     for child, label, color in zip(children, labels, colors, strict=True):
         whole = (child.surface.status != Status.PENDING).all(axis=1)
         radii, rise = rises(child.values("loss")[whole], child.surface.x)
         count = len(rise)
         known = np.isfinite(rise).all(axis=0)
         mean, se = mean_and_error(rise)
+        means.append(mean[known])
         center = child.surface.center(f"{child.split}_loss")
         text = f"{label}, " if len(children) > 1 else ""
         text += f"loss {number(center)} at r = 0, {count} directions"
@@ -80,10 +84,14 @@ def average(
             words.append(f"from r = {number(radii[~known][0])} on some directions are not finite")
         told.append("; ".join(words))
     split = children[0].split
-    frame(children, ax, f"mean rise of the {split} loss", log=log)
+    frame(children, ax, f"mean rise of the {split} loss", log=log or _positive(means))
     put_title(ax, f"average over random directions{_band(children)}")
     put_legend(ax, entries, letters=70)
     return told
+
+
+def _positive(curves: Sequence[FloatArray]) -> bool:
+    return all(len(c) > 0 and bool((c > 0).all()) for c in curves)
 
 
 def _band(children: Sequence[Finished]) -> str:
@@ -123,20 +131,21 @@ def worst(
         colors: one per run.
         ax: where.
         unit: ``filter``: within r·‖w_f‖ for every filter; ``adaptive``: within r·|w| in norm.
-        log: both axes logarithmic.
+        log: as of `average`; here the climbs of 20 steps decide.
 
     Returns:
         For each run what the caption must say of it.
     """
     entries: list[Artist] = []
-    told = []
+    told, tops = [], []
     for child, label, color in zip(children, labels, colors, strict=True):
-        lost = 0
+        lost = sunk = 0
         for steps, dash in _CLIMBS.items():
             found = child.values(f"worst_{unit}_{steps}")
             lost += int(np.count_nonzero(~np.isfinite(found)))
             known = np.isfinite(found).any(axis=0)
             best = np.max(np.where(np.isfinite(found), found, -np.inf), axis=0)
+            sunk += int(np.count_nonzero(best[known] <= 0))
             style: dict[str, Any] = {"color": color, "zorder": 3, "marker": "o", "ms": 3}
             radii = child.surface.x
             ax.plot(radii[known], best[known], ls=dash, lw=1.5, label=f"{label} {steps}", **style)
@@ -144,13 +153,18 @@ def worst(
                 ax.plot(radii, found[k], ls="none", marker="_", ms=6, color=color, label="_")
         if len(children) > 1:
             entries.append(Line2D([], [], color=color, lw=1.5, label=label))
-        told.append(f"{lost} climbs gave no number" if lost else "")
+        tops.append(best[known])
+        words = [f"{lost} climbs gave no number"] if lost else []
+        words += [f"at {sunk} radii the highest is no rise"] if sunk else []
+        told.append("; ".join(words))
     shade = colors[0] if len(children) == 1 else "#505050"
     for steps, dash in _CLIMBS.items():
         text = f"{steps} step{'s' if steps != '1' else ''} of ascent"
         entries.append(Line2D([], [], color=shade, ls=dash, lw=1.5, label=text))
     entries.append(Line2D([], [], color=shade, ls="none", marker="_", label="each start"))
-    frame(children, ax, f"rise of the {children[0].split} loss, at least", log=log)
+    frame(
+        children, ax, f"rise of the {children[0].split} loss, at least", log=log or _positive(tops)
+    )
     within = "r·‖w‖ for each filter" if unit == "filter" else "r in units of each |w|"
     ax.set_xlabel("radius r")
     put_title(ax, f"worst case within {within}")
@@ -168,6 +182,10 @@ def frame(children: Sequence[Finished], ax: Axes, text: str, *, log: bool) -> No
     if log:
         ax.set_xscale("log")
         ax.set_yscale("log", nonpositive="clip")
+        radii = np.concatenate([c.surface.x for c in children])
+        tick, written = round_ticks(float(radii[radii > 0].min()), float(radii.max()), LN)
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set_xticks(tick, written)
     else:
         ax.axhline(0.0, color="#808080", lw=0.8, ls=(0, (1, 2)), zorder=0)
         ax.set_xlim(left=0.0)

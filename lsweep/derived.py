@@ -12,23 +12,29 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from lsweep.curvature import Eigenpair, eigenpair, extremes
 from lsweep.device import choose_device
 from lsweep.directions import Directions
-from lsweep.errors import LsweepError
+from lsweep.errors import LsweepError, PlanChanged
 from lsweep.evaluate import Evaluator
 from lsweep.families import random_direction
+from lsweep.folder import RunFolder
 from lsweep.noise import dtype_of
 from lsweep.objective import Objective
+from lsweep.plan import Plan
 from lsweep.problem import Problem
 from lsweep.recipes import DERIVED, Recipe
 from lsweep.settings import Evaluation, Settings
+from lsweep.stored import read_arrays, store_arrays
 from lsweep.tables import plain
 from lsweep.vectors import Origin, ignored_names
 from lsweep.weights import State
+
+MADE = ("sha256", "stored")  # of a direction in a plan: what its recipe made
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,38 @@ def derive(
             return dict(_each(asked, ev, origin))
 
         return ev.fitted(compute, "the derivatives of the loss cannot be computed")
+
+
+def store_derived(folder: RunFolder, directions: Mapping[str, State]) -> None:
+    """Store derived directions in a run, before the plan that names them."""
+    for axis, tensors in directions.items():
+        store_arrays(folder, axis, as_arrays(tensors))
+
+
+def read_derived(
+    folder: RunFolder, plan: Plan, settings: Settings | None = None
+) -> dict[str, State]:
+    """Read the derived directions of a run, which are never computed anew.
+
+    Raises:
+        PlanChanged: ``settings`` asks for others.
+        LsweepError: one is missing or damaged.
+    """
+    for axis, recipe in settings.directions.items() if settings else ():
+        there = {k: v for k, v in plan.directions.get(axis, {}).items() if k not in MADE}
+        if recipe.kind in DERIVED and there != plain(dataclasses.asdict(recipe)):
+            raise PlanChanged(
+                f"{folder.root} holds another plan: directions.{axis} has another recipe; restore "
+                "it, or give a new folder with --run",
+                f"directions.{axis}",
+            )
+    found = {a: read_arrays(folder, a, plan.directions[a]["stored"]) for a in plan.derived}
+    return {a: {n: torch.from_numpy(t) for n, t in ts.items()} for a, ts in found.items()}
+
+
+def as_arrays(tensors: State) -> dict[str, npt.NDArray[Any]]:
+    """Return tensors as they are stored."""
+    return {n: t.cpu().numpy() for n, t in tensors.items()}
 
 
 def _plainly(evaluate: Evaluation) -> dict[str, Any]:

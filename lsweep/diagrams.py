@@ -10,6 +10,7 @@ from matplotlib.patheffects import withStroke
 
 from lsweep.marks import BLUE, SMALL, VERMILLION, describe, put_legend, put_title
 from lsweep.persistence import Persistence
+from lsweep.scales import FloatArray
 from lsweep.surface import Surface
 
 if TYPE_CHECKING:
@@ -27,10 +28,7 @@ def diagram(found: Persistence, surface: Surface, name: str, ax: Axes) -> None:
     Filled are the pairs that count, hollow the others; squares have their minimum on the border.
     From the diagonal upwards the band is 3 standard errors of that pair's depth, or the threshold.
     """
-    ends = [p.birth for p in (*found.pairs, *found.essential)] + [p.death for p in found.pairs]
-    low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
-    margin = 0.08 * (high - low or abs(high) or 1.0)
-    low, high = low - margin, high + 2 * margin
+    low, high, top = _limits(found, surface[name])
     ax.plot([low, high], [low, high], color="black", lw=0.8, zorder=1, label="diagonal")
     entries: list[Artist] = []
     bands = [(p, max(found.threshold, np.nan_to_num(p.noise))) for p in found.pairs]
@@ -53,20 +51,42 @@ def diagram(found: Persistence, surface: Surface, name: str, ax: Axes) -> None:
             label = f"{text} ({len(chosen)})"
             style = _style(counts, border)
             entries += ax.plot(births, deaths, ls="none", zorder=4, label=label, **style)
-    top = high - 0.5 * margin
     births = [p.birth for p in found.essential]
     label = "never dies: the lowest" if len(births) == 1 else f"never dies ({len(births)})"
     entries += ax.plot(births, [top] * len(births), "^", color="black", ms=6, label=label, zorder=4)
+    if _decades(low, high):
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+    else:
+        ax.locator_params(nbins=5)
     ax.set_xlim(low, high)
     ax.set_ylim(low, high)
-    ax.set_aspect("equal")
+    ax.set_aspect("equal", adjustable="box")
     ax.tick_params(labelsize=SMALL + 1)
-    ax.locator_params(nbins=5)
     text = describe(surface, name)
     ax.set_xlabel(f"birth: {text} at the minimum", parse_math=False)
     ax.set_ylabel(f"death: {text} at the saddle", parse_math=False)
-    put_title(ax, f"{found.deep} basins deeper than noise beside the lowest")
+    many = "basin" if found.deep == 1 else "basins"
+    put_title(ax, f"{found.deep or 'no'} {many} deeper than noise beside the lowest")
     put_legend(ax, entries, letters=50)
+
+
+def _decades(low: float, high: float) -> bool:
+    """Whether an axis is logarithmic: over two decades, a rim would else hide the centre."""
+    return low > 0 and high > 100 * low
+
+
+def _limits(found: Persistence, values: FloatArray) -> tuple[float, float, float]:
+    """Return the range of both axes, and the height at which what never dies is drawn."""
+    ends = [p.birth for p in (*found.pairs, *found.essential)]
+    finite = values[np.isfinite(values)]
+    rim = [p.death for p in found.pairs] or [float(np.quantile(finite, 0.98))] * len(finite[:1])
+    low, high = (min(ends + rim), max(ends + rim)) if ends else (0.0, 1.0)
+    if _decades(low, high):
+        stretch = (high / low) ** 0.06
+        return low / stretch, high * stretch**3, high * stretch**2
+    margin = 0.06 * (high - low or abs(high) or 1.0)
+    return low - margin, high + 3 * margin, high + 2 * margin
 
 
 def _style(counts: bool, border: bool) -> dict[str, Any]:

@@ -22,9 +22,9 @@ from lsweep import weights
 from lsweep.errors import LsweepError
 from lsweep.families import Curved, Family, curved, moved_layers, random_direction
 from lsweep.noise import dtype_of
-from lsweep.recipes import DERIVED, INDEXES, STILL, Recipe
+from lsweep.recipes import DERIVED, INDEXES, STILL, Axis, Recipe
 from lsweep.reference import read_reference_directions
-from lsweep.settings import Axis, Settings
+from lsweep.settings import Settings
 from lsweep.trajectory import gram_matrix, mixture, principal_components, project
 from lsweep.vectors import (
     Direction,

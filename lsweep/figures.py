@@ -209,7 +209,7 @@ def _convexity(sources: Sequence[Source], options: Options) -> _Sheet:
     if plane is None and whole is None:
         raise Missing(f"{why}; the surface itself is no plane of 3 x 3 points")
     shown = [s for s in (plane, whole.surface if whole else None) if s is not None]
-    figure, axes = _page([4.1] * (len(shown) - 1) + [4.9], 4.9 * _flatness(shown[0]))
+    figure, axes = _page([4.4] * len(shown), 3.4 * _flatness(shown[0]) + 1.0)
     sheet = _Sheet(figure, last=why and f"Not the whole Hessian: {why}.")
     if plane is not None:
         of_plane(plane, options.name or default_name(plane), axes[0])
@@ -231,7 +231,7 @@ def _persistence(sources: Sequence[Source], options: Options) -> _Sheet:
     if len(surface.axes) == 1:
         line(surface, name, axes[0])
     else:
-        scale = pooled_scale([surface], name, log=options.log)
+        scale = pooled_scale([surface], name, log=True)  # a basin near the centre is shallow
         filled(surface, name, axes[0], scale=scale)
     told = pairs_on(found, surface, axes[0])
     diagram(found, surface, name, axes[1])

@@ -18,9 +18,10 @@ from lsweep.launch import run_workers
 from lsweep.merge import merge
 from lsweep.planning import plan_run
 from lsweep.problem import Problem
+from lsweep.recipes import AXES
 from lsweep.restoring import LIVE
 from lsweep.role import Role
-from lsweep.settings import AXES, Settings
+from lsweep.settings import Settings
 from lsweep.status import is_complete, share_done
 from lsweep.stopping import Stop
 from lsweep.surface import Surface

@@ -10,11 +10,17 @@ import shutil
 import sys
 import time
 from argparse import Namespace
-from typing import Any
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lsweep.commands import INCOMPLETE
-from lsweep.errors import LsweepError
+from lsweep.errors import LsweepError, nearest
 from lsweep.folder import RunFolder
+
+if TYPE_CHECKING:
+    from lsweep.comparing import Comparison, Question
+    from lsweep.measures import Report
 
 MOST_DPI = 1200
 
@@ -92,19 +98,57 @@ def do_prune(options: Namespace) -> int:
 
 
 def do_render(options: Namespace) -> int:
-    """Draw runs or surfaces into one file."""
+    """Draw runs or surfaces, or what was measured of them, into one file."""
+    from lsweep.figures import FIGURES, Options, figure_of
     from lsweep.opening import open_surface
-    from lsweep.pictures import render
+    from lsweep.penalty import with_l2
+    from lsweep.pictures import KINDS, render
+    from lsweep.study import runs
 
-    surfaces = [open_surface(p) for p in options.source]
     if options.dpi > MOST_DPI:
         raise LsweepError(f"--dpi {options.dpi}: at most {MOST_DPI}; for more, write .pdf or .svg")
-    labels = [p.stem for p in options.source] if len(surfaces) > 1 else None
+    if options.kind == "study":
+        return _render_study(options)
+    sources = [p for given in options.source for p in runs(given)]
+    if options.kind in FIGURES:
+        _refuse_scale(options)
+        figure_of(sources, options.kind, options.output, Options(options.metric, options.log),
+                  options.dpi)  # fmt: skip
+        print(f"wrote {options.output}")
+        return 0
+    if options.kind not in ("auto", *KINDS):
+        known = ["auto", *KINDS, *FIGURES, "study"]
+        raise LsweepError(f"kind = {options.kind!r}{nearest(options.kind, known)}")
+    surfaces = [with_l2(open_surface(p), options.l2) for p in sources]
+    labels = [p.stem for p in sources] if len(surfaces) > 1 else None
     render(surfaces, options.output, name=options.metric, kind=options.kind, log=options.log,
            vmin=options.vmin, vmax=options.vmax, labels=labels, dpi=options.dpi,
            points=options.points)  # fmt: skip
     print(f"wrote {options.output}")
     return 0
+
+
+def _refuse_scale(options: Namespace) -> None:
+    """Refuse what a picture of a measure does not take, rather than ignore it."""
+    given = {"--vmin": options.vmin, "--vmax": options.vmax, "--points": options.points or None}
+    for name, value in {**given, "--l2": options.l2}.items():
+        if value is not None:
+            raise LsweepError(f"--kind {options.kind} takes no {name}: leave it out")
+
+
+def _render_study(options: Namespace) -> int:
+    from lsweep.comparing import Question
+    from lsweep.measures import measure_path
+    from lsweep.pictures import save
+    from lsweep.scatter import study_figure
+
+    paths, absent = _there(options.source)
+    reports = [measure_path(p, options.metric, options.l2) for p in paths]
+    names = {row.name for report in reports for row in report.rows}
+    figure = study_figure(_comparison(Question(), paths, reports, names))
+    save(figure, options.output, dpi=options.dpi)
+    print(f"wrote {options.output}")
+    return INCOMPLETE if absent else 0
 
 
 def _export_directions(options: Namespace) -> int:
@@ -143,16 +187,20 @@ def do_measure(options: Namespace) -> int:
 
     if options.json and options.csv:
         raise LsweepError("--json and --csv are two forms of one answer: give one of them")
-    reports = [measure_path(path, options.metric) for path in options.runs]
-    for path, report in zip(options.runs, reports, strict=True):
+    paths, absent = _there(options.runs)
+    reports = [measure_path(path, options.metric, options.l2) for path in paths]
+    for path, report in zip(paths, reports, strict=True):
         folder = RunFolder(path)
-        if folder.exists and options.metric is None:
+        if folder.exists and options.metric is None and options.l2 is None:
             trouble = sheet.keep(folder, report)
             if trouble:
                 print(f"lsweep: {trouble}; the numbers are not kept", file=sys.stderr)
+    whole = reports
     if options.only is not None:
         reports = sheet.only(reports, options.only)
-    if options.json:
+    if len(paths) > 1:
+        _print_comparison(options, paths, whole, reports)
+    elif options.json:
         rows = [{**jsonable(r.summary), **sheet.as_json(r)} for r in reports]
         print(json.dumps(rows, allow_nan=False))
     elif options.csv:
@@ -160,7 +208,83 @@ def do_measure(options: Namespace) -> int:
     else:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
         print("\n\n".join(sheet.text(r, width) for r in reports))
-    return 0
+    if options.figures:
+        _draw_measures(paths)
+    return INCOMPLETE if absent else 0
+
+
+def _draw_measures(paths: Sequence[Path]) -> None:
+    from lsweep.figures import draw_measures
+
+    for path in paths:
+        folder = RunFolder(path)
+        if not folder.exists:
+            raise LsweepError(f"--figures: {path} is no run and has no folder for them")
+        for picture in draw_measures(folder):
+            print(f"wrote {picture}", file=sys.stderr)  # stdout may be a program's
+
+
+def _there(given: Sequence[Path]) -> tuple[list[Path], int]:
+    """Return the runs that are meant, each once, and how many of a study are not planned yet."""
+    from lsweep.study import runs
+
+    paths: dict[Path, Path] = {}
+    absent = 0
+    for path in given:
+        found = runs(path)
+        there = [p for p in found if p.exists()] if len(found) > 1 else found
+        for p in found:
+            if p not in there:
+                print(f"lsweep: {p}: not planned yet", file=sys.stderr)
+        absent += len(found) - len(there)
+        paths |= {p.resolve(): p for p in there if p.resolve() not in paths}
+    if not paths:
+        raise LsweepError(f"nothing of {given[0]} is planned yet: 'lsweep run {given[0]}'")
+    return list(paths.values()), absent
+
+
+def _print_comparison(
+    options: Namespace, paths: Sequence[Path], whole: Sequence[Report], shown: Sequence[Report]
+) -> None:
+    from lsweep import sheet, sidebyside
+    from lsweep.comparing import Question
+    from lsweep.measured import jsonable
+
+    names = {row.name for report in shown for row in report.rows}
+    asked = Question(options.gap, options.match, options.regularizer, options.permutations)
+    found = _comparison(asked, paths, whole, names)
+    if options.json:
+        runs = [{**jsonable(r.summary), **sheet.as_json(r)} for r in shown]
+        print(json.dumps({**sidebyside.as_json(found), "runs": runs}, allow_nan=False))
+    elif options.csv:
+        print(sidebyside.as_csv(found), end="")
+    else:
+        print("\n".join(sidebyside.lines(found)))
+        lacking = [r for r in shown if r.missing]
+        if lacking:
+            print(f"\nnot all is measured in {len(lacking)} of {len(shown)} runs: 'lsweep measure "
+                  f"{lacking[0].source}' says what, and how it is")  # fmt: skip
+
+
+def _comparison(
+    asked: Question, paths: Sequence[Path], reports: Sequence[Report], only: Collection[str]
+) -> Comparison:
+    import dataclasses
+
+    from lsweep.comparing import compare
+    from lsweep.opening import open_surface
+    from lsweep.plan import Plan
+    from lsweep.siblings import RunMeasures
+
+    runs = []
+    for path, report in zip(paths, reports, strict=True):
+        folder = RunFolder(path)
+        if folder.exists:
+            plan = dataclasses.asdict(Plan.read(folder))
+        else:
+            plan = open_surface(path).provenance.get("plan") or {}
+        runs.append(RunMeasures(str(path), plan, report.rows))
+    return compare(runs, asked, only)
 
 
 def do_doctor(options: Namespace) -> int:

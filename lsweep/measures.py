@@ -25,6 +25,7 @@ from lsweep.from_surface import centre_of, context_of, rows_at_centre, rows_of_p
 from lsweep.measured import Measured
 from lsweep.merge import merge
 from lsweep.opening import open_surface
+from lsweep.penalty import with_l2
 from lsweep.surface import Status, Surface
 
 CERTAIN = 3.0  # standard errors within which two routes to one number agree
@@ -51,23 +52,29 @@ class Report:
     summary: dict[str, Any] = field(default_factory=dict)
 
 
-def measure_run(folder: RunFolder, name: str | None = None) -> Report:
+def measure_run(folder: RunFolder, name: str | None = None, l2: float | None = None) -> Report:
     """Return every number of a run that its surface and its complete children tell.
 
     Args:
         folder: the run, complete or not.
         name: the variable that is looked at as a landscape; by default the first, ``train_loss``.
+        l2: λ of a penalty that is added to the surface's losses; children are of the loss without
+            it, and are then left out.
 
     Raises:
         LsweepError: this is no run, or it has no such variable.
         DamagedFile: its plan or a round was altered.
     """
     surface, merged = merge(folder)
+    surface = with_l2(surface, l2)
     report = measure_surface(surface, name, str(folder.root))
     missing = list(report.missing)
     if merged.missing:
         missing.insert(0, f"{merged.missing} of {merged.points} points are missing: "
                           f"'lsweep run {folder.root}' computes them")  # fmt: skip
+    if l2 is not None:
+        missing.append("what is measured at the centre: child runs are of the loss without --l2")
+        return dataclasses.replace(report, missing=missing)
     rows, absent, live = list(report.rows), [], _is_live(surface)
     known = [*CHILDREN, *(n for n in folder.all_children() if n not in CHILDREN)]
     for child in known:
@@ -101,16 +108,18 @@ def measure_surface(surface: Surface, name: str | None = None, source: str = "")
     return Report(source, digest, rows_at_centre(surface) + rows, refused, summary)
 
 
-def measure_path(path: str | os.PathLike[str], name: str | None = None) -> Report:
-    """Return the numbers of a run or of a surface file.
+def measure_path(
+    path: str | os.PathLike[str], name: str | None = None, l2: float | None = None
+) -> Report:
+    """Return the numbers of a run or of a surface file; arguments as in `measure_run`.
 
     Raises:
         LsweepError: there is neither.
     """
     folder = RunFolder(Path(path))
     if folder.exists:
-        return measure_run(folder, name)
-    return measure_surface(open_surface(path), name, str(path))
+        return measure_run(folder, name, l2)
+    return measure_surface(with_l2(open_surface(path), l2), name, str(path))
 
 
 def _is_live(surface: Surface) -> bool:
@@ -145,8 +154,11 @@ def _how_to_get(folder: RunFolder, absent: Sequence[Child], live: bool) -> list[
     out = [f"{c.name} ({c.about}): '{command} {c.name}'" for c in absent if c.usual]
     if len(out) > 1:
         out.append(f"all of these: '{command} all'")
-    rest = [c for c in absent if not c.usual]
-    return out + [f"on request: {c.name} ({c.about}): '{command} {c.name}'" for c in rest]
+    rest = [c for c in absent if not c.usual and not c.beside]
+    return out + [
+        f"on request: {c.name} ({c.about}): '{command} {' '.join([c.name, c.needs]).strip()}'"
+        for c in rest
+    ]
 
 
 def compared(rows: list[Measured]) -> list[Measured]:
@@ -160,7 +172,7 @@ def compared(rows: list[Measured]) -> list[Measured]:
     named = {row.name: row for row in rows}
     out = []
     for row in rows:
-        other = named.get(ROUTES.get(row.name, ""))
+        other = named.get(ROUTES.get(row.family, ""))
         if other is not None and row.context.get("normalize", "filter") == "filter":
             note = "; ".join(filter(None, [row.note, _agreement(row, other)]))
             row = dataclasses.replace(row, note=note)
@@ -176,11 +188,9 @@ def _agreement(a: Measured, b: Measured) -> str:
     apart = gap / error if error else math.inf if gap else 0.0
     if apart <= CERTAIN:
         return f"agrees with {b.name} ({apart:.1f} standard errors apart)"
-    why = (
-        ": up to this radius the loss is not the quadratic that derivatives at the centre describe"
-    )
-    finite = a.context.get("radius")
-    return f"differs from {b.name} by {apart:.1f} standard errors{why if finite else ''}"
+    radius = a.context.get("radius")
+    why = f": within r = {radius:g} the loss is no quadratic" if radius else ""
+    return f"differs from {b.name} by {apart:.1f} standard errors{why}"
 
 
 def measure(surface: Surface | str | os.PathLike[str], name: str = "train_loss") -> dict[str, Any]:

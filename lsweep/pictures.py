@@ -303,7 +303,12 @@ def write_caption(
     texts += [last] if last else []
     width, height = figure.get_size_inches()
     letters = int((width - 0.3) * 72 / (SMALL * 0.56))
-    lines = [part for t in texts for p in t.splitlines() for part in textwrap.wrap(p, letters)]
+    lines = [
+        part
+        for t in texts
+        for p in t.splitlines()
+        for part in textwrap.wrap(p, letters, break_on_hyphens=False)
+    ]
     if lines:
         figure.set_size_inches(width, height + len(lines) * SMALL * 1.3 / 72 + 0.1)
         figure.supxlabel(

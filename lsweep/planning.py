@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
-
 from lsweep.asking import ask_grid
-from lsweep.derived import derive
+from lsweep.derived import as_arrays, derive, read_derived, store_derived
 from lsweep.differentiating import check_pointwise
 from lsweep.direction_file import write_directions
 from lsweep.directions import Directions, make_directions
@@ -25,10 +23,10 @@ from lsweep.plan import Plan
 from lsweep.pointwise import POINTWISE
 from lsweep.preflight import check_expected, probe
 from lsweep.problem import Problem
-from lsweep.restoring import LIVE, stored_directions
+from lsweep.restoring import LIVE
 from lsweep.rounds import Rounds
 from lsweep.settings import Settings
-from lsweep.stored import digest_of, store_arrays
+from lsweep.stored import digest_of
 from lsweep.subsets import described, subsampled
 from lsweep.tables import plain
 from lsweep.trajectory import project
@@ -159,24 +157,19 @@ def make_plan(
     return plan, directions
 
 
-def as_arrays(tensors: State) -> dict[str, npt.NDArray[Any]]:
-    """Return tensors as they are stored."""
-    return {n: t.cpu().numpy() for n, t in tensors.items()}
-
-
 def _curved_weights(origin: Origin, directions: Directions) -> int:
     """How many weights derivatives are taken over: the size of the Hessian."""
     names = directions.curved.names if directions.curved else ()
     return sum(origin.parameters[n].numel() for n in names)
 
 
-def _weight_products(origin: Origin, directions: Directions) -> dict[str, Any] | None:
+def _weight_products(origin: Origin, directions: Directions) -> dict[str, Any]:
     """Inner products over parameters alone, from which ||θ||² follows at every point exactly.
 
-    None where directions change along an axis: there are too many of them.
+    That of the origin alone where directions change along an axis: there are too many of them.
     """
     if directions.family is not None and directions.moving:
-        return None
+        return {"origin": dot(origin.parameters, origin.parameters)}
     moved = [d.weights for d in directions.axes.values()]
     return {
         "origin": dot(origin.parameters, origin.parameters),
@@ -214,7 +207,7 @@ def plan_run(
     """
     existing = Plan.read(folder) if folder.exists else None
     try:
-        stored = stored_directions(folder, existing, settings) if existing else None
+        stored = read_derived(folder, existing, settings) if existing else None
         known = existing.facts if existing else None
         plan, directions = make_plan(settings, problem, base, known, code, stored)
     except LsweepError as e:
@@ -228,8 +221,8 @@ def plan_run(
             check_expected(known_class["centre"], settings.evaluate.expected)
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
-        for axis in plan.derived if existing is None else ():
-            store_arrays(folder, axis, as_arrays(directions.axes[axis].tensors))
+        if existing is None:
+            store_derived(folder, {a: directions.axes[a].tensors for a in plan.derived})
         plan = plan.freeze(folder)  # first: a planner that is refused must not touch the rest
         _keep_base(folder, base.absolute())
         _keep_source(plan, problem, base, folder, text, code)

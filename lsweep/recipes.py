@@ -1,11 +1,14 @@
-"""Recipes: how each direction of a sweep is made, as frozen, validated values."""
+"""Recipes: the axes of a sweep, each with a range, a count and how its direction is made."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from decimal import Decimal
+from fractions import Fraction
 
-from lsweep.errors import LsweepError, nearest
+from lsweep.errors import LsweepError
+from lsweep.tables import one_of
 
 INDEXES = ("replicate", "layer")  # kinds of axes whose offsets count: 0, 1, 2, …
 STILL = (*INDEXES, "radius")  # kinds of axes that move nothing themselves
@@ -15,12 +18,70 @@ WEIGHTS_ONLY = ("random", *DERIVED, *STILL)  # ignore biases and norms by defaul
 NORMALIZATIONS = ("filter", "layer", "weight", "none")
 GAUGES = ("none", "equi")
 CHECKPOINT_KINDS = ("to", "plane", "pca", "file")
+AXES = ("x", "y", "z")
 EIGENVECTORS = {"x": 1, "y": -1, "z": 2}  # unless asked otherwise
+LARGEST_GRID = 10**8  # points; beyond it the index arrays alone outgrow a node
+LARGEST_OFFSET = 10**6
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A range and a count; bounds are exact decimals, or ``auto`` until a trajectory is read."""
+
+    range: tuple[Decimal, Decimal] | str
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.count <= LARGEST_GRID:
+            raise LsweepError(f"count = {self.count}: must be between 2 and {LARGEST_GRID}")
+        if isinstance(self.range, str):
+            if self.range != "auto":
+                raise LsweepError(f'range = {self.range!r}: write [low, high] or "auto"')
+            return
+        for bound in self.range:
+            size = bound.copy_abs()  # abs() would round, and overflow
+            if not bound.is_finite() or size > LARGEST_OFFSET:
+                raise LsweepError(f"range bound {bound}: must be within ±{LARGEST_OFFSET:g}")
+            if bound and size < Decimal("1e-12"):
+                raise LsweepError(f"range bound {bound}: must be 0 or at least 1e-12 in size")
+        shown = f"range = [{self.range[0]}, {self.range[1]}]"
+        low, high = self.bounds
+        if low >= high:
+            raise LsweepError(f"{shown}: the low end must be below the high end")
+        if (high - low) / (self.count - 1) < max(-low, high) / 2**50:
+            raise LsweepError(
+                f"{shown}, count = {self.count}: so close together, offsets are the same float64"
+            )
+
+    @property
+    def bounds(self) -> tuple[Fraction, Fraction]:
+        """Low and high end as exact rationals."""
+        assert not isinstance(self.range, str), "an auto range is resolved when the plan is made"
+        return Fraction(self.range[0]), Fraction(self.range[1])
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a direction is made; see ``directions.py`` for what each kind means."""
+    """How a direction is made.
+
+    Attributes:
+        kind: ``random``; ``to``, ``plane``, ``pca``, ``file``, from checkpoints and files;
+            ``hessian``, ``gradient``, from derivatives at the trained weights; or one that moves
+            nothing itself: ``replicate`` and ``layer``, whose offsets 0, 1, 2, … say which random
+            vector the other axes have and which layer alone moves along them, and ``radius``,
+            which is handed to the metrics that need one.
+        seed: of all that is random.
+        normalize: ``filter``, ``layer``, ``weight``, ``none``; filter for ``random``, else none.
+        ignore: ``bias+norm`` or ``none``: what is held still; none for what is read from files.
+        orthogonalize: take from the direction what lies along those before it.
+        parameters: patterns of the names that may move.
+        gauge: ``equi`` rescales the trained weights to the representative that all equivalent
+            networks share.
+        checkpoint: that ``to`` reaches at offset 1.
+        checkpoints: of ``plane`` (two) and ``pca``.
+        file: of directions.
+        eigenvector: of ``hessian``: 1 the largest, 2 the second, …, -1 the smallest.
+    """
 
     kind: str = "random"
     seed: int = 0
@@ -79,6 +140,49 @@ class Recipe:
             raise LsweepError('parameters = []: give at least one pattern, such as ["layer3.*"]')
 
 
-def one_of(name: str, value: Any, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise LsweepError(f"{name} = {value!r}{nearest(str(value), valid)}")
+def check_range(name: str, axis: Axis, kind: str) -> None:
+    """Refuse a range that an axis of a kind cannot have.
+
+    Raises:
+        LsweepError: with the range that it can have.
+    """
+    if isinstance(axis.range, str):
+        if kind not in ("pca", "layer"):
+            raise LsweepError(
+                f'grid.{name}.range = "auto" needs directions of kind "pca" or "layer"'
+            )
+        return
+    low, high = axis.bounds
+    if kind in INDEXES and (low != 0 or high != axis.count - 1):
+        raise LsweepError(
+            f"grid.{name}: an axis of kind {kind} counts 0, 1, …: with count = {axis.count} write "
+            f"range = [0, {axis.count - 1}]"
+        )
+    if kind == "radius" and low < 0:
+        raise LsweepError(f"grid.{name}.range = [{low}, {high}]: a radius is at least 0")
+
+
+def check_together(recipes: Mapping[str, Recipe], refined: bool) -> None:
+    """Refuse axes that do not go together.
+
+    Args:
+        recipes: axis -> recipe.
+        refined: whether points are left out to be interpolated.
+
+    Raises:
+        LsweepError: naming the axis.
+    """
+    kinds = [r.kind for r in recipes.values()]
+    for name, recipe in recipes.items():
+        if recipe.kind in STILL and kinds.count(recipe.kind) > 1:
+            raise LsweepError(f'directions: kind = "{recipe.kind}" serves one axis, not several')
+        if recipe.kind in STILL and refined:
+            raise LsweepError(
+                f"[refine] interpolates along every axis, but {name} is an axis of kind "
+                f"{recipe.kind}: leave [refine] out"
+            )
+        if recipe.orthogonalize and "replicate" in kinds and recipe.kind == "random":
+            raise LsweepError(
+                f"directions.{name}: orthogonalize = true does not go with an axis of kind "
+                "replicate: random directions are nearly orthogonal anyway; leave it out"
+            )

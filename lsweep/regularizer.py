@@ -9,7 +9,7 @@ channel and a shape channel, whose slopes add up.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,9 @@ FloatArray = npt.NDArray[np.float64]
 KEYS = ("weight_decay", "wd", "l2")
 FILTER = "filter_"
 """Stands before the name of a measure's twin in the filter metric."""
+CURVATURES = ("hessian_max", "hessian_min", "hessian_trace")
+"""Those that scale with the inverse square of the weights."""
+NORM = "weight_norm"
 
 
 @dataclass(frozen=True)
@@ -60,25 +63,31 @@ def key_of(axes: Sequence[str]) -> str | None:
     return next((k for k in KEYS if k in axes), None)
 
 
-def channels(names: Sequence[str]) -> list[tuple[str, str, str]]:
+def channels(names: Sequence[str], shapes: Collection[str] = ()) -> list[tuple[str, str, str]]:
     """Return (row, channel, twin) for every row of the table, a raw measure before its channels.
 
-    A raw measure with a twin in the filter metric is followed by its scale channel, raw over twin,
-    and by its shape channel, the twin.
+    A raw curvature with a twin in the filter metric is followed by its scale channel, raw over
+    twin, and by its shape channel, the twin.
 
-    >>> for row in channels(["a", "filter_a", "b"]): print(row)
-    ('a', '', '')
-    ('a / filter_a', 'scale', 'filter_a')
-    ('filter_a', 'shape', '')
-    ('b', '', '')
+    Args:
+        names: of the measures.
+        shapes: those along filter-normalised directions.
+
+    >>> for row in channels(["hessian_max", "filter_hessian_max", "b"], {"b"}): print(row)
+    ('hessian_max', '', '')
+    ('hessian_max / filter_hessian_max', 'scale', 'filter_hessian_max')
+    ('filter_hessian_max', 'shape', '')
+    ('b', 'shape', '')
     """
     rows = []
     for name in names:
         twin = FILTER + name
-        if name.startswith(FILTER) and name.removeprefix(FILTER) in names:
-            continue
-        rows.append((name, "shape" if name.startswith(FILTER) else "", ""))
-        if twin in names:
+        raw = name.removeprefix(FILTER)
+        if raw != name and raw in CURVATURES and raw in names:
+            continue  # told below the raw one
+        shape = name in shapes or raw != name
+        rows.append((name, "scale" if name == NORM else "shape" if shape else "", ""))
+        if name in CURVATURES and twin in names:
             rows += [(f"{name} / {twin}", "scale", twin), (twin, "shape", "")]
     return rows
 
@@ -88,6 +97,7 @@ def table(
     settings: Sequence[Mapping[str, Any]],
     key: str,
     others: Sequence[str],
+    shapes: Collection[str] = (),
 ) -> list[Response]:
     """Return the response of every measure and of its channels.
 
@@ -96,9 +106,10 @@ def table(
         settings: hyper-parameters of each network.
         key: which of them is the regulariser.
         others: the other ones, equal within a group.
+        shapes: names of measures along filter-normalised directions.
     """
     rows = []
-    for name, channel, twin in channels(list(measures)):
+    for name, channel, twin in channels(list(measures), shapes):
         values = measures[name] if name in measures else measures[name.partition(" / ")[0]]
         if twin:
             with np.errstate(divide="ignore", invalid="ignore"):

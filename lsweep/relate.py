@@ -22,6 +22,7 @@ PERMUTATIONS = 2000
 FEWEST = 8  # networks; below it an interval spans almost everything
 INSIDE = 0.95
 BLOCK = 2**24  # signs held at once
+NEIGHBOURS = 3  # networks of about the same held number
 TINY = 1e-12  # two sums of the same signs in another order are one value
 
 
@@ -33,7 +34,8 @@ class Tau:
         value: from -1 to 1.
         low: 2.5 % quantile of it when b is permuted over the networks: the null interval's end.
         high: 97.5 % quantile.
-        p: share of permutations at least as far from 0, itself counted; two-sided.
+        p: share of permutations at least as far from 0 (of a partial τ: from their mean), itself
+            counted; two-sided.
         pairs: of networks that it compares.
 
     >>> Tau(0.5, -0.2, 0.2, 0.001, 45).text
@@ -52,7 +54,8 @@ class Tau:
         if not math.isfinite(self.value):
             return "undefined"
         p = f"{self.p:.3f}" if self.p >= 0.001 else f"{self.p:.1g}"
-        return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}] p={p}"
+        value, low, high = (round(v, 2) + 0.0 for v in (self.value, self.low, self.high))
+        return f"{value:+.2f} [{low:+.2f}, {high:+.2f}] p={p}"
 
 
 @dataclass(frozen=True)
@@ -91,19 +94,29 @@ class Permuted:
     shuffled: npt.NDArray[np.int8]
 
     @classmethod
-    def of(cls, b: FloatArray, permutations: int = PERMUTATIONS, seed: int = 0) -> Permuted:
+    def of(
+        cls,
+        b: FloatArray,
+        permutations: int = PERMUTATIONS,
+        seed: int = 0,
+        strata: Sequence[IntArray] = (),
+    ) -> Permuted:
         """Permute ``b`` by Philox, keyed by ``seed`` alone.
 
         Args:
             b: (n,) finite values.
             permutations: how many.
             seed: of the permutations.
+            strata: groups of indices within which it is permuted; by default all are one group.
         """
+        groups = strata or (np.arange(len(b)),)
         first, second = (i.astype(np.int64) for i in np.triu_indices(len(b), 1))
         random = np.random.Generator(np.random.Philox(key=seed))
         shuffled = np.empty((permutations, len(first)), np.int8)
         for row in shuffled:
-            mixed = b[random.permutation(len(b))]
+            mixed = b.copy()
+            for group in groups:
+                mixed[group] = b[random.permutation(group)]
             row[:] = np.sign(mixed[first] - mixed[second])
         return cls(first, second, np.sign(b[first] - b[second]), shuffled)
 
@@ -151,8 +164,13 @@ def partial(xy: float, xz: float, yz: float) -> float:
     >>> round(partial(0.6, 0.6, 0.8), 12)
     0.25
     """
+    return float(_partials(np.array(xy), xz, np.array(yz)))
+
+
+def _partials(xy: FloatArray, xz: float, yz: FloatArray) -> FloatArray:
     left = (1 - xz**2) * (1 - yz**2)
-    return (xy - xz * yz) / math.sqrt(left) if left > TINY else math.nan
+    known = left > TINY
+    return np.where(known, (xy - xz * yz) / np.sqrt(np.where(known, left, 1.0)), math.nan)
 
 
 def axis_pairs(
@@ -216,13 +234,15 @@ def relate(a: FloatArray, permuted: Permuted, axes: Mapping[str, FloatArray]) ->
     """
     s = permuted.signs_of(a)
     size = math.sqrt(float(s @ s) * float(permuted.signs @ permuted.signs))
+    if not size:  # one of both is the same in all networks: it has no order
+        s = s * math.nan
     columns = [s, *(w * s for w in axes.values())]
     if axes:
         columns.append(np.mean(columns[1:], axis=0))
     weights = np.stack(columns, axis=1)
     values, null = permuted.signs @ weights, permuted.null(weights)
     for array in (values[:1], null[:, 0]):  # divided last: sums of signs are exact
-        array /= size or math.nan
+        array /= size
     pairs = [len(s), *(int(np.count_nonzero(w)) for w in axes.values())]
     pairs.append(sum(pairs[1:]))
     found = [_judged(float(v), null[:, i], pairs[i]) for i, v in enumerate(values)]
@@ -234,33 +254,60 @@ def relate(a: FloatArray, permuted: Permuted, axes: Mapping[str, FloatArray]) ->
     return Relation(len(a), found[0], by_axis, psi, worst)
 
 
-def relate_partially(a: FloatArray, permuted: Permuted, b: FloatArray, z: FloatArray) -> Tau:
-    """Return the partial τ of ``a`` and ``b`` with ``z`` held; its null permutes ``b``.
+def strata_of(z: FloatArray) -> list[IntArray]:
+    """Return networks among which the held number is the same, or about the same.
+
+    Those of one value where values repeat; else neighbours in its order, `NEIGHBOURS` at a time.
+
+    >>> [g.tolist() for g in strata_of(np.array([0.0, 1.0, 0.0, 1.0]))]
+    [[0, 2], [1, 3]]
+    """
+    values = np.unique(z)
+    if 2 * len(values) <= len(z):
+        return [np.flatnonzero(z == v).astype(np.int64) for v in values]
+    order = np.argsort(z, kind="stable").astype(np.int64)
+    return np.array_split(order, max(1, len(z) // NEIGHBOURS))
+
+
+def relate_partially(
+    a: FloatArray,
+    b: FloatArray,
+    z: FloatArray,
+    permutations: int = PERMUTATIONS,
+    seed: int = 0,
+) -> Tau:
+    """Return the partial τ of ``a`` and ``b`` with ``z`` held.
+
+    Its null permutes ``b`` among networks of about the same ``z`` (`strata_of`), which keeps how b
+    follows z: a partial τ is not 0 where a and b follow z alone, so that is what it is beside.
 
     Args:
         a: (n,) finite values of a measure.
-        permuted: of ``b``.
         b: (n,) the other number.
         z: (n,) what is held.
+        permutations: how many.
+        seed: of the permutations.
     """
+    permuted = Permuted.of(b, permutations, seed, strata_of(z))
     signs = [permuted.signs_of(v) for v in (a, z)]
     t = float(permuted.signs @ permuted.signs)
     sizes = [math.sqrt(float(s @ s) * t) for s in signs]
     if not all(sizes):
-        return Tau(math.nan, math.nan, math.nan, math.nan, 0)
+        return Tau(math.nan, math.nan, math.nan, math.nan, len(permuted.first))
     xz = kendall(a, z)
-    null = permuted.null(np.stack([s / n for s, n in zip(signs, sizes, strict=True)], axis=1))
+    null = permuted.null(np.stack(signs, axis=1)) / np.array(sizes)
+    many = _partials(null[:, 0], xz, null[:, 1])
     value = partial(kendall(a, b), xz, kendall(z, b))
-    many = np.array([partial(float(xy), xz, float(yz)) for xy, yz in null])
-    return _judged(value, many[np.isfinite(many)], len(permuted.first))
+    return _judged(value, many[np.isfinite(many)], len(permuted.first), centred=False)
 
 
-def _judged(value: float, null: FloatArray, pairs: int) -> Tau:
+def _judged(value: float, null: FloatArray, pairs: int, centred: bool = True) -> Tau:
     if not math.isfinite(value) or not len(null):
         return Tau(math.nan, math.nan, math.nan, math.nan, pairs)
     tail = (1 - INSIDE) / 2
     low, high = (float(q) for q in np.quantile(null, (tail, 1 - tail)))
-    beyond = int((np.abs(null) >= abs(value) - TINY).sum())
+    middle = 0.0 if centred else float(null.mean())
+    beyond = int((np.abs(null - middle) >= abs(value - middle) - TINY).sum())
     return Tau(value, low, high, (1 + beyond) / (1 + len(null)), pairs)
 
 

@@ -8,8 +8,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from lsweep.derived import MADE, read_derived
 from lsweep.directions import Directions, make_directions
 from lsweep.errors import DamagedFile, LsweepError, PlanChanged
 from lsweep.factory import factory_file, file_digest
@@ -20,17 +19,14 @@ from lsweep.insist import there
 from lsweep.machine import refuse_foreign
 from lsweep.plan import Plan
 from lsweep.problem import Problem, make_problem
-from lsweep.recipes import DERIVED
 from lsweep.rounds import Rounds
 from lsweep.settings import Evaluation, Settings, Track
-from lsweep.stored import read_arrays
 from lsweep.subsets import described, subsampled
-from lsweep.tables import build, plain
+from lsweep.tables import build
 from lsweep.vectors import Origin
-from lsweep.weights import State, describe, fingerprint, load_matching
+from lsweep.weights import describe, fingerprint, load_matching
 
 LIVE = "live:problem"
-_MADE = ("sha256", "stored")  # of a direction: what was made by its recipe
 _RESTORE = "restore it, or plan a new run"
 _REMEDIES = {
     "origin.sha256": "a factory must load the same weights each time: if it trains, save them first"
@@ -60,7 +56,7 @@ def settings_of(folder: RunFolder, plan: Plan) -> Settings:
     """Return settings that make the plan's directions again, with the newest round's grid."""
     rounds = Rounds.read(folder, plan)
     recipes = {
-        axis: {k: v for k, v in recipe.items() if k not in _MADE and v is not None}
+        axis: {k: v for k, v in recipe.items() if k not in MADE and v is not None}
         for axis, recipe in plan.directions.items()
     }
     grid = {
@@ -78,27 +74,6 @@ def settings_of(folder: RunFolder, plan: Plan) -> Settings:
     )
     track = Track(tuple(plan.facts["track"])) if plan.facts["track"] else None
     return dataclasses.replace(settings, evaluate=evaluation, trajectory=track)
-
-
-def stored_directions(
-    folder: RunFolder, plan: Plan, settings: Settings | None = None
-) -> dict[str, State]:
-    """Read the derived directions of a run, which are never computed anew.
-
-    Raises:
-        PlanChanged: ``settings`` asks for others.
-        LsweepError: one is missing or damaged.
-    """
-    for axis, recipe in settings.directions.items() if settings else ():
-        there = {k: v for k, v in plan.directions.get(axis, {}).items() if k not in _MADE}
-        if recipe.kind in DERIVED and there != plain(dataclasses.asdict(recipe)):
-            raise PlanChanged(
-                f"{folder.root} holds another plan: directions.{axis} has another recipe; restore "
-                "it, or give a new folder with --run",
-                f"directions.{axis}",
-            )
-    found = {a: read_arrays(folder, a, plan.directions[a]["stored"]) for a in plan.derived}
-    return {a: {n: torch.from_numpy(t) for n, t in ts.items()} for a, ts in found.items()}
 
 
 def _data_fields(plan: Plan, problem: Problem) -> Iterator[tuple[str, str, str]]:
@@ -152,7 +127,7 @@ def load_problem(
         settings = settings_of(folder, plan)
     problem = subsampled(problem, plan.evaluate)
     origin, factors = fixed_origin(settings, problem, plan.facts.get("gauge"))
-    stored = stored_directions(folder, plan)
+    stored = read_derived(folder, plan)
     directions = make_directions(settings, origin, base_of(folder), plan.facts["axes"], stored)
     directions = dataclasses.replace(directions, origin=moved_by(origin, factors))
     for field, planned, here in (

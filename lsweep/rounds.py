@@ -28,7 +28,7 @@ from lsweep.folder import RunFolder
 from lsweep.insist import names
 from lsweep.plan import Plan
 from lsweep.points import IntArray, Lattice
-from lsweep.settings import Axis
+from lsweep.recipes import Axis
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]

@@ -8,25 +8,23 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from decimal import Decimal
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from lsweep.errors import LsweepError, nearest
 from lsweep.origins import Study
 from lsweep.pointwise import POINTWISE, expanded
-from lsweep.recipes import EIGENVECTORS, INDEXES, STILL, Recipe, one_of
-from lsweep.tables import build, override_key, parse_toml, plain
+from lsweep.recipes import AXES as AXES
+from lsweep.recipes import EIGENVECTORS, LARGEST_GRID, check_range, check_together
+from lsweep.recipes import Axis as Axis
+from lsweep.recipes import Recipe as Recipe
+from lsweep.tables import build, one_of, override_key, parse_toml, plain
 
 BATCH_NORMS = ("eval", "batch", "recalibrate")
 PRECISIONS = ("float64", "float32", "tf32", "bfloat16", "float16")
 BACKENDS = (
     "auto", "eager", "channels_last", "fused", "native", "vmap", "cudagraph", "compiled"
 )  # fmt: skip
-AXES = ("x", "y", "z")
-LARGEST_GRID = 10**8  # points; beyond it the index arrays alone outgrow a node
-LARGEST_OFFSET = 10**6
 LEAST_TOLERANCE = 1e-6
 
 
@@ -50,42 +48,6 @@ class ProblemSource:
                     f"options.{name} = {value!r}: a plan holds finite numbers, strings, true and "
                     "false, lists and tables"
                 ) from None
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A range and a count; bounds are exact decimals, or ``auto`` until a trajectory is read."""
-
-    range: tuple[Decimal, Decimal] | str
-    count: int
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.count <= LARGEST_GRID:
-            raise LsweepError(f"count = {self.count}: must be between 2 and {LARGEST_GRID}")
-        if isinstance(self.range, str):
-            if self.range != "auto":
-                raise LsweepError(f'range = {self.range!r}: write [low, high] or "auto"')
-            return
-        for bound in self.range:
-            size = bound.copy_abs()  # abs() would round, and overflow
-            if not bound.is_finite() or size > LARGEST_OFFSET:
-                raise LsweepError(f"range bound {bound}: must be within ±{LARGEST_OFFSET:g}")
-            if bound and size < Decimal("1e-12"):
-                raise LsweepError(f"range bound {bound}: must be 0 or at least 1e-12 in size")
-        shown = f"range = [{self.range[0]}, {self.range[1]}]"
-        low, high = self.bounds
-        if low >= high:
-            raise LsweepError(f"{shown}: the low end must be below the high end")
-        if (high - low) / (self.count - 1) < max(-low, high) / 2**50:
-            raise LsweepError(
-                f"{shown}, count = {self.count}: so close together, offsets are the same float64"
-            )
-
-    @property
-    def bounds(self) -> tuple[Fraction, Fraction]:
-        """Low and high end as exact rationals."""
-        assert not isinstance(self.range, str), "an auto range is resolved when the plan is made"
-        return Fraction(self.range[0]), Fraction(self.range[1])
 
 
 @dataclass(frozen=True)
@@ -236,8 +198,8 @@ class Settings:
         gauges = list(dict.fromkeys(r.gauge for r in recipes.values()))
         if len(gauges) > 1:
             raise LsweepError(
-                f"gauge is {' and '.join(gauges)}: all axes start from one origin, so write it once "
-                "under [directions]"
+                f"gauge is {' and '.join(gauges)}: all axes start from one origin, so write it "
+                "once under [directions]"
             )
         if gauges != ["none"] and self.trajectory is not None:
             raise LsweepError(
@@ -245,12 +207,12 @@ class Settings:
                 "checkpoints, which would be drawn elsewhere; leave one of them out"
             )
         for name, axis in self.grid.items():
-            _check_range(name, axis, recipes[name].kind)
-        _check_together(recipes, self.refine)
+            check_range(name, axis, recipes[name].kind)
+        check_together(recipes, self.refine is not None)
+        _check_metrics(self.evaluate.metrics, recipes, self.refine)
         seeded = self.study is not None and self.study.seeds
         if seeded and all(r.kind != "random" for r in recipes.values()):
             raise LsweepError("[study] seeds = …: no direction here is random; leave them out")
-        _check_metrics(self.evaluate.metrics, recipes, self.refine)
 
     @property
     def gauge(self) -> str:
@@ -312,42 +274,6 @@ class Settings:
         }
         top["grid"] = {n: grid[n] for n in sorted(grid, key=str)}
         return build(cls, top, where)
-
-
-def _check_range(name: str, axis: Axis, kind: str) -> None:
-    """Refuse a range that an axis of a kind cannot have."""
-    if isinstance(axis.range, str):
-        if kind not in ("pca", "layer"):
-            raise LsweepError(
-                f'grid.{name}.range = "auto" needs directions of kind "pca" or "layer"'
-            )
-        return
-    low, high = axis.bounds
-    if kind in INDEXES and (low != 0 or high != axis.count - 1):
-        raise LsweepError(
-            f"grid.{name}: an axis of kind {kind} counts 0, 1, …: with count = {axis.count} write "
-            f"range = [0, {axis.count - 1}]"
-        )
-    if kind == "radius" and low < 0:
-        raise LsweepError(f"grid.{name}.range = [{low}, {high}]: a radius is at least 0")
-
-
-def _check_together(recipes: Mapping[str, Recipe], refine: Refinement | None) -> None:
-    """Refuse axes that do not go together."""
-    kinds = [r.kind for r in recipes.values()]
-    for name, recipe in recipes.items():
-        if recipe.kind in STILL and kinds.count(recipe.kind) > 1:
-            raise LsweepError(f'directions: kind = "{recipe.kind}" serves one axis, not several')
-        if recipe.kind in STILL and refine is not None:
-            raise LsweepError(
-                f"[refine] interpolates along every axis, but {name} is an axis of kind "
-                f"{recipe.kind}: leave [refine] out"
-            )
-        if recipe.orthogonalize and "replicate" in kinds and recipe.kind == "random":
-            raise LsweepError(
-                f"directions.{name}: orthogonalize = true does not go with an axis of kind "
-                "replicate: random directions are nearly orthogonal anyway; leave it out"
-            )
 
 
 def _check_metrics(

@@ -113,7 +113,11 @@ def networks(runs: Sequence[RunMeasures]) -> list[Network]:
     groups: dict[str, list[RunMeasures]] = {}
     for run in runs:
         groups.setdefault(run.network, []).append(run)
-    varying = varying_options([g[0].options for g in groups.values()])
+    every = [g[0].options for g in groups.values()]
+    varying = varying_options(every)
+    axes, held = sort_options(every)
+    if len({json.dumps([o.get(k) for k in (*axes, *held)]) for o in every}) == len(every):
+        varying = [*axes, *held]  # which checkpoint that is says no more
     out = []
     for planes in groups.values():
         first = planes[0]
@@ -152,7 +156,7 @@ def _gaps(
         if pair[0] is not None and pair[1] is not None:
             (test, a), (train, b) = pair[0], pair[1]
             if math.isfinite(test) and math.isfinite(train):
-                yield gap, (sign * (test - train), math.hypot(a, b))
+                yield gap, (sign * (test - train) + 0.0, math.hypot(a, b))  # no -0
 
 
 def varying_options(options: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -175,10 +179,15 @@ def hyperparameters(found: Sequence[Network]) -> tuple[list[str], list[str]]:
     >>> hyperparameters(nets)
     (['wd'], ['seed'])
     """
+    return sort_options([n.options for n in found])
+
+
+def sort_options(options: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """Return what `hyperparameters` does, of options alone."""
     axes, held = [], []
-    for key in varying_options([n.options for n in found]):
-        values = [n.options.get(key) for n in found]
-        names = all(isinstance(v, str) for v in values) and len(set(map(str, values))) == len(found)
+    for key in varying_options(options):
+        values = [o.get(key) for o in options]
+        names = all(isinstance(v, str) for v in values) and len(set(values)) == len(values)
         if key in SEEDS:
             held.append(key)
         elif key != "checkpoint" and not names:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lsweep.comparing import Comparison, Related
-from lsweep.regularizer import Response
+from lsweep.regularizer import FILTER, Response
 from lsweep.relate import FEWEST, INSIDE, Tau
 from lsweep.siblings import GAPS, Network, Spread
 
@@ -34,7 +34,8 @@ def _networks(c: Comparison) -> Iterator[str]:
     yield (f"{len(c.networks)} networks, {many} plane{'s' if planes != [1] else ''} each"
            + ("; ± is the standard deviation over planes" if planes != [1] else "")
            + ("; of a network with one plane, its own standard error"
-              if 1 in planes else ""))  # fmt: skip
+              if 1 in planes else "")
+           + "; of a gap, the standard error over samples")  # fmt: skip
     if c.unlike:
         shown = ", ".join(c.unlike[:6]) + (", …" if len(c.unlike) > 6 else "")
         yield f"  not measured alike, so compare with care: they differ in {shown}"
@@ -122,7 +123,8 @@ def _relations(c: Comparison) -> Iterator[str]:
     for control, taus in c.partial.items():
         yield ""
         yield (f"  partial τ, {control} held: (τ_mg - τ_mc τ_gc) / √((1-τ_mc²)(1-τ_gc²)), m the "
-               "measure, g the gap, c what is held")  # fmt: skip
+               "measure, g the gap, c what is held; null: gaps permuted among networks "
+               "of about the same c, p around its mean")  # fmt: skip
         yield from _indented(table(["", "partial τ"], [[n, t.text] for n, t in taus.items()]))
 
 
@@ -165,7 +167,7 @@ def _related(c: Comparison, related: Related, title: str) -> Iterator[str]:
 
 
 def _worst(worst: str, axes: Any) -> str:
-    return f"{worst} {axes[worst].value:+.2f}" if worst else "-"
+    return f"{worst} {round(axes[worst].value, 2) + 0.0:+.2f}" if worst else "-"
 
 
 def _indented(text: Iterator[str]) -> Iterator[str]:
@@ -187,7 +189,13 @@ def _responses(c: Comparison) -> Iterator[str]:
     yield ("  scale and shape: ln raw = ln (raw / filter-normalised) + ln filter-normalised; the "
            "first follows the weights' norm, the second does not see it")  # fmt: skip
     rows = [
-        [("  " if r.channel else "") + r.name, r.channel, _slope(r), str(r.networks), _ratio(r)]
+        [
+            ("  " if " / " in r.name or FILTER in r.name else "") + r.name,
+            r.channel,
+            _slope(r),
+            str(r.networks),
+            _ratio(r),
+        ]
         for r in c.responses
         if r.networks or r.groups
     ]
@@ -200,6 +208,8 @@ def _responses(c: Comparison) -> Iterator[str]:
 def _slope(r: Response) -> str:
     if not math.isfinite(r.slope):
         return "-"
+    if r.networks < FEWEST:
+        return "too few"
     return f"{r.slope:+.3g}" + (f" ± {r.slope_se:.2g}" if r.slope_se is not None else "")
 
 
@@ -298,7 +308,7 @@ def as_csv(c: Comparison) -> str:
     for run in c.runs:
         n = by_run[run.name]
         known = [n.gaps[g][0] if g in n.gaps else "" for g in gaps]
-        for m in run.rows:
+        for m in (row for row in run.rows if row.name in n.measures):
             writer.writerow([n.name, run.name, *(n.options.get(a, "") for a in axes), n.train_loss,
                              *known, m.name, m.value, "" if m.se is None else m.se,
                              m.replicate])  # fmt: skip

@@ -10,8 +10,8 @@ from matplotlib.patches import Patch
 
 from lsweep.from_children import Finished, spectrum
 from lsweep.marks import BLUE, SMALL, VERMILLION, put_legend, put_title
-from lsweep.scales import number
-from lsweep.spectrum import density, grid, negative_mass, threshold, width
+from lsweep.scales import FloatArray, number
+from lsweep.spectrum import Estimate, density, grid, negative_mass, threshold, width
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -50,49 +50,36 @@ def spectra(
             continue
         places, weights = places[there], weights[there]
         sigma, tau = width(places, weights), threshold(places, weights)
-        edge = max(edge, tau)
         at = grid(places, weights, sigma)
         phi = density(places, weights, at, sigma)
-        count = child.surface.provenance.get("plan", {}).get("facts", {}).get("parameters", 10**6)
-        floors.append(0.3 / (count * sigma * np.sqrt(2 * np.pi)))
+        facts = child.surface.provenance.get("plan", {}).get("facts", {})
+        one = 1 / (facts.get("curved", facts.get("parameters", 10**6)) * sigma * np.sqrt(2 * np.pi))
+        floors.append(0.3 * one)  # just below the peak of a single eigenvalue
         peaks.append(float(phi.value.max()))
-        mass = negative_mass(places, weights)
-        share = f"{number(float(mass.value))}"
-        if np.isfinite(mass.se):
-            share += f" ± {number(float(mass.se), 2)}"
+        edge = max(edge, tau)
+        share = _text(negative_mass(places, weights))
         (line,) = ax.plot(at, phi.value, color=color, lw=1.2, zorder=3, label=label)
         if len(children) == 1:
-            below = at < -tau
-            parts = ((~below, BLUE, "density"), (below, VERMILLION, f"negative: {share} of all"))
-            for where, shade, text in parts:
-                ax.fill_between(
-                    at,
-                    0,
-                    phi.value,
-                    where=where.tolist(),
-                    color=shade,
-                    alpha=0.35,
-                    lw=0,
-                    label=text,
-                )
-                entries.append(Patch(color=shade, alpha=0.5, label=text))
+            # Of the negative ones their own density: the peak at 0 is wider than what it stands
+            # for, and its left flank would be coloured as if it were negative.
+            below = density(places, np.where(places < -tau, weights, 0.0), at, sigma).value
+            entries += _filled(ax, at, phi.value, BLUE, 0.25, "density")
+            entries += _filled(ax, at, below, VERMILLION, 0.75, f"negative: {share} of all")
         else:
             line.set_label(f"{label}, negative share {share}")
             entries.append(line)
         if np.isfinite(phi.se).all():
-            low, high = phi.value - Z * phi.se, phi.value + Z * phi.se
-            ax.fill_between(
-                at, np.maximum(low, floors[-1] / 10), high, color=color, alpha=0.25, lw=0, label="_"
-            )
+            low, high = np.maximum(phi.value - Z * phi.se, one / 100), phi.value + Z * phi.se
+            ax.fill_between(at, low, high, color=color, alpha=0.25, lw=0, label="_")
         ritz = places[weights > 0]
         ticks = ax.plot(
-            ritz, np.full(len(ritz), 0.012 * (k + 1)), "|", color=color, ms=4, mew=0.4, alpha=0.6,
+            ritz, np.full(len(ritz), 0.012 + 0.024 * k), "|", color=color, ms=5, mew=0.6, alpha=0.7,
             transform=ax.get_xaxis_transform(), label="Ritz values", zorder=4,
         )  # fmt: skip
         entries += ticks if k == 0 else []
         told.append(
             f"{len(places)} of {len(there)} start vectors, Gaussians of standard deviation "
-            f"{number(sigma)}, negative below {number(-tau)} (1 % of the largest |λ|)"
+            f"{number(sigma)}, negative below {number(-tau)} (1 % of the largest |λ|)."
         )
     ax.axvline(0.0, color="#808080", lw=0.8, ls=(0, (1, 2)), zorder=0)
     ax.set_yscale("log")
@@ -103,6 +90,18 @@ def spectra(
     ax.set_xlabel("eigenvalue λ of the Hessian")
     ax.set_ylabel("density φ(λ), log scale")
     ax.tick_params(labelsize=SMALL + 1)
-    put_title(ax, "spectral density")
+    put_title(ax, f"spectral density (±{Z} s.e. over start vectors)")
     put_legend(ax, entries, letters=92)
     return told
+
+
+def _text(mass: Estimate) -> str:
+    text = number(float(mass.value))
+    return f"{text} ± {number(float(mass.se), 2)}" if np.isfinite(mass.se) else text
+
+
+def _filled(
+    ax: Axes, at: FloatArray, height: FloatArray, color: str, alpha: float, text: str
+) -> list[Artist]:
+    ax.fill_between(at, 0, height, color=color, alpha=alpha, lw=0, label=text)
+    return [Patch(color=color, alpha=alpha, label=text)]

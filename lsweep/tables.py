@@ -143,3 +143,14 @@ def plain(value: Any) -> Any:
 def _kind(value: Any) -> str:
     names = {str: "a string", bool: "true or false", int: "a number", Decimal: "a number"}
     return names.get(type(value), f"a {type(value).__name__}")
+
+
+def one_of(name: str, value: Any, valid: tuple[str, ...]) -> None:
+    """Refuse a value that is none of the valid ones, naming the nearest.
+
+    >>> one_of("kind", "randm", ("random", "to"))
+    Traceback (most recent call last):
+    lsweep.errors.LsweepError: kind = 'randm'; did you mean 'random'?
+    """
+    if value not in valid:
+        raise LsweepError(f"{name} = {value!r}{nearest(str(value), valid)}")

@@ -21,7 +21,7 @@ STEPS = 40  # checkpoints of a trajectory
 DIRECTIONS = 10  # planes at least
 RADIUS = 0.2
 PLANE = 25  # points along a side of the plane that non-convexity is read from
-SADDLE_STEP = 0.02  # of the central differences at the centre
+SADDLE_STEP = 1e-3  # of the central differences at the centre, in filter-normalised units
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ LEGEND = f"""\
 *nc10*: share of a {PLANE} x {PLANE} plane (r ≤ 1, filter-normalised, training loss) where the
 plane's Hessian has -λmin > 0.1 max|λ|. *rise at r*: of the training loss at filter-normalised
 radius r, mean over both ends of the {2 * DIRECTIONS} directions of {DIRECTIONS} random planes.
-*matched*: largest training loss at most twice the smallest plus 0.01. Curvature is over the weights
+*matched*: the largest training loss is at most twice the smallest. Curvature is over the weights
 that such a direction moves (no biases, no normalisation), at the centre. Measured numbers are the
 mean and, in brackets, the range over training seeds."""
 PAPER = (
@@ -85,8 +85,8 @@ PAPER = (
     ),
     Claim(
         "depth-rise",
-        "Deep plain minima are sharper than residual ones",
-        "contours of 56-noshort are tighter than those of ResNet-56",
+        "Residual minima are flatter than plain ones of the same depth",
+        'skip connections "promote flat minimizers"',
         f"{RISE}, plain over skip at depth 24, matched loss",
         "at least {ratio} in every seed",
         {"ratio": 1.5},
@@ -223,8 +223,8 @@ PAPER = (
         "saddle-random",
         "Random planes do not show that the centre is a saddle",
         "principal curvatures of a plane are averages of the full ones",
-        "networks with λmin < -0.01 λmax (all of depth 24): of ten random planes, those with "
-        "negative curvature at the centre",
+        "GELU networks of depth 24 with λmin < -0.01 λmax: of ten random planes, those with "
+        "negative curvature at the centre (second differences, r = 0.001)",
         "at most {most} of ten in every such network",
         {"saddle": 0.01, "most": 1},
     ),
@@ -233,8 +233,18 @@ PAPER = (
         "... and the Hessian's own plane does",
         "the paper's maps of λmin/λmax",
         "the same networks: smaller curvature at the centre of the plane of the top and the bottom "
-        "eigenvector",
+        "eigenvector, over λmin",
         "negative in every such network",
+        {"saddle": 0.01},
+    ),
+    Claim(
+        "saddle-relu",
+        "... nor do random directions of ReLU networks",
+        "as above",
+        "networks of depth 24 with λmin < -0.01 λmax: of 20 random filter-normalised directions, "
+        "those with dᵀHd < 0 (exact products: second differences see where ReLUs switch)",
+        "at most {most} of 20 in every such network",
+        {"saddle": 0.01, "most": 2},
     ),
     Claim(
         "pca-share",

@@ -19,12 +19,13 @@ from .claims import (
     EPOCHS,
     LARGE_BATCH,
     PLANE,
+    SEEDS,
     SMALL_BATCH,
     STEPS,
     UNDERFITTED,
     WIDTHS,
 )
-from .data import hard_digits
+from .data import TRAIN, hard_digits
 from .nets import build
 from .training import LOSSES, Spec, assess, problem, save, train, trained
 
@@ -45,10 +46,14 @@ class Size:
     plane: int = PLANE
     line: int = 81
     directions: int = DIRECTIONS
+    seeds: tuple[int, ...] = SEEDS
+    train: int = TRAIN
 
 
 FULL = Size()
-QUICK = Size((4, 6), (8, 16), epochs=2, most=1, steps=4, plane=5, line=9, directions=2)
+QUICK = Size(
+    (4, 6), (8, 16), epochs=1, most=1, steps=4, plane=5, line=9, directions=2, seeds=(0,), train=64
+)
 
 
 def fitted(spec: Spec, network: nn.Module) -> Record:
@@ -69,15 +74,28 @@ def depth(seed: int, size: Size, cache: Path) -> Records:
     out: Records = {}
     for layers in size.depths:
         for kind in KINDS:
-            spec = Spec(kind, layers, seed=seed, epochs=size.most)
+            spec = Spec(kind, layers, seed=seed, train=size.train, epochs=size.most)
             network = trained(spec, cache)
             of = problem(spec, network)
             record = fitted(spec, network) | sweeping.plane(of, seed, size.plane)
             record |= sweeping.sharpness(of, count=size.directions)
             if layers == size.depths[-1]:
-                record |= sweeping.saddle(of, size.directions)
-                record |= sweeping.extremes(of) | sweeping.hessian_plane(of)
+                record |= sweeping.extremes(of) | sweeping.curvatures(of)
             out[f"{kind} {layers}"] = record
+    return out
+
+
+def smooth(seed: int, size: Size, cache: Path) -> Records:
+    """Deep GELU networks: their second differences are those of the Hessian."""
+    out: Records = {}
+    for kind in KINDS:
+        layers = size.depths[-1]
+        spec = Spec(f"{kind}-gelu", layers, seed=seed, train=size.train, epochs=size.most)
+        network = trained(spec, cache)
+        of = problem(spec, network)
+        record = fitted(spec, network) | sweeping.sharpness(of, count=size.directions)
+        record |= sweeping.saddle(of, size.directions) | sweeping.extremes(of)
+        out[f"{kind} {layers}"] = record | sweeping.hessian_plane(of)
     return out
 
 
@@ -85,7 +103,9 @@ def batch(seed: int, size: Size, cache: Path) -> Records:
     """Small and large batches without weight decay, stopped at the same training loss."""
     out: Records = {}
     for samples in (SMALL_BATCH, LARGE_BATCH):
-        spec = Spec("plain", 6, seed=seed, batch=samples, decay=0.0, epochs=size.most)
+        spec = Spec(
+            "plain", 6, seed=seed, train=size.train, batch=samples, decay=0.0, epochs=size.most
+        )
         network = trained(spec, cache)
         of = problem(spec, network)
         record = fitted(spec, network) | sweeping.sharpness(of, count=size.directions)
@@ -109,13 +129,17 @@ def decay(seed: int, size: Size, cache: Path) -> Records:
 
     for amount in (0.0, DECAY):
         for samples in (SMALL_BATCH, LARGE_BATCH):
-            same = Spec("plain", 6, seed=seed, batch=samples, decay=amount, stop=None)
+            same = Spec(
+                "plain", 6, seed=seed, train=size.train, batch=samples, decay=amount, stop=None
+            )
             measure(f"batch {samples} decay {amount:g}", replace(same, epochs=size.epochs))
         spec, small = networks[f"batch {SMALL_BATCH} decay {amount:g}"]
         _, large = networks[f"batch {LARGE_BATCH} decay {amount:g}"]
         out[f"line decay {amount:g}"] = sweeping.interpolation(spec, small, large, size.line)
     reached = round(out[f"batch {SMALL_BATCH} decay {DECAY:g}"]["train_loss"], 4)
-    matched = Spec("plain", 6, seed=seed, batch=SMALL_BATCH, decay=0.0, stop=reached)
+    matched = Spec(
+        "plain", 6, seed=seed, train=size.train, batch=SMALL_BATCH, decay=0.0, stop=reached
+    )
     measure("matched decay 0", replace(matched, epochs=size.most))
     return out
 
@@ -124,7 +148,7 @@ def width(seed: int, size: Size, cache: Path) -> Records:
     """Plain networks of several widths, stopped at the same training loss."""
     out: Records = {}
     for units in size.widths:
-        spec = Spec("plain", size.depths[1], units, seed=seed, epochs=size.most)
+        spec = Spec("plain", size.depths[1], units, seed=seed, train=size.train, epochs=size.most)
         network = trained(spec, cache)
         of = problem(spec, network)
         record = fitted(spec, network) | sweeping.plane(of, seed, size.plane)
@@ -134,10 +158,10 @@ def width(seed: int, size: Size, cache: Path) -> Records:
 
 def equivalent(seed: int, size: Size, cache: Path) -> Records:
     """A deep plain network, and the same function with its filters rescaled."""
-    spec = Spec("plain", size.depths[-1], seed=seed, epochs=size.most)
+    spec = Spec("plain", size.depths[-1], seed=seed, train=size.train, epochs=size.most)
     network = trained(spec, cache)
     other = sweeping.rescaled(network, build(spec.kind, spec.depth, spec.width, seed), seed)
-    x, _ = hard_digits()["test"]
+    x, _ = hard_digits(size.train)["test"]
     with torch.no_grad():
         change = (network(x) - other(x)).abs().max() / network(x).abs().max()
     defects = sweeping.equivalence(problem(spec, network), problem(spec, other), size.line)
@@ -157,7 +181,9 @@ def trajectory(seed: int, size: Size, cache: Path) -> Records:
                 save(network, paths[-1])
 
             named = "plain" if kind == "walk" else kind
-            spec = Spec(named, size.depths[1], seed=seed, stop=None, epochs=size.steps)
+            spec = Spec(
+                named, size.depths[1], seed=seed, train=size.train, stop=None, epochs=size.steps
+            )
             network = build(spec.kind, spec.depth, spec.width, seed).eval()
             keep(network)
             if kind == "walk":
@@ -176,7 +202,9 @@ def unmatched(seed: int, size: Size, cache: Path) -> Records:
     """Deep networks after two epochs: their losses differ, on purpose."""
     out: Records = {}
     for kind in KINDS:
-        spec = Spec(kind, size.depths[-1], seed=seed, stop=None, epochs=UNDERFITTED)
+        spec = Spec(
+            kind, size.depths[-1], seed=seed, train=size.train, stop=None, epochs=UNDERFITTED
+        )
         network = trained(spec, cache)
         of = problem(spec, network)
         record = fitted(spec, network) | sweeping.plane(of, seed, size.plane)
@@ -203,7 +231,7 @@ ERROR_RADIUS = 0.5
 
 def beyond(name: str, seed: int, size: Size, cache: Path) -> Records:
     """One network that the paper does not have."""
-    spec = replace(ZOO[name], seed=seed, epochs=size.most)
+    spec = replace(ZOO[name], seed=seed, train=size.train, epochs=size.most)
     network = trained(spec, cache)
     of = problem(spec, network)
     record = fitted(spec, network) | sweeping.plane(of, seed, size.plane)
@@ -214,5 +242,5 @@ def beyond(name: str, seed: int, size: Size, cache: Path) -> Records:
 
 Study = Callable[[int, Size, Path], Records]
 STUDIES: dict[str, Study] = {
-    f.__name__: f for f in (depth, width, decay, batch, unmatched, trajectory, equivalent)
+    f.__name__: f for f in (smooth, depth, width, decay, batch, unmatched, trajectory, equivalent)
 }

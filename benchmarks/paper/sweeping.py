@@ -42,18 +42,16 @@ def planes(
     normalize: str = "filter",
     count: int = DIRECTIONS,
     metric: str = "loss",
+    precision: str = "float32",
 ) -> FloatArray:
     """Return (count, 3, 3) values of planes of offsets -r, 0, r, each of its own two directions."""
     axis = (-radius, radius, 3)
-    more: dict[str, Any] = {"metrics": (metric,), "precision": "float64"}
-    return np.array(
-        [
-            swept(of, axis, axis, directions={"seed": 100 + k, "normalize": normalize}, **more)[
-                f"train_{metric}"
-            ]
-            for k in range(count)
-        ]
-    )
+    recipes = {"seed": 100, "normalize": normalize, "z": {"kind": "replicate"}}
+    surface = swept(
+        of, axis, axis, (0, count - 1, count),
+        metrics=(metric,), directions=recipes, precision=precision,
+    )  # fmt: skip
+    return surface[f"train_{metric}"]
 
 
 def rises(values: FloatArray) -> FloatArray:
@@ -103,8 +101,21 @@ def smallest_curvatures(values: FloatArray, step: float) -> FloatArray:
 
 def saddle(of: lsweep.Problem, count: int = DIRECTIONS) -> dict[str, Any]:
     """Return how many of ten random planes curve downwards at the centre."""
-    low = smallest_curvatures(planes(of, SADDLE_STEP, count=count), SADDLE_STEP)
+    values = planes(of, SADDLE_STEP, count=count, precision="float64")
+    low = smallest_curvatures(values, SADDLE_STEP)
     return {"planes": count, "planes_negative": int((low < 0).sum())}
+
+
+def curvatures(of: lsweep.Problem, count: int = 2 * DIRECTIONS) -> dict[str, Any]:
+    """Return how many random filter-normalised directions have dᵀHd < 0, by exact products.
+
+    A Rademacher probe vᵀDHDv of the trace in the filter metric is that: each filter of Dv is as
+    long as that of the weights.
+    """
+    recipe = {"kind": "replicate"}
+    surface = swept(of, (0, count - 1, count), metrics=("filter_hessian_trace",), directions=recipe)
+    values = surface["train_filter_hessian_trace"]
+    return {"directions": count, "directions_negative": int((values < 0).sum())}
 
 
 def weight_norm(network: nn.Module) -> float:
@@ -202,16 +213,30 @@ def explained(of: lsweep.Problem, checkpoints: list[Path]) -> dict[str, float]:
 
 
 def extremes(of: lsweep.Problem) -> dict[str, float]:
-    """Return λmax, λmin and their ratio at the centre, raw and in the filter metric."""
+    """Return λmax and λmin at the centre, raw and in the filter metric, with the larger residual.
+
+    From two start vectors: Lanczos finds extreme eigenvalues from inside, so the outer one counts.
+    """
     metrics = ("hessian_extremes", "filter_hessian_extremes")
     surface = swept(of, (0, 1, 2), metrics=metrics, directions={"kind": "replicate"})
-    wanted = [f"{m}hessian_{end}" for m in ("", "filter_") for end in ("max", "min")]
-    return {name: float(surface[f"train_{name}"][0]) for name in wanted}
+    out: dict[str, float] = {}
+    for metric in ("hessian", "filter_hessian"):
+        for end, outer in (("max", np.argmax), ("min", np.argmin)):
+            values = surface[f"train_{metric}_{end}"]
+            k = int(outer(values))
+            out[f"{metric}_{end}"] = float(values[k])
+            residual = float(surface[f"train_{metric}_{end}_residual"][k])
+            out["residual"] = max(out.get("residual", 0.0), residual)
+    return out
 
 
 def hessian_plane(of: lsweep.Problem) -> dict[str, float]:
-    """Return the smaller curvature at the centre of the plane that the Hessian spans."""
+    """Return the smaller curvature at the centre of the plane that the Hessian spans.
+
+    Per unit of weight, so that it can be compared with λmin.
+    """
     axis = (-SADDLE_STEP, SADDLE_STEP, 3)
     surface = swept(of, axis, axis, directions={"kind": "hessian"}, precision="float64")
     low = smallest_curvatures(surface["train_loss"][None], SADDLE_STEP)
-    return {"hessian_plane_curvature": float(low[0])}
+    norm = float(surface.attributes["y"]["norm"])
+    return {"hessian_plane_curvature": float(low[0]) / norm**2}

@@ -11,7 +11,8 @@ from statistics import mean, stdev
 
 from lsweep.machine import cpu_model
 
-from .claims import DECAY, LEGEND, SEEDS, Claim
+from .claims import DECAY, LEGEND, Claim
+from .data import TRAIN
 from .evidence import Found, Measured, each
 from .studies import ERROR_RADIUS
 
@@ -30,6 +31,7 @@ COLUMNS = {
 }
 STUDIED = {
     "depth": "Depth and skip connections, stopped at training loss 0.02",
+    "smooth": "GELU in place of ReLU, stopped at training loss 0.02",
     "batch": "Batch size, plain depth 6, no decay, stopped at training loss 0.02",
     "decay": f"Batch size and weight decay (0 or {DECAY:g}), plain depth 6, 100 epochs",
     "width": "Width, plain depth 14, stopped at training loss 0.02",
@@ -121,8 +123,9 @@ def report(
     for study in STUDIED:
         if study in measured:
             parts += [f"## {STUDIED[study]}", networks_table(measured, study)]
+    seeds = max(f.seeds for f in found)
     parts += [
-        f"Numbers are means ± standard deviations over {len(SEEDS)} training seeds. Batch norm in "
-        "evaluation mode, 1000 training samples, all of them at every point."
+        f"Numbers are means ± standard deviations over {seeds} training seeds. Batch norm in "
+        f"evaluation mode, {TRAIN} training samples, all of them at every point."
     ]
     return "\n\n".join(parts) + "\n"
