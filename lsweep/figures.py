@@ -27,7 +27,7 @@ from lsweep.marks import BLUE, LINE_COLORS, default_name, lengths
 from lsweep.opening import open_surface
 from lsweep.persistence import persistence
 from lsweep.pictures import save, write_caption
-from lsweep.profiles import height, profile
+from lsweep.profiles import height, profile, width
 from lsweep.spectra import spectra
 from lsweep.surface import Surface
 
@@ -184,7 +184,7 @@ def _spectrum(sources: Sequence[Source], options: Options) -> _Sheet:
 
 def _layers(sources: Sequence[Source], options: Options) -> _Sheet:
     children, labels, _ = _several(sources, "layers")
-    figure, axes = _page([4.8] * len(children), height(children) + 0.9)
+    figure, axes = _page([width(children)] * len(children), height(children) + 0.9)
     sheet = _Sheet(figure)
     for child, label, ax in zip(children, labels, axes, strict=True):
         title = label if len(children) > 1 else "one layer moved at a time"
