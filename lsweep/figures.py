@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -226,6 +227,8 @@ def _persistence(sources: Sequence[Source], options: Options) -> _Sheet:
     if len(surface.axes) > 2:
         raise Missing(f"{source.path} has three axes: persistence is that of a line or a plane")
     name = options.name or default_name(surface)
+    if not np.isfinite(surface[name]).any():
+        raise Missing(f"no value of {name} in {source.path} is finite: it has no basins")
     found = persistence(surface, name)
     figure, axes = _page([5.0, 4.6], 4.3)
     if len(surface.axes) == 1:
