@@ -16,6 +16,7 @@ import torch
 from lsweep.directions import Directions
 from lsweep.evaluate import Evaluator
 from lsweep.packed import Spot
+from lsweep.pointwise import POINTWISE
 from lsweep.problem import Problem
 
 
@@ -35,7 +36,8 @@ def anchored(problem: Problem, evaluate: dict[str, Any], device: torch.device) -
     """
     splits = {name: problem.splits[name].whole for name in evaluate["splits"]}
     wholes = {name: whole for name, whole in splits.items() if whole is not None}
-    if not wholes or evaluate["batch_norm"] != "eval":
+    stored = [m for m in evaluate["metrics"] if m not in POINTWISE]
+    if not wholes or not stored or evaluate["batch_norm"] != "eval":
         return {}
     plain = {**evaluate, "splits": list(wholes), "slices": 1, "backend": "eager"}
     if evaluate["precision"] != "float64":

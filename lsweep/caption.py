@@ -51,6 +51,8 @@ def title(plan: Plan) -> str:
 def caption(plan: Plan, devices: Mapping[str, Any], notes: Sequence[str] = ()) -> str:
     """Return what a reader of the picture must know: network, directions, samples, batch norm."""
     words = [f"{plan.facts['network']}, {plan.facts['parameters']:,} parameters"]
+    if any(r.get("gauge", "none") == "equi" for r in plan.directions.values()):
+        words.append("equi-normalised first")
     for axis in plan.axes:
         facts, recipe = plan.facts["axes"][axis], plan.directions[axis]
         text = f"{axis}: {describe_recipe(recipe)}"

@@ -8,26 +8,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lsweep.errors import DamagedFile
+from lsweep.errors import DamagedFile, LsweepError
 from lsweep.files import read_json, sealed, write_whole
 from lsweep.folder import RunFolder
 from lsweep.insist import there
+from lsweep.measured import Measured
 
 SCHEMA = 1
 HOLDS = ("exact", "up to eps")
+GAUGED = ("neuron rescaling", "up/down rescaling", "query-key scale", "value-output scale")
 PASS = 1e-3  # of a picture's range: a smaller plane invariance defect is none
 COLUMNS = (
-    "layer", "transform", "verdict", "factor", "error", "noise", "residual", "error32", "loss_error",
-    "units", "precision", "note",
+    "layer", "transform", "verdict", "factor", "error", "noise", "residual", "error32",
+    "loss_error", "units", "precision", "note",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Tested:
+class Trial:
     """One transform of one group of units, and whether the function survived it.
 
     Attributes:
@@ -108,13 +110,13 @@ class Certificate:
     plan: str
     network: str
     context: Mapping[str, Any]
-    rows: tuple[Tested, ...]
+    rows: tuple[Trial, ...]
     layers: Mapping[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
     defects: tuple[Defect, ...] = ()
 
     @property
     def defect(self) -> float | None:
-        """The plane invariance defect: the largest over transforms; None where none is certified."""
+        """The plane invariance defect: the largest over transforms, or None."""
         return max((d.largest for d in self.defects), default=None)
 
     def as_json(self) -> dict[str, Any]:
@@ -127,7 +129,7 @@ class Certificate:
     @classmethod
     def from_json(cls, table: Mapping[str, Any]) -> Certificate:
         """Read what `as_json` gave."""
-        rows = [Tested(**{**r, "tensors": tuple(r["tensors"])}) for r in table["rows"]]
+        rows = [Trial(**{**r, "tensors": tuple(r["tensors"])}) for r in table["rows"]]
         defects = [Defect(**{**d, "values": tuple(d["values"])}) for d in table["defects"]]
         layers = {n: (v, tuple(kinds)) for n, (v, kinds) in table["layers"].items()}
         return cls(table["plan"], table["network"], table["context"], tuple(rows), layers,
@@ -140,7 +142,7 @@ class Certificate:
 def summary(certificate: Certificate) -> str:
     """Return in one line for how many layers the directions' normalisation is justified.
 
-    >>> rows = (Tested("0 -> 2", "neuron rescaling", 4, ("0.weight", "2.weight"), "exact"),)
+    >>> rows = (Trial("0 -> 2", "neuron rescaling", 4, ("0.weight", "2.weight"), "exact"),)
     >>> layers = {"0.weight": ("followed", ()), "2.weight": ("not followed", ("neuron rescaling",))}
     >>> print(summary(Certificate("", "", {"normalize": "filter"}, rows, layers)))
     filter normalisation is justified for 1 of 2 layers: there it follows every rescaling that was \
@@ -155,14 +157,15 @@ found to leave the network unchanged; in 1 it does not follow neuron rescaling; 
     if good:
         text += ": there it follows every rescaling that was found to leave the network unchanged"
     parts = []
-    missed = [w for v, some in certificate.layers.values() if v == "not followed" for w in some]
+    missed = dict.fromkeys(
+        w for v, some in certificate.layers.values() if v == "not followed" for w in some
+    )
     if missed:
-        names = " and ".join(dict.fromkeys(missed))
-        part = f"in {kinds.count('not followed')} it does not follow {names}"
-        unitwise = {w for w in missed if w in GAUGED}
-        if unitwise and certificate.context.get("gauge", "none") == "none":
-            part += '; gauge = "equi" would' + (f" follow {' and '.join(sorted(unitwise))}"
-                                                if unitwise != set(missed) else "")  # fmt: skip
+        part = f"in {kinds.count('not followed')} it does not follow {_listed(missed)}"
+        fixable = [w for w in missed if w in GAUGED]
+        if fixable and certificate.context.get("gauge", "none") == "none":
+            more = "" if len(fixable) == len(missed) else f" follow {_listed(fixable)}"
+            part += f'; gauge = "equi" would{more}'
         parts.append(part)
     if "nothing to follow" in kinds:
         parts.append(
@@ -174,7 +177,9 @@ found to leave the network unchanged; in 1 it does not follow neuron rescaling; 
     return "; ".join([text, *parts])
 
 
-GAUGED = ("neuron rescaling", "up/down rescaling")
+def _listed(words: Iterable[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def words(certificate: Certificate) -> str:
@@ -198,10 +203,14 @@ def conclusion(certificate: Certificate) -> list[str]:
     c = certificate.context
     out = ["", summary(certificate)]
     if not certificate.defects:
-        return [*out, "no rescaling was certified, so no equivalent network was compared"]
-    out += ["", f"plane invariance defect: max|ΔL| / range over {c['points']} points for "
-            f"{c['elements']} random equivalent networks each ({c['samples']} {c['split']} samples, "
-            f"{c['precision']}, batch norm {c['batch_norm']}, at most {PASS:g} passes)"]  # fmt: skip
+        why = c.get("not_compared") or "no rescaling was certified"
+        return [*out, f"{why}, so no equivalent network was compared"]
+    out += [
+        "",
+        f"plane invariance defect: max|ΔL| / range over {c['points']} points for "
+        f"{c['elements']} random equivalent networks each ({c['samples']} {c['split']} "
+        f"samples, {c['precision']}, batch norm {c['batch_norm']}; {PASS:g} passes)",
+    ]
     kinds = max(len(d.transform) for d in certificate.defects)
     for d in certificate.defects:
         values = "  ".join("  not finite" if v is None else f"{v:.1e}" for v in d.values)
@@ -217,7 +226,7 @@ def heading(width: int, kinds: int) -> str:
             f"{'noise':>8}  {'gradient':>8}  {'float32':>8}")  # fmt: skip
 
 
-def line(row: Tested, width: int, kinds: int) -> str:
+def line(row: Trial, width: int, kinds: int) -> str:
     """Return one row of the table."""
 
     def number(value: float | None) -> str:
@@ -260,3 +269,48 @@ def read(folder: RunFolder, plan: str) -> Certificate | None:
         return Certificate.from_json(table)
     except (KeyError, TypeError, ValueError):
         raise DamagedFile(f"{folder.invariance} is not a certificate; make it again") from None
+
+
+def notes(folder: RunFolder, plan: str) -> list[str]:
+    """Return what a caption says of a run's certificate: nothing without one, or a damaged one.
+
+    Args:
+        folder: the run.
+        plan: its plan's digest.
+    """
+    try:
+        found = read(folder, plan)
+    except LsweepError:  # `verify` names it; a picture can do without
+        return []
+    return [t for t in [words(found)] if t] if found else []
+
+
+def invariance_measures(folder: RunFolder, plan: str) -> list[Measured]:
+    """Return a run's certificate as numbers: nothing without one.
+
+    ``plane_invariance_defect`` is max|ΔL| / range over random equivalent networks, in whole and for
+    each kind of rescaling; ``layers_followed`` the share of weights whose directions follow every
+    rescaling that was found.
+
+    Args:
+        folder: the run.
+        plan: its plan's digest.
+    """
+    found = read(folder, plan)
+    if found is None:
+        return []
+    context = dict(found.context)
+    out = []
+    if found.defect is not None:
+        name = "plane_invariance_defect"
+        worst = max(found.defects, key=lambda d: d.largest).transform
+        out.append(Measured(name, found.defect, context=context, note=f"largest: {worst}"))
+        out += [
+            Measured(f"{name}@{d.transform}", d.largest, context={**context, "groups": d.groups})
+            for d in found.defects
+        ]
+    kinds = [v for v, _ in found.layers.values()]
+    if kinds:
+        share = kinds.count("followed") / len(kinds)
+        out.append(Measured("layers_followed", share, context=context, note=summary(found)))
+    return out

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from lsweep.errors import LsweepError, nearest
+from lsweep.pointwise import POINTWISE
 from lsweep.recipes import AXES, Axis, Recipe
 from lsweep.settings import Evaluation, Settings
 
@@ -37,13 +38,16 @@ class Child:
     Attributes:
         name: of the measure and of its folder.
         about: what it computes, in a few words.
-        metrics: computed at each point, on the parent's first split.
+        metrics: computed at each point, on the parent's first split; none: all that the parent
+            averages over samples, on all its splits.
         axes: x, then y, then z.
         replicates: how many, unless asked otherwise.
         replicate: what they are.
         cost: of a point, about, in passes over the data; a gradient counts 3, a Hessian product 7.
         usual: whether ``all`` means it too.
         split: taken instead of the first where the problem has it.
+        beside: the measure that it is asked for with.
+        needs: what else the command line must say.
     """
 
     name: str
@@ -55,6 +59,8 @@ class Child:
     cost: float = 1.0
     usual: bool = True
     split: str = ""
+    beside: str = ""
+    needs: str = ""
 
     def counts(self, replicates: int) -> tuple[int, ...]:
         """Return how many points each axis has; 0 where the network decides."""
@@ -62,6 +68,7 @@ class Child:
 
 
 REPLICATE = Along("replicate")
+BETWEEN = Along("to", "0", "1", 25)
 CURVATURE = ("hessian_extremes", "filter_hessian_extremes")
 TRACES = ("hessian_trace", "filter_hessian_trace", "relative_flatness")
 CHILDREN: dict[str, Child] = {
@@ -69,7 +76,9 @@ CHILDREN: dict[str, Child] = {
     for c in (
         Child("sharpness", "the average rise of the loss with the radius", ("loss",),
               (Along("random", "-1", "1", 21), REPLICATE), 10, "directions"),
-        Child("layers", "the same with one layer moved at a time", ("loss",),
+        Child("curvature", "the rise so near that only curvature counts", ("loss",),
+              (Along("random", "-0.005", "0.005", 3), REPLICATE), 20, "directions"),
+        Child("layers", "the rise of the loss when one layer moves", ("loss",),
               (Along("random", "-0.5", "0.5", 3), REPLICATE, Along("layer")), 5, "directions"),
         Child("jacobian", "how far outputs follow inputs", ("input_jacobian",),
               (Along("replicate", count=2),), cost=30.0, split="test"),
@@ -78,13 +87,17 @@ CHILDREN: dict[str, Child] = {
         Child("hessian", "the largest and the least curvature", CURVATURE, (REPLICATE,),
               2, "start vectors", 1000.0),
         Child("worst", "the highest loss within a radius", ("worst_case",),
-              (Along("radius", "0.05", "0.5", 4), REPLICATE), 2, "start vectors", 170.0),
+              (Along("radius", "0.005", "0.02", 4), REPLICATE), 2, "start vectors", 170.0),
         Child("spectrum", "the density of the Hessian's eigenvalues", ("spectrum",), (REPLICATE,),
               5, "start vectors", 560.0),
         Child("keskar", "the highest loss in Keskar's box", ("keskar",), (REPLICATE,),
               2, "start vectors", 200.0, usual=False),
         Child("convexity", "|λmin/λmax| over the parent's plane", ("hessian_extremes",),
               (Along(PARENT, count=11), Along(PARENT, count=11)), 0, "", 500.0, usual=False),
+        Child("barrier", "the rise on the way to another network", (), (BETWEEN,),
+              usual=False, needs="--to CHECKPOINT"),
+        Child("barrier-aligned", "the same, its hidden units in this one's order", (), (BETWEEN,),
+              usual=False, beside="barrier", needs="--to CHECKPOINT"),
     )
 }  # fmt: skip
 
@@ -108,11 +121,16 @@ def chosen(names: str) -> list[Child]:
         if name != "all" and name not in CHILDREN:
             raise LsweepError(f"--measures: no measure {name!r}{nearest(name, ['all', *CHILDREN])}")
     every = "all" in wanted
-    return [c for c in CHILDREN.values() if c.name in wanted or (every and c.usual)]
+    return [c for c in CHILDREN.values() if {c.name, c.beside} & set(wanted) or (every and c.usual)]
 
 
 def settings_for(
-    child: Child, parent: Settings, replicates: int = 0, samples: int | None = None
+    child: Child,
+    parent: Settings,
+    replicates: int = 0,
+    samples: int | None = None,
+    checkpoint: str = "",
+    normalized: bool = False,
 ) -> Settings:
     """Return the sweep that a child is.
 
@@ -121,6 +139,8 @@ def settings_for(
         parent: the parent's settings, from its plan.
         replicates: how many; 0 for the child's own number.
         samples: of each split; None for as many as the parent takes.
+        checkpoint: of the other network, where there is one.
+        normalized: whether the network has batch norm.
 
     Raises:
         LsweepError: one replicate, which would have no error.
@@ -141,7 +161,7 @@ def settings_for(
         if along.kind == PARENT and name not in parent.grid:
             continue
         if along.kind == PARENT:
-            grid[name] = dataclasses.replace(parent.grid[name], count=along.count)
+            grid[name] = _coarser(parent.grid[name], along.count)
             recipes[name] = parent.directions[name]
         elif along.kind == "layer":
             grid[name] = Axis("auto", 2)
@@ -152,8 +172,18 @@ def settings_for(
             recipes[name] = _still(like, "replicate")
         else:
             grid[name] = Axis((Decimal(along.low), Decimal(along.high)), along.count)
-            recipes[name] = like if along.kind == "random" else _still(like, along.kind)
-    return Settings(parent.problem, grid, recipes, _evaluation(child, parent.evaluate, samples))
+            if along.kind == "to":
+                recipes[name] = Recipe("to", checkpoint=checkpoint)
+            else:
+                recipes[name] = like if along.kind == "random" else _still(like, along.kind)
+    evaluate = _evaluation(child, parent.evaluate, samples)
+    if checkpoint and normalized:  # statistics halfway between two networks are of neither
+        evaluate = dataclasses.replace(evaluate, batch_norm="recalibrate", slices=1)
+    return Settings(parent.problem, grid, recipes, evaluate)
+
+
+def _coarser(axis: Axis, count: int) -> Axis:
+    return dataclasses.replace(axis, count=min(axis.count, count))
 
 
 def random_recipe(parent: Settings) -> Recipe:
@@ -169,6 +199,10 @@ def _still(like: Recipe, kind: str) -> Recipe:
 
 
 def _evaluation(child: Child, parent: Evaluation, samples: int | None) -> Evaluation:
+    if not child.metrics:
+        metrics = tuple(m for m in parent.metrics if m not in POINTWISE) or ("loss",)
+        kept = parent.samples if samples is None else samples
+        return dataclasses.replace(parent, metrics=metrics, samples=kept, expected={})
     derived = child.metrics != ("loss",)
     precision = "float32" if derived and parent.precision in REDUCED else parent.precision
     return dataclasses.replace(
@@ -176,6 +210,8 @@ def _evaluation(child: Child, parent: Evaluation, samples: int | None) -> Evalua
         metrics=child.metrics,
         splits=(child.split if child.split in parent.splits else parent.splits[0],),
         precision=precision,
+        # Recalibrated statistics hide how they follow the weights; every row says its mode.
+        batch_norm="eval" if derived and parent.batch_norm == "recalibrate" else parent.batch_norm,
         samples=parent.samples if samples is None else samples,
         slices=1 if derived else parent.slices,  # a curvature is not a mean over slices
         expected={},

@@ -142,6 +142,8 @@ def _takes_measures(p: argparse.ArgumentParser) -> None:
                    help="directions, probes or start vectors of each of these")  # fmt: skip
     p.add_argument("--samples", type=_at_least(2), metavar="N",
                    help="samples that these take (default: the sweep's)")  # fmt: skip
+    p.add_argument("--to", type=Path, metavar="CHECKPOINT",
+                   help="of the other network, for the measure barrier")  # fmt: skip
 
 
 def _takes_device(p: argparse.ArgumentParser) -> None:
@@ -326,7 +328,7 @@ def _add_demo(p: argparse.ArgumentParser) -> None:
 
 
 Command = Callable[[argparse.Namespace], int]
-_OF_A_STUDY = ("plan", "run", "submit", "merge", "verify", "prune")  # gone through run by run
+_OF_A_STUDY = ("plan", "run", "merge", "verify", "prune")  # gone through run by run
 _COMMANDS: dict[str, tuple[Command, Callable[[argparse.ArgumentParser], None], str]] = {
     "demo": (commands.do_demo, _add_demo, "two small nets on real digits, with and without skips"),
     "init": (commands.do_init, _add_init, "write a commented sweep.toml and problem.py to edit"),

@@ -81,8 +81,11 @@ def wanted_children(options: Namespace) -> list[Child]:
     from lsweep.children import chosen
 
     if options.measures is not None:
-        return chosen(options.measures)
-    for name in ("replicates", "samples"):
+        found = chosen(options.measures)
+        if options.to is not None and not any(c.needs for c in found):
+            raise LsweepError("--to goes with --measures barrier")
+        return found
+    for name in ("replicates", "samples", "to"):
         if getattr(options, name) is not None:
             raise LsweepError(f"--{name} goes with --measures; a sweep's own are in its TOML")
     return []
@@ -107,9 +110,11 @@ def planned_children(
     found = []
     for child in wanted:
         try:
-            run = parent.plan_child(child, options.replicates or 0, options.samples)
+            run = parent.plan_child(
+                child, options.replicates or 0, options.samples, options.to, say
+            )
         except LsweepError as e:
-            if "all" not in options.measures.split(","):
+            if child.name in options.measures.split(","):
                 raise
             say(f"no {child.name}: {e}")  # all that this network has
             continue

@@ -18,25 +18,27 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lsweep.certified import Defect, Tested
+from lsweep.certified import Defect, Trial
 from lsweep.directions import make_directions
 from lsweep.equivalences import BATCH, CARRIED
 from lsweep.evaluate import Evaluator
 from lsweep.packed import Spot
 from lsweep.problem import Problem
+from lsweep.recipes import CHECKPOINT_KINDS, Axis
 from lsweep.rescaling import Transform, acted, random_element
-from lsweep.settings import Axis, Settings
+from lsweep.settings import Settings
 from lsweep.sums import means
 from lsweep.vectors import Origin
 
 ELEMENTS = 3
 COUNTS = {1: 9, 2: 5, 3: 3}  # points along each axis of the coarse grid
+COMPARED = ("random", *CHECKPOINT_KINDS)
 FloatArray = npt.NDArray[np.float64]
 Gauge = Callable[[Origin], Origin]
 
 
 def certified_kinds(
-    transforms: Sequence[Transform], rows: Sequence[Tested], batch_norm: str
+    transforms: Sequence[Transform], rows: Sequence[Trial], batch_norm: str
 ) -> dict[str, list[Transform]]:
     """Return kind -> the rescalings of that kind that hold, under a run's batch-norm mode.
 
@@ -58,13 +60,21 @@ def coarse(grid: Mapping[str, Axis]) -> list[Spot]:
             np.stack(np.meshgrid(*lines, indexing="ij"), -1).reshape(-1, len(lines))]  # fmt: skip
 
 
+def not_compared(settings: Settings) -> str:
+    """Return why pictures of equivalent networks are not compared; "" where they are."""
+    kinds = [r.kind for r in settings.directions.values() if r.kind not in COMPARED]
+    return (
+        f"directions of kind {kinds[0]} are not made anew for equivalent networks" if kinds else ""
+    )
+
+
 class Picture:
     """A sweep's losses on a coarse grid, of its own network or of an equivalent one.
 
     Args:
         problem: with one split of a few samples.
         settings: the sweep, its ranges resolved.
-        evaluate: the plan's ``evaluate`` table.
+        evaluate: the plan's ``evaluate`` table, with one metric.
         base: folder that relative paths refer to.
         device: where to evaluate.
         dtype: of weights and losses.
@@ -87,8 +97,7 @@ class Picture:
         (split,) = problem.splits
         precision = "float64" if dtype == torch.float64 else "float32"
         self._table = {
-            **evaluate, "splits": [split], "metrics": list(evaluate["metrics"])[:1], "slices": 1,
-            "precision": precision, "backend": "eager",
+            **evaluate, "splits": [split], "slices": 1, "precision": precision, "backend": "eager",
         }  # fmt: skip
         own = Origin.of(problem.model)
         self.origin = dataclasses.replace(

@@ -130,9 +130,15 @@ def preflight_line(found: dict[str, Any], points: int) -> str:
     backend = found.get("backend", "eager")
     if found.get("speed"):
         backend += f" ({found['speed']:.3g} x eager, off by {found['error'] or 0.0:.1g})"
+    start = f"pre-flight on {found['device']}: {centre} at the centre; {backend}: "
+    memory = f"{found['memory'] / 2**20:.0f} MiB"
+    if found.get("pointwise"):  # how many passes they take is found out at the first point
+        return (
+            f"{start}{1e3 * seconds:.3g} ms a pass over the data, of which "
+            f"{', '.join(found['pointwise'])} take many, {memory}"
+        )
     return (
-        f"pre-flight on {found['device']}: {centre} at the centre; {backend}: "
-        f"{1e3 * seconds:.3g} ms a point, {found['memory'] / 2**20:.0f} MiB; {points} points take "
+        f"{start}{1e3 * seconds:.3g} ms a point, {memory}; {points} points take "
         f"{duration(points * seconds)} of one worker"
     )
 

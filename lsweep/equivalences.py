@@ -25,7 +25,7 @@ FILTER, WHOLE = "filter scale before the norm", "layer scale before the norm"
 QK, QK_MAP, QUERY = "query-key scale", "query-key map", "query scale alone"
 VO, VO_MAP = "value-output scale", "value-output map"
 UP, GATE = "up/down rescaling", "gate/down rescaling"
-UNITWISE = (NEURONS, UP)  # one factor for each unit, which a gauge can fix
+GAUGEABLE = (NEURONS, UP, QK, VO)  # factors between what enters and what leaves: a gauge fixes them
 MAKERS = {"row", "depthwise", "bias", "scale", "mean", "variance"}
 Slots = Sequence[Slot]
 

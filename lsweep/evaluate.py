@@ -219,7 +219,9 @@ class Evaluator:
             if recalibrate:
                 backend = eager = backend if isinstance(backend, Eager) else self.eager
                 eager.move(*here)
-                self._recalibrate(eager, recalibrate, limit)
+                # A plan's own statistics are of all samples, however few are looked at.
+                few = None if self._calibration_splits() else limit
+                self._recalibrate(eager, recalibrate, few)
                 stay = True
             for i, split in enumerate(self.splits):
                 for b, batch in enumerate(self._some(split, slice_, limit)):

@@ -7,10 +7,10 @@ is the direction of a sweep without replicates. At layer l only that layer's ten
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lsweep.noise import random_tensor
-from lsweep.recipes import STILL, WEIGHTS_ONLY, Recipe
+from lsweep.recipes import WEIGHTS_ONLY, Recipe
 from lsweep.vectors import Direction, Origin, finish, ignored_names
 from lsweep.weights import State
 
@@ -103,6 +103,7 @@ class Family:
     axes: Mapping[str, Direction]
     origin: Origin
     layers: tuple[str, ...] = ()
+    _last: dict[int, list[State]] = field(default_factory=dict, repr=False, compare=False)
 
     def index(self, offsets: Sequence[float]) -> Index:
         """Return the replicate and the layer of a point; -1 where no axis counts layers."""
@@ -112,14 +113,17 @@ class Family:
     def at(self, index: Index) -> list[State]:
         """Return each axis' tensors at an index; nothing for an axis that moves nothing."""
         replicate, layer = index
-        out = []
-        for axis, recipe in self.recipes.items():
-            tensors = self.axes[axis].tensors
-            if recipe.kind == "random" and replicate:
-                key = f"{axis}.{replicate}"
-                tensors = random_direction(key, recipe, self.origin).tensors
-            if layer >= 0:
-                here = self.layers[layer]
-                tensors = {n: t for n, t in tensors.items() if layer_of(n) == here}
-            out.append({} if recipe.kind in STILL else tensors)
-        return out
+        if replicate not in self._last:  # its layers come one after the other
+            self._last.clear()
+            self._last[replicate] = [self._replicate(a, replicate) for a in self.recipes]
+        everything = self._last[replicate]
+        if layer < 0:
+            return everything
+        here = self.layers[layer]
+        return [{n: t for n, t in ts.items() if layer_of(n) == here} for ts in everything]
+
+    def _replicate(self, axis: str, replicate: int) -> State:
+        recipe = self.recipes[axis]
+        if recipe.kind == "random" and replicate:
+            return random_direction(f"{axis}.{replicate}", recipe, self.origin).tensors
+        return self.axes[axis].tensors

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from lsweep.labels import Value, collapsed, dims_of, valued
-from lsweep.mixing import Mixing, name_of, number_of, shape_of, unlabelled, where_of
+from lsweep.mixing import Mixing, name_of, shape_of, unlabelled, where_of
 
 VIEWS = {
     "reshape", "permute", "transpose", "t", "numpy_T", "select", "slice", "split",
@@ -47,7 +47,7 @@ class Following(Mixing):
                 self.ties.fix(label, "the network's output")
             return None
         if node.op != "call_function" or not _holds_tensors(found):
-            return Value(shape_of(found)) if isinstance(found, Tensor) else number_of(found)
+            return Value(shape_of(found)) if isinstance(found, Tensor) else found
         args, kwargs = (
             cast(Any, fx.map_arg(a, self._values.__getitem__)) for a in (node.args, node.kwargs)
         )

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lsweep.barrier import barriers
+from lsweep.from_surface import context_of
 from lsweep.measured import Measured, mean_of
 from lsweep.spectrum import moment, negative_mass, threshold
 from lsweep.surface import Surface
@@ -23,6 +25,8 @@ FloatArray = npt.NDArray[np.float64]
 CONVERGED = 1e-2  # largest |Hv - λv| / max|λ| of an eigenvalue that counts as found
 AGREED = 1e-2  # largest relative difference between start vectors of one eigenvalue
 CLIMBED = 0.1  # the same of climbs, which end on different hills
+PRECISIONS = {"float64": 2.2e-16, "float32": 1.2e-7}  # unit roundoff; others are coarser
+ROUNDED = 10.0  # times the rounding of a loss below which a rise may be nothing else
 BENT = 0.1  # |λ_min/λ_max| above which a point counts as not convex, as in the paper
 
 
@@ -125,16 +129,22 @@ def _sharpness(child: Finished) -> list[Measured]:
             pairs = errors[:, np.isclose(np.abs(child.surface.x), radius)]
             more["samples_se"] = float(np.median(pairs))
         out.append(child.mean(f"sharpness@{radius:g}", rise[:, i], "directions", **more))
-    return [*out, _curvature(child, radii, rise)]
+    return [*out, *_curvature(child)]
 
 
-def _curvature(child: Finished, radii: FloatArray, rise: FloatArray) -> Measured:
-    """E[dᵀHd] from the smallest radii: 2·S/r² = dᵀHd + c·r² + …, extrapolated to r = 0."""
-    a, b = radii[0], radii[1]
-    near, far = 2 * rise[:, 0] / a**2, 2 * rise[:, 1] / b**2
-    value = (near * b**2 - far * a**2) / (b**2 - a**2)
-    note = f"from the rise at r = {a:g} and {b:g}, extrapolated to 0"
-    return child.mean("direction_curvature", value, "directions", note, radius=float(a))
+def _curvature(child: Finished) -> list[Measured]:
+    """E[dᵀHd] as 2·S/r² at the smallest radius, where a ReLU's kinks still count within r."""
+    values = child.values("loss")
+    radii, rise = rises(values, child.surface.x)
+    radius, nearest = float(radii[0]), rise[:, 0]
+    note = "2·rise/r²"
+    precision = child.context.get("precision", "float64")
+    rounding = PRECISIONS.get(str(precision), 1e-3) * float(np.abs(values).max())
+    if np.abs(nearest).mean() < ROUNDED * rounding:
+        note += f"; near the rounding of {precision}: sweep in float64"
+    found = 2 * nearest / radius**2
+    name = f"direction_curvature@{radius:g}"
+    return [child.mean(name, found, "directions", note, radius=radius)]
 
 
 def _layers(child: Finished) -> list[Measured]:
@@ -300,8 +310,15 @@ def _convexity(child: Finished) -> list[Measured]:
     ]
 
 
+def _barrier(child: Finished) -> list[Measured]:
+    splits = child.surface.provenance["plan"]["evaluate"]["splits"]
+    contexts = {s: context_of(child.surface, s) for s in splits}
+    return barriers(child.surface, child.name.replace("-", "_"), contexts)
+
+
 _READERS: dict[str, Callable[[Finished], list[Measured]]] = {
     "sharpness": _sharpness,
+    "curvature": _curvature,
     "layers": _layers,
     "worst": _worst,
     "keskar": _keskar,
@@ -310,4 +327,6 @@ _READERS: dict[str, Callable[[Finished], list[Measured]]] = {
     "spectrum": _spectrum,
     "jacobian": _jacobian,
     "convexity": _convexity,
+    "barrier": _barrier,
+    "barrier-aligned": _barrier,
 }

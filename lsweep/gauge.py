@@ -4,6 +4,7 @@ P. Stock, B. Graham, R. Gribonval, H. Jégou, *Equi-normalization of Neural Netw
 each hidden unit is rescaled until what enters it is as long as what leaves it, ‖[w_in, b]‖ =
 ‖w_out‖, again and again until nothing changes; the fixed point is unique. Two networks that are
 equal up to such a rescaling become the same weights, and so have the same filter-normalised slice.
+An attention's heads are balanced alike: queries with keys, values with what reads them.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsweep.certificate import SAME, bench, certify, few, inputs_of
-from lsweep.certified import Tested
-from lsweep.equivalences import BATCH, CARRIED, UNITWISE, WHOLE, candidates
+from lsweep.bench import bench, few, inputs_of, mean_metric
+from lsweep.certificate import SAME, certify
+from lsweep.certified import Trial
+from lsweep.equivalences import BATCH, CARRIED, GAUGEABLE, WHOLE, candidates
 from lsweep.errors import LsweepError, PlanChanged
 from lsweep.problem import Problem
-from lsweep.rescaling import Transform, acted
+from lsweep.rescaling import Slab, Transform, acted
 from lsweep.settings import Settings
 from lsweep.symmetries import discover
 from lsweep.vectors import Origin
@@ -30,26 +32,27 @@ from lsweep.weights import State
 SAMPLES = 64  # on which it is found out what can be rescaled
 SETTLED, MOST_SWEEPS = 1e-13, 10_000  # of a logarithm
 FREE = (CARRIED, BATCH, WHOLE)  # rows in front of a normalisation: their own length is no length
+NEVER = ("broken", "untested")
 CPU = torch.device("cpu")
 Factors = Mapping[str, Mapping[int, Tensor]]
 """Name of a tensor -> dimension -> (length,) float64 factors along it."""
 
 
 def rescalable(problem: Problem, metric: str) -> tuple[list[Transform], list[Transform]]:
-    """Return the unit-by-unit rescalings that are exact, and the rows whose length is free.
+    """Return the rescalings of units and heads that are exact, and the rows whose length is free.
 
     Raises:
         LsweepError: there is none; the message says what was tried.
     """
     found = discover(problem.model, inputs_of(problem, metric))
-    wanted = (*UNITWISE, *FREE)
+    wanted = (*GAUGEABLE, *FREE)
     tried = [t for t in candidates(found, {}) if t.kind in wanted and not t.untested]
     split = next(iter(problem.splits))
     rows, *_ = certify(few(problem, split, SAMPLES, CPU), tried, metric, CPU)
     exact, free = sorted_out(tried, rows)
     if not exact:
         what = ", ".join(f"{t.layer} ({r.verdict})" for t, r in zip(tried, rows, strict=True)
-                         if t.kind in UNITWISE)  # fmt: skip
+                         if t.kind in GAUGEABLE)  # fmt: skip
         why = f"tried {what}" if what else "; ".join(found.unknown) or "it has no hidden units"
         raise LsweepError(
             f'gauge = "equi": no hidden units of this {type(problem.model).__name__} can be '
@@ -59,15 +62,16 @@ def rescalable(problem: Problem, metric: str) -> tuple[list[Transform], list[Tra
 
 
 def sorted_out(
-    tried: Sequence[Transform], rows: Sequence[Tested]
+    tried: Sequence[Transform], rows: Sequence[Trial]
 ) -> tuple[list[Transform], list[Transform]]:
-    """Return the unit-by-unit rescalings that are exact, and the rows whose length is free."""
+    """Return the rescalings of units and heads that are exact, and the rows of free length."""
     both = list(zip(tried, rows, strict=True))
-    exact = [t for t, r in both if t.kind in UNITWISE and r.verdict == "exact"]
-    return exact, [t for t, r in both if t.kind in FREE and r.holds]
+    exact = [t for t, r in both if t.kind in GAUGEABLE and r.verdict == "exact"]
+    # An approximate one is free too: what is a length may not hang on the size of an eps.
+    return exact, [t for t, r in both if t.kind in FREE and r.verdict not in NEVER]
 
 
-def gauge_of(tried: Sequence[Transform], rows: Sequence[Tested]) -> Callable[[Origin], Origin]:
+def gauge_of(tried: Sequence[Transform], rows: Sequence[Trial]) -> Callable[[Origin], Origin]:
     """Return what takes any origin to its representative, by what was certified."""
     exact, free = sorted_out(tried, rows)
     return lambda origin: gauged(origin, equi_factors(origin.everything, exact, free))
@@ -83,13 +87,12 @@ def equi_factors(
 
     Args:
         state: name -> weights.
-        exact: unit-by-unit rescalings.
+        exact: rescalings between what enters and what leaves.
         free: rescalings of rows alone.
 
     Raises:
         LsweepError: it does not settle.
 
-    >>> from lsweep.rescaling import Slab
     >>> two = torch.tensor([[0], [1]])
     >>> pair = Transform("", "", ((Slab("a", 0, two), Slab("b", 1, two, -1.0)),))
     >>> state = {"a": torch.tensor([[4.0], [1.0]]), "b": torch.tensor([[1.0, 1.0]])}
@@ -105,11 +108,8 @@ def equi_factors(
             seen = _unit_rows(now, free, set(t.tensors))
             element = []
             for slabs in t.parts:
-                enters, leaves = (
-                    torch.stack([s.blocks(seen[s.name]).square().sum((1, 2)) for s in some]).sum(0)
-                    for some in ([s for s in slabs if s.power > 0],
-                                 [s for s in slabs if s.power < 0])
-                )  # fmt: skip
+                enters = _squares(seen, [s for s in slabs if s.power > 0], t.whole)
+                leaves = _squares(seen, [s for s in slabs if s.power < 0], t.whole)
                 alive = (enters > 0) & (leaves > 0)
                 c = torch.where(alive, (leaves / enters) ** 0.25, 1.0)
                 element.append(c)
@@ -130,6 +130,12 @@ def equi_factors(
     raise LsweepError(f'gauge = "equi" does not settle in {MOST_SWEEPS} sweeps; leave gauge out')
 
 
+def _squares(state: State, slabs: Sequence[Slab], whole: bool) -> Tensor:
+    """Return ‖·‖² of each unit over several slabs; of all units together where ``whole``."""
+    each = torch.stack([s.blocks(state[s.name]).square().sum((1, 2)) for s in slabs]).sum(0)
+    return each.sum().expand_as(each) if whole else each
+
+
 def _unit_rows(now: State, free: Sequence[Transform], wanted: set[str]) -> State:
     """Return the tensors with every free row of length 1."""
     seen = dict(now)
@@ -141,10 +147,8 @@ def _unit_rows(now: State, free: Sequence[Transform], wanted: set[str]) -> State
         )
         element = []
         for slabs in weights:
-            squares = [s.blocks(seen[s.name]).square().sum((1, 2)) for s in slabs]
-            length = torch.stack(squares).sum(0)
-            length = length.sum().expand_as(length) if t.whole else length
-            element.append(torch.where(length > 0, length, 1.0) ** -0.5)
+            square = _squares(seen, slabs, t.whole)
+            element.append(torch.where(square > 0, square, 1.0) ** -0.5)
         seen |= acted(seen, replace(t, parts=weights), tuple(element))
     return seen
 
@@ -209,7 +213,7 @@ def fixed_origin(
         return origin, {}
     factors: Factors
     if known is None:
-        factors = find_factors(problem, settings.evaluate.metrics[0])
+        factors = find_factors(problem, mean_metric(problem, settings.evaluate.metrics))
     else:
         factors = {
             name: {int(d): torch.tensor(v, dtype=torch.float64) for d, v in along.items()}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lsweep import certified
-from lsweep.certified import Certificate, Tested
+from lsweep.certified import Certificate, Defect, Trial
 from lsweep.commands import run_of
 from lsweep.errors import LsweepError
 from lsweep.folder import RunFolder
@@ -99,8 +99,9 @@ def do_invariance(options: Namespace) -> int:
 
 def _certificate(sweep: Given, device: torch.device, samples: int, plain: bool) -> Certificate:
     """Discover, test, compare pictures; rows are printed as they come where ``plain``."""
-    from lsweep.certificate import certify, few, inputs_of, precisions
-    from lsweep.defect import ELEMENTS, Picture, certified_kinds, coarse, defects
+    from lsweep.bench import few, inputs_of, mean_metric, precisions
+    from lsweep.certificate import certify
+    from lsweep.defect import ELEMENTS, Picture, certified_kinds, coarse, defects, not_compared
     from lsweep.equivalences import candidates
     from lsweep.gauge import gauge_of
     from lsweep.justified import justified
@@ -109,7 +110,7 @@ def _certificate(sweep: Given, device: torch.device, samples: int, plain: bool) 
     from lsweep.vectors import Origin
 
     plan, problem = sweep.plan, sweep.problem
-    split, metric = plan.evaluate["splits"][0], plan.evaluate["metrics"][0]
+    split, metric = plan.evaluate["splits"][0], mean_metric(problem, plan.evaluate["metrics"])
     origin = Origin.of(problem.model)
     try:
         found = discover(problem.model, inputs_of(problem, metric))
@@ -121,35 +122,36 @@ def _certificate(sweep: Given, device: torch.device, samples: int, plain: bool) 
     if plain:
         print(certified.heading(width, kinds), flush=True)
 
-    def say(row: Tested) -> None:
+    def say(row: Trial) -> None:
         if plain:
             print(certified.line(row, width, kinds), flush=True)
 
     small = few(problem, split, samples, device)
     rows, loss, count = certify(small, transforms, metric, device, say)
-    normalize, gauge = (
-        next(iter(sweep.settings.directions.values())).normalize,
-        sweep.settings.gauge,
-    )
+    first = next(iter(sweep.settings.directions.values()))
     dtype = precisions(problem, device)[-1]
     settings = dataclasses.replace(sweep.settings, grid=dict(sweep.directions.grid))
-    picture = Picture(
-        small, settings, plan.evaluate, sweep.base, device, dtype,
-        gauge_of(transforms, rows) if gauge == "equi" else None,
-    )  # fmt: skip
-    mode = plan.evaluate["batch_norm"]
+    mode, why = plan.evaluate["batch_norm"], not_compared(settings)
+    changes: tuple[Defect, ...] = ()
+    if not why:
+        picture = Picture(
+            small, settings, {**plan.evaluate, "metrics": [metric]}, sweep.base, device, dtype,
+            gauge_of(transforms, rows) if first.gauge == "equi" else None,
+        )  # fmt: skip
+        changes = defects(picture, certified_kinds(transforms, rows, mode))
     moved = {n for axis in sweep.directions.axes.values() for n in axis.weights}
     return Certificate(
         plan.digest,
         plan.facts["network"],
         {
             "samples": count, "split": split, "seed": 0, f"{split}_{metric}": loss,
-            "batch_norm": mode, "normalize": normalize, "gauge": gauge,
+            "batch_norm": mode, "normalize": first.normalize, "gauge": first.gauge,
             "precision": str(dtype).removeprefix("torch."), "device": str(device),
-            "points": len(coarse(settings.grid)), "elements": ELEMENTS,
+            "points": 0 if why else len(coarse(settings.grid)), "elements": ELEMENTS,
+            "not_compared": why,
         },
         tuple(rows),
         justified(transforms, rows, {n: p for n, p in origin.parameters.items() if n in moved},
-                  origin.owners, normalize or "none", gauge),
-        defects(picture, certified_kinds(transforms, rows, mode)),
+                  origin.owners, first.normalize or "none", first.gauge),
+        changes,
     )  # fmt: skip

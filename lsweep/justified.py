@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from lsweep.certified import Tested
-from lsweep.equivalences import UNITWISE
+from lsweep.certified import Trial
+from lsweep.equivalences import GAUGEABLE
 from lsweep.filters import filter_dim
 from lsweep.rescaling import Slab, Transform
 
@@ -20,7 +20,7 @@ Layers = dict[str, tuple[str, tuple[str, ...]]]
 
 def justified(
     transforms: Sequence[Transform],
-    rows: Sequence[Tested],
+    rows: Sequence[Trial],
     moved: Mapping[str, Tensor],
     owners: Mapping[str, nn.Module],
     normalize: str,
@@ -34,7 +34,7 @@ def justified(
         moved: name -> weight, all that the directions move.
         owners: name -> module.
         normalize: the rule: filter, layer, weight or none.
-        gauge: ``equi`` fixes what scales unit by unit before directions are made.
+        gauge: ``equi`` fixes the factors of units and heads before directions are made.
 
     Returns:
         name -> (``followed``, ``not followed``, ``nothing to follow`` or ``untested``, kinds of
@@ -52,7 +52,7 @@ def justified(
         missed = [
             t.kind
             for t in held
-            if not (gauge == "equi" and t.kind in UNITWISE)
+            if not (gauge == "equi" and t.kind in GAUGEABLE)
             and not all(
                 _follows(normalize, t, slab, weight, owners.get(name))
                 for slabs in t.parts

@@ -154,8 +154,11 @@ def _how_to_get(folder: RunFolder, absent: Sequence[Child], live: bool) -> list[
     out = [f"{c.name} ({c.about}): '{command} {c.name}'" for c in absent if c.usual]
     if len(out) > 1:
         out.append(f"all of these: '{command} all'")
-    rest = [c for c in absent if not c.usual]
-    return out + [f"on request: {c.name} ({c.about}): '{command} {c.name}'" for c in rest]
+    rest = [c for c in absent if not c.usual and not c.beside]
+    return out + [
+        f"on request: {c.name} ({c.about}): '{command} {' '.join([c.name, c.needs]).strip()}'"
+        for c in rest
+    ]
 
 
 def compared(rows: list[Measured]) -> list[Measured]:
@@ -169,7 +172,7 @@ def compared(rows: list[Measured]) -> list[Measured]:
     named = {row.name: row for row in rows}
     out = []
     for row in rows:
-        other = named.get(ROUTES.get(row.name, ""))
+        other = named.get(ROUTES.get(row.family, ""))
         if other is not None and row.context.get("normalize", "filter") == "filter":
             note = "; ".join(filter(None, [row.note, _agreement(row, other)]))
             row = dataclasses.replace(row, note=note)
@@ -185,11 +188,9 @@ def _agreement(a: Measured, b: Measured) -> str:
     apart = gap / error if error else math.inf if gap else 0.0
     if apart <= CERTAIN:
         return f"agrees with {b.name} ({apart:.1f} standard errors apart)"
-    why = (
-        ": up to this radius the loss is not the quadratic that derivatives at the centre describe"
-    )
-    finite = a.context.get("radius")
-    return f"differs from {b.name} by {apart:.1f} standard errors{why if finite else ''}"
+    radius = a.context.get("radius")
+    why = f": within r = {radius:g} the loss is no quadratic" if radius else ""
+    return f"differs from {b.name} by {apart:.1f} standard errors{why}"
 
 
 def measure(surface: Surface | str | os.PathLike[str], name: str = "train_loss") -> dict[str, Any]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lsweep import batchnorm
 from lsweep.children import Child, settings_for
 from lsweep.errors import LsweepError, PlanChanged
 from lsweep.factory import factory_file
 from lsweep.folder import RunFolder
 from lsweep.plan import Plan
 from lsweep.planning import Planned, plan_run
+from lsweep.pointwise import POINTWISE
 from lsweep.problem import Problem
 from lsweep.restoring import LIVE, base_of, load_problem, settings_of
 from lsweep.rounds import Rounds
@@ -67,13 +69,22 @@ class Parent:
             problem = dataclasses.replace(problem, data=whole)  # a child may take other samples
         return cls(folder, settings, problem, base_of(folder), code)
 
-    def plan_child(self, child: Child, replicates: int = 0, samples: int | None = None) -> Planned:
+    def plan_child(
+        self,
+        child: Child,
+        replicates: int = 0,
+        samples: int | None = None,
+        to: Path | None = None,
+        say: Callable[[str], None] = print,
+    ) -> Planned:
         """Freeze a child's plan and ask for its points; more replicates are one more round.
 
         Args:
             child: which.
             replicates: how many; 0 for as many as it has, or its usual number.
             samples: of the split; None for as many as it has, or as the parent takes.
+            to: the checkpoint of another network; None for the one that it has.
+            say: what is told of an alignment goes here.
 
         Raises:
             LsweepError: the parent has not the axes for it, or the child exists with another plan.
@@ -83,15 +94,34 @@ class Parent:
         if had is not None:
             replicates = replicates or had.replicates
             samples = had.samples if samples is None else samples
-        settings = settings_for(child, self.settings, replicates, samples)
+        checkpoint = ""
+        if child.needs:
+            checkpoint = had.checkpoint if had and to is None else self._other(child, to, say)
+        normalized = bool(batchnorm.layers(self.problem.model))
+        settings = settings_for(child, self.settings, replicates, samples, checkpoint, normalized)
         try:
             return plan_run(settings, self.problem, self.base, folder, code=self.code)
         except PlanChanged as e:
+            what = "other data or samples" if e.field[:4] == "data" else f"another {e.field}"
             raise PlanChanged(
-                f"{folder.root} was made with another {e.field}: remove that folder to measure "
+                f"{folder.root} was made with {what}: remove that folder to measure "
                 "anew, or leave the option out",
                 e.field,
             ) from None
+
+    def _other(self, child: Child, to: Path | None, say: Callable[[str], None]) -> str:
+        """Return the checkpoint at the other end, aligned where the child wants it so."""
+        if to is None:
+            raise LsweepError(f"--measures {child.name} needs {child.needs}, the other network's")
+        if not child.beside:
+            return str(to.absolute())
+        from lsweep.aligning import aligned_checkpoint
+
+        metrics = [m for m in self.settings.evaluate.metrics if m not in POINTWISE] or ["loss"]
+        found = aligned_checkpoint(self.folder, self.problem, to, metrics[0])
+        for line in found.said:
+            say(f"{child.name}: {line}")
+        return str(found.path)
 
 
 @dataclass(frozen=True)
@@ -100,6 +130,7 @@ class _Asked:
 
     replicates: int
     samples: int | None
+    checkpoint: str
 
 
 def _asked(folder: RunFolder) -> _Asked | None:
@@ -108,7 +139,8 @@ def _asked(folder: RunFolder) -> _Asked | None:
     plan = Plan.read(folder)
     grid = Rounds.read(folder, plan).last.grid
     counts = [grid[a][2] for a in grid if plan.directions[a]["kind"] == "replicate"]
-    return _Asked(counts[0] if counts else 0, plan.evaluate["samples"])
+    checkpoint = str(next(iter(plan.directions.values())).get("checkpoint") or "")
+    return _Asked(counts[0] if counts else 0, plan.evaluate["samples"], checkpoint)
 
 
 def passes(child: Child, planned: Planned) -> float:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from lsweep import variates
 from lsweep.caption import caption, describe_recipe, title
+from lsweep.certified import notes
 from lsweep.committed import read_run
 from lsweep.errors import LsweepError
 from lsweep.estimates import estimate
@@ -150,7 +151,7 @@ def merge(folder: RunFolder, parts: Sequence[Path] | None = None) -> tuple[Surfa
         provenance["caption"] += gaps.caption
     del winners, numbers
     shaped = {n: v.reshape(lattice.shape) for n, v in values.items()}
-    if plan.facts["weight_sq"] is not None:
+    if "linear" in plan.facts["weight_sq"]:
         shaped["weight_sq"] = _weight_squares(plan, lattice)
     surface = Surface(
         lattice.axes,
@@ -323,7 +324,7 @@ def _provenance(
         "audit": {**report.audit, **({"left_out": left_out} if left_out else {})},
         "failures": report.failed,
         "sampling": sampling,
-        "caption": caption(plan, devices, variates.words(sampling)),
+        "caption": caption(plan, devices, [*variates.words(sampling), *notes(folder, plan.digest)]),
     }
 
 

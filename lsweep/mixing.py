@@ -73,7 +73,7 @@ class Mixing:
                     self.gates.append((node.name, label, other))
                 if a.name and b.name:
                     ties.alike(label, other)
-                else:
+                elif not (same and kind == "sum"):
                     ties.touch(kind, name_of(node), label)
             labels.append(label)
         for i, other in enumerate(b.labels):
@@ -294,15 +294,10 @@ class Mixing:
 
 
 def shape_of(found: Any) -> tuple[int, ...]:
-    """Return the shape of a traced tensor, or of the first of several, at the example's length."""
+    """Return the shape of a traced tensor, or of the first of several."""
     if isinstance(found, list | tuple):
         found = found[0]
-    return tuple(int(number_of(n)) for n in found.shape)
-
-
-def number_of(value: Any) -> Any:
-    """Return a traced length as the number that it was."""
-    return value.node.hint if isinstance(value, torch.SymInt) else value
+    return tuple(int(n) for n in found.shape)
 
 
 def unlabelled(found: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -241,6 +242,7 @@ class Objective:
         recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._context())
+            stack.enter_context(deterministic())
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if recurrent:  # cuDNN's have no second derivative, in eval mode not even a first
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
@@ -314,6 +316,26 @@ class Objective:
                 f"{norm:.3g}: a part of it is detached from the weights (create_graph=True in "
                 "torch.autograd.grad keeps it)"
             )
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """Let backward passes add up in a fixed order, wherever torch has an algorithm that does.
+
+    A value is the same bit for bit whoever computes it; sums by atomic addition are not.
+    """
+    before = torch.get_deterministic_debug_mode()
+    flags: Any = torch.utils.deterministic
+    filled = flags.fill_uninitialized_memory
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*deterministic", UserWarning)
+        try:
+            torch.set_deterministic_debug_mode("warn")
+            flags.fill_uninitialized_memory = False
+            yield
+        finally:
+            torch.set_deterministic_debug_mode(before)
+            flags.fill_uninitialized_memory = filled
 
 
 def has_own_functions(loss: Tensor) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 64  # bytes: where every tensor begins, as vector loads like it
-KEPT = 3  # sets of directions that are kept packed
+KEPT = 2  # sets of directions that are kept packed
 Tensors = Mapping[str, Tensor]
 
 

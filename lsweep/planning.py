@@ -163,13 +163,13 @@ def _curved_weights(origin: Origin, directions: Directions) -> int:
     return sum(origin.parameters[n].numel() for n in names)
 
 
-def _weight_products(origin: Origin, directions: Directions) -> dict[str, Any] | None:
+def _weight_products(origin: Origin, directions: Directions) -> dict[str, Any]:
     """Inner products over parameters alone, from which ||θ||² follows at every point exactly.
 
-    None where directions change along an axis: there are too many of them.
+    That of the origin alone where directions change along an axis: there are too many of them.
     """
     if directions.family is not None and directions.moving:
-        return None
+        return {"origin": dot(origin.parameters, origin.parameters)}
     moved = [d.weights for d in directions.axes.values()]
     return {
         "origin": dot(origin.parameters, origin.parameters),

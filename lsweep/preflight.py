@@ -129,6 +129,7 @@ def preflight(
         "seconds_per_point": seconds,
         "memory": memory_used(evaluator.device),
         "batch_norm": changes,
+        "pointwise": list(evaluator.pointwise),
         "derivatives": evaluator.differentiating.note(evaluator.pointwise, evaluator.splits[0]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

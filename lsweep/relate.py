@@ -164,8 +164,13 @@ def partial(xy: float, xz: float, yz: float) -> float:
     >>> round(partial(0.6, 0.6, 0.8), 12)
     0.25
     """
+    return float(_partials(np.array(xy), xz, np.array(yz)))
+
+
+def _partials(xy: FloatArray, xz: float, yz: FloatArray) -> FloatArray:
     left = (1 - xz**2) * (1 - yz**2)
-    return (xy - xz * yz) / math.sqrt(left) if left > TINY else math.nan
+    known = left > TINY
+    return np.where(known, (xy - xz * yz) / np.sqrt(np.where(known, left, 1.0)), math.nan)
 
 
 def axis_pairs(
@@ -291,7 +296,7 @@ def relate_partially(
         return Tau(math.nan, math.nan, math.nan, math.nan, len(permuted.first))
     xz = kendall(a, z)
     null = permuted.null(np.stack(signs, axis=1)) / np.array(sizes)
-    many = np.array([partial(float(xy), xz, float(yz)) for xy, yz in null])
+    many = _partials(null[:, 0], xz, null[:, 1])
     value = partial(kendall(a, b), xz, kendall(z, b))
     return _judged(value, many[np.isfinite(many)], len(permuted.first), centred=False)
 

@@ -102,8 +102,9 @@ def acted(tensors: Mapping[str, Tensor], transform: Transform, element: Element)
             (size,) int64, the unit that comes to each place.
 
     >>> two = torch.tensor([[0], [1]])
-    >>> pair = Transform("a -> b", "neuron rescaling", ((Slab("a", 0, two), Slab("b", 1, two, -1)),))
-    >>> there = acted({"a": torch.ones(2, 1), "b": torch.ones(1, 2)}, pair, (torch.tensor([1, 2]),))
+    >>> pair = Transform("a -> b", "pair", ((Slab("a", 0, two), Slab("b", 1, two, -1.0)),))
+    >>> state = {"a": torch.ones(2, 1), "b": torch.ones(1, 2)}
+    >>> there = acted(state, pair, (torch.tensor([1, 2]),))
     >>> {n: t.flatten().tolist() for n, t in there.items()}
     {'a': [1.0, 2.0], 'b': [1.0, 0.5]}
     """

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from lsweep.errors import LsweepError
 from lsweep.folder import RunFolder
+from lsweep.ranks import own_rank
 from lsweep.settings import Settings
 
 INTERRUPTED = 130
@@ -96,12 +97,10 @@ def through(command: Callable[[Namespace], int]) -> Callable[[Namespace], int]:
             several = members(options.run)
         if several is None:
             return command(options)
-        if getattr(options, "wait", False):
-            raise LsweepError("--wait is for one run: submit a study without it, then "
-                              "'lsweep status' it with --watch")  # fmt: skip
         codes = {}
         for i, member in enumerate(several):
-            print(f"[{i + 1}/{len(several)}] {member.name}", flush=True)
+            if getattr(options, "on", "") != "mpi" or own_rank().index == 0:
+                print(f"[{i + 1}/{len(several)}] {member.name}", flush=True)
             own = {"sweep": member.sweep, "run": member.folder, "overrides": [*member.overrides]}
             code = _one(command, Namespace(**{**vars(options), **own}), member)
             if code == INTERRUPTED:

@@ -136,7 +136,7 @@ def discover(model: nn.Module, inputs: Any) -> Discovered:
     state = {**parameters_of(model), **buffers_of(model)}
     few = _first(inputs)
     try:
-        module = plain_graph(model, few, state)
+        module = plain_graph(model, few, state, free=False)
         return _grouped(Following(module))
     except Unsupported as e:
         return Discovered((), unknown=(f"the network is not followed: {e}",))
@@ -291,7 +291,8 @@ def _units(
 
 def _rank(slot: Slot) -> tuple[bool, bool]:
     """Makers first, then what belongs to units, then readers."""
-    return "column" in slot.roles, not {"row", "depthwise"} & set(slot.roles)
+    makes = bool({"row", "depthwise"} & set(slot.roles))
+    return "column" in slot.roles and not makes, not makes
 
 
 def _meets(atoms: np.ndarray, label: Tensor) -> bool:

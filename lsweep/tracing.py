@@ -8,7 +8,10 @@ batch dimension first.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
+import logging
 import operator
 import time
 import warnings
@@ -39,7 +42,9 @@ class Unsupported(LsweepError):
     """A network that a backend cannot take; the message is one clause that says why."""
 
 
-def plain_graph(model: nn.Module, inputs: Any, state: Mapping[str, Tensor]) -> fx.GraphModule:
+def plain_graph(
+    model: nn.Module, inputs: Any, state: Mapping[str, Tensor], free: bool = True
+) -> fx.GraphModule:
     """Return a network as functional aten operations, in eval mode, with a free batch length.
 
     Args:
@@ -47,6 +52,7 @@ def plain_graph(model: nn.Module, inputs: Any, state: Mapping[str, Tensor]) -> f
         inputs: an example batch's inputs: a tensor, a tuple or a dict of tensors [B, …].
         state: the tensors that become placeholders, by the name in ``meta["name"]``; all others
             that the network holds are constants.
+        free: False takes the example's batch length, as some networks need.
 
     Returns:
         a module called with the tensors of the state that it uses, then the inputs.
@@ -65,7 +71,7 @@ def plain_graph(model: nn.Module, inputs: Any, state: Mapping[str, Tensor]) -> f
     with _left_alone(model):
         model.eval()
         called = _Called(model, keys, isinstance(inputs, Tensor))
-        module = _bound(_exported(called, leaves), called, state)
+        module = _bound(_exported(called, leaves, free), called, state)
         tidy(module)
     for node in module.graph.nodes:
         if node.op == "call_function" and _draws(node):
@@ -102,13 +108,16 @@ def _left_alone(model: nn.Module) -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _exported(called: _Called, leaves: list[Tensor]) -> ExportedProgram:
+def _exported(called: _Called, leaves: list[Tensor], free: bool) -> ExportedProgram:
     batch = torch.export.Dim("batch")
     shapes = tuple({0: batch} for _ in leaves)
     try:
-        with _Tracing():
+        with _Tracing(), _quiet():
             exported = torch.export.export(
-                called, tuple(leaves), dynamic_shapes=(shapes,), strict=False
+                called,
+                tuple(leaves),
+                dynamic_shapes=(shapes,) if free else None,
+                strict=False,
             )
             return cast(ExportedProgram, exported.run_decompositions({}))
     except _TooSlow:
@@ -118,6 +127,19 @@ def _exported(called: _Called, leaves: list[Tensor]) -> ExportedProgram:
         if "onstraint" in str(e):
             raise Unsupported(f"its batch length is fixed: {text[:160]}") from None
         raise Unsupported(f"it does not trace: {type(e).__name__}: {text[:160]}") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What torch says about a network that it cannot trace is said in the exception already."""
+    logger = logging.getLogger("torch.fx.experimental")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 class _TooSlow(Exception):

@@ -72,10 +72,11 @@ def correct(
         fact = {"samples": data["samples"], "of": data["of"], "classes": data["classes"]}
         out[name] = {**fact, "gain": None, "shift": None}
         se, diff = values.get(f"{name}_se"), values.get(f"{name}_diff_se")
+        for error in (se, diff):
+            if error is not None:
+                error *= finite_population(data["samples"], data["of"])
         if se is None or diff is None:
             continue
-        for error in (se, diff):
-            error *= finite_population(data["samples"], data["of"])
         found = gain(se, diff)
         anchor = next((a[name] for a in known if a.get(name)), None)
         if math.isfinite(found):

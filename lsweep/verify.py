@@ -55,7 +55,7 @@ def verify(folder: RunFolder, data: bool = False, trust: bool = False) -> Findin
         *folder.all_submissions(),
         *sorted(folder.leases.glob("*/*/[0-9]*")),
     ]
-    others += [p for p in (folder.source, folder.measured) if p.exists()]
+    others += [p for p in (folder.source, folder.measured, folder.invariance) if p.exists()]
     for path in others:
         found.checked += 1
         try:

@@ -128,6 +128,34 @@ def test_batch_statistics_are_differentiated_through():
     np.testing.assert_allclose(s["train_hessian_trace"][0], v @ h @ v, rtol=1e-7)
 
 
+def test_an_equivalent_network_has_the_same_replicates_and_curvature_in_one_gauge():
+    """Neuron-wise rescaling of a ReLU network changes loss and curvature in the filter metric."""
+    model = problems.fixed(
+        torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3)).double()
+    )
+    factors = torch.tensor([0.3, 2.0, 5.0, 0.1, 1.0, 7.0]).double()
+    data = problems.classifier().data["train"]
+    kinds: list[dict[str, Any]] = [{"gauge": "equi"}, {}]
+    found: list[list[lsweep.Surface]] = []
+    for _ in range(2):
+        problem = lsweep.Problem(model, {"train": data}, loss=torch.nn.CrossEntropyLoss())
+        found.append([
+            lsweep.sweep(
+                problem, x=(-1, 1, 3), y=(0, 1, 2), directions={**k, "y": {"kind": "replicate"}},
+                metrics=["loss", "filter_hessian_trace"], **FLOAT64,
+            )
+            for k in kinds
+        ])  # fmt: skip
+        with torch.no_grad():
+            model[0].weight *= factors[:, None]
+            model[0].bias *= factors
+            model[2].weight /= factors
+    for name in ("train_loss", "train_filter_hessian_trace"):
+        fixed, free = ((a[name], b[name]) for a, b in zip(*found, strict=True))
+        np.testing.assert_allclose(*fixed, rtol=1e-8, atol=1e-12)
+        assert np.abs(free[0] / free[1] - 1).max() > 0.01
+
+
 def toml(base: Path, count: int) -> Path:
     base.mkdir(exist_ok=True)
     factory = problems.factory_file(base, "classifier")

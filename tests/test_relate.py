@@ -129,10 +129,10 @@ def test_p_is_that_of_the_exact_distribution():
 def test_the_null_interval_covers_independent_numbers():
     axes = axis_pairs(GRID, ["depth", "wd"])
     inside = {"tau": 0, "psi": 0}
-    trials = 300
+    trials = 200
     for seed in range(trials):
         a, b = numbers(2 * seed, 8), numbers(2 * seed + 1, 8)
-        found = relate(a, Permuted.of(b, 200, seed), axes)
+        found = relate(a, Permuted.of(b, 150, seed), axes)
         for name, tau in (("tau", found.tau), ("psi", found.psi)):
             assert tau is not None
             inside[name] += tau.low <= tau.value <= tau.high
@@ -165,18 +165,18 @@ def test_partial_tau_is_the_correlation_of_agreements_with_what_is_held():
 
 def test_a_partial_tau_of_numbers_that_follow_the_held_one_alone_lies_in_its_null():
     # It is not 0 there: with τ_xz = τ_yz = .7 it is about .2. The null knows, and p is uniform.
-    trials, inside, values = 150, {"repeated": 0, "all different": 0}, []
+    trials, inside, values = 60, {"repeated": 0, "all different": 0}, []
     random = np.random.default_rng(0)
     for seed in range(trials):
         for kind in inside:
             z = np.repeat(np.arange(4.0), 6) if kind == "repeated" else 1.1 * random.normal(size=24)
             x, y = (z + 0.5 * random.normal(size=24) for _ in range(2))
-            found = relate_partially(x, y, z, 200, seed)
+            found = relate_partially(x, y, z, 100, seed)
             inside[kind] += found.low <= found.value <= found.high
             values.append(found.value)
     assert np.mean(values) > 0.1
-    assert 0.90 <= inside["repeated"] / trials <= 0.99
-    assert 0.87 <= inside["all different"] / trials <= 0.99  # neighbours are not quite equal
+    assert 0.85 <= inside["repeated"] / trials < 1
+    assert 0.80 <= inside["all different"] / trials < 1  # neighbours are not quite equal
 
 
 def test_what_orders_the_networks_as_the_held_number_does_keeps_nothing():

@@ -126,6 +126,18 @@ def test_from_a_toml_to_a_picture_and_again_from_the_run(toml, undisturbed):
     assert command("verify", run.root).code == 0
 
 
+@pytest.mark.full
+def test_a_study_is_an_array_for_each_of_its_runs(tmp_path):
+    toml = sweep_file(tmp_path, x=3)
+    toml.write_text(f"{toml.read_text()}\n[study]\norigins = [{{shift = 0.0}}, {{shift = 1.0}}]\n")
+    done = command("submit", toml, "--tasks", 1, "--wait")
+    assert done.code == 0, done
+    assert done.out.count("array ") == 2 and done.out.count("complete, merged") == 2
+    runs = [RunFolder(tmp_path / "sweep.study" / f"shift={s}-s0.run") for s in ("0.0", "1.0")]
+    low, high = (Surface.load(r.surface)["train_loss"] for r in runs)
+    assert high == pytest.approx(low + 1)
+
+
 def test_options_are_remembered_and_overridden(run):
     submitted(
         run.root, "--tasks", 3, "--partition", "low", "--gpus-per-task", 1, "--time", 9, *HELD
@@ -405,3 +417,23 @@ def test_ranks_of_srun_do_a_sweep(run, undisturbed):
     slurm("srun", "--mpi=pmi2", "-n", 4, "lsweep", "work", run.root)
     assert share_done(run) == (33, 33)
     assert differences(merged(run)[0], undisturbed) == []
+
+
+# -- children --------------------------------------------------------------------------------------
+
+
+def test_each_child_is_an_array_of_its_own(toml):
+    arguments = ("--measures", "sharpness", "--replicates", 2)
+    done = command("submit", toml, "--tasks", 2, *arguments, "--wait")
+    assert done.code == 0, done
+    run = RunFolder(toml.with_suffix(".run"))
+    child = run.child("sharpness")
+    arrays = [newest(folder).array for folder in (run, child)]
+    assert [f"array {a}: 2 tasks" in done.out for a in arrays] == [True, True]
+    assert Surface.load(child.surface).shape == (2, 21)
+    again = command("submit", run.root, "--measures", "sharpness")  # both know how
+    assert again.code == 0 and again.out.count("is complete, nothing was submitted") == 2
+    assert [newest(folder).array for folder in (run, child)] == arrays
+    more = command("submit", run.root, "--measures", "sharpness", "--replicates", 3, *HELD)
+    assert more.code == 0 and len(Submission.all(child)) == 2 and len(Submission.all(run)) == 1
+    slurm("scancel", newest(child).array, newest(child).merge)

@@ -21,7 +21,7 @@ STEPS = 40  # checkpoints of a trajectory
 DIRECTIONS = 10  # planes at least
 RADIUS = 0.2
 PLANE = 25  # points along a side of the plane that non-convexity is read from
-SADDLE_STEP = 0.02  # of the central differences at the centre
+SADDLE_STEP = 1e-3  # of the central differences at the centre, in filter-normalised units
 
 
 @dataclass(frozen=True)
@@ -223,8 +223,8 @@ PAPER = (
         "saddle-random",
         "Random planes do not show that the centre is a saddle",
         "principal curvatures of a plane are averages of the full ones",
-        "networks with λmin < -0.01 λmax (all of depth 24): of ten random planes, those with "
-        "negative curvature at the centre",
+        "GELU networks of depth 24 with λmin < -0.01 λmax: of ten random planes, those with "
+        "negative curvature at the centre (second differences, r = 0.001)",
         "at most {most} of ten in every such network",
         {"saddle": 0.01, "most": 1},
     ),
@@ -233,8 +233,18 @@ PAPER = (
         "... and the Hessian's own plane does",
         "the paper's maps of λmin/λmax",
         "the same networks: smaller curvature at the centre of the plane of the top and the bottom "
-        "eigenvector",
+        "eigenvector, over λmin",
         "negative in every such network",
+        {"saddle": 0.01},
+    ),
+    Claim(
+        "saddle-relu",
+        "... nor do random directions of ReLU networks",
+        "as above",
+        "networks of depth 24 with λmin < -0.01 λmax: of 20 random filter-normalised directions, "
+        "those with dᵀHd < 0 (exact products: second differences see where ReLUs switch)",
+        "at most {most} of 20 in every such network",
+        {"saddle": 0.01, "most": 2},
     ),
     Claim(
         "pca-share",

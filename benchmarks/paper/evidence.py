@@ -306,35 +306,49 @@ def planes_alike(claim: Claim, measured: Measured) -> Found:
     return Found(text, max(plain + skip) <= claim.limits["cv"], len(plain))
 
 
-def saddles(measured: Measured, least: float) -> list[Mapping[str, Any]]:
+def saddles(measured: Measured, study: str, least: float) -> list[Mapping[str, Any]]:
     """Return the deepest networks that have an eigenvalue far enough below zero."""
-    names = [deep(measured, k) for k in ("plain", "skip")]
-    found = [records[n] for records in measured["depth"] for n in names]
+    deepest = max(int(n.split()[1]) for n in networks(measured, study))
+    found = [r for records in measured[study] for n, r in records.items() if f" {deepest}" in n]
     return [r for r in found if r["hessian_min"] < -least * r["hessian_max"]]
+
+
+def counted(claim: Claim, measured: Measured, study: str, what: str) -> Found:
+    """Judge how many of the random planes or directions curve downwards where the Hessian does."""
+    at = saddles(measured, study, claim.limits["saddle"])
+    if not at:
+        return Found("no network has such an eigenvalue", None, len(measured[study]))
+    negative = [r[f"{what}_negative"] for r in at]
+    lowest = [r["hessian_min"] / r["hessian_max"] for r in at]
+    text = f"{sum(negative)} of {sum(r[what] for r in at)}, most {max(negative)} of one network; "
+    text += f"{len(at)} networks, λmin/λmax {span(lowest)}"
+    return Found(text, max(negative) <= claim.limits["most"], len(measured[study]))
 
 
 @judges("saddle-random")
 def saddle_random(claim: Claim, measured: Measured) -> Found:
-    """How many random planes curve downwards where the Hessian does."""
-    at = saddles(measured, claim.limits["saddle"])
-    if not at:
-        return Found("no network has such an eigenvalue", None, len(measured["depth"]))
-    negative = [r["planes_negative"] for r in at]
-    lowest = [r["hessian_min"] / r["hessian_max"] for r in at]
-    text = f"{sum(negative)} of {sum(r['planes'] for r in at)} planes, most {max(negative)} of one "
-    text += f"network; {len(at)} networks, λmin/λmax {span(lowest)}"
-    return Found(text, max(negative) <= claim.limits["most"], len(measured["depth"]))
+    """How many random planes curve downwards."""
+    return counted(claim, measured, "smooth", "planes")
+
+
+@judges("saddle-relu")
+def saddle_relu(claim: Claim, measured: Measured) -> Found:
+    """How many random directions of ReLU networks curve downwards."""
+    return counted(claim, measured, "depth", "directions")
 
 
 @judges("saddle-hessian")
 def saddle_hessian(claim: Claim, measured: Measured) -> Found:
     """Whether the Hessian's own plane curves downwards there."""
-    at = saddles(measured, 0.01)
+    at = saddles(measured, "smooth", claim.limits["saddle"])
     if not at:
-        return Found("no network has such an eigenvalue", None, len(measured["depth"]))
+        return Found("no network has such an eigenvalue", None, len(measured["smooth"]))
     curvature = [r["hessian_plane_curvature"] for r in at]
-    text = f"negative in {sum(c < 0 for c in curvature)} of {len(at)} networks; {span(curvature)}"
-    return Found(text, max(curvature) < 0, len(measured["depth"]))
+    over = [c / r["hessian_min"] for c, r in zip(curvature, at, strict=True)]
+    text = (
+        f"negative in {sum(c < 0 for c in curvature)} of {len(at)} networks; over λmin {span(over)}"
+    )
+    return Found(text, max(curvature) < 0, len(measured["smooth"]))
 
 
 @judges("pca-share")

@@ -80,9 +80,22 @@ def depth(seed: int, size: Size, cache: Path) -> Records:
             record = fitted(spec, network) | sweeping.plane(of, seed, size.plane)
             record |= sweeping.sharpness(of, count=size.directions)
             if layers == size.depths[-1]:
-                record |= sweeping.saddle(of, size.directions)
-                record |= sweeping.extremes(of) | sweeping.hessian_plane(of)
+                record |= sweeping.extremes(of) | sweeping.curvatures(of)
             out[f"{kind} {layers}"] = record
+    return out
+
+
+def smooth(seed: int, size: Size, cache: Path) -> Records:
+    """Deep GELU networks: their second differences are those of the Hessian."""
+    out: Records = {}
+    for kind in KINDS:
+        layers = size.depths[-1]
+        spec = Spec(f"{kind}-gelu", layers, seed=seed, train=size.train, epochs=size.most)
+        network = trained(spec, cache)
+        of = problem(spec, network)
+        record = fitted(spec, network) | sweeping.sharpness(of, count=size.directions)
+        record |= sweeping.saddle(of, size.directions) | sweeping.extremes(of)
+        out[f"{kind} {layers}"] = record | sweeping.hessian_plane(of)
     return out
 
 
@@ -229,5 +242,5 @@ def beyond(name: str, seed: int, size: Size, cache: Path) -> Records:
 
 Study = Callable[[int, Size, Path], Records]
 STUDIES: dict[str, Study] = {
-    f.__name__: f for f in (depth, width, decay, batch, unmatched, trajectory, equivalent)
+    f.__name__: f for f in (smooth, depth, width, decay, batch, unmatched, trajectory, equivalent)
 }

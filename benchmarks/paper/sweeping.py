@@ -106,6 +106,18 @@ def saddle(of: lsweep.Problem, count: int = DIRECTIONS) -> dict[str, Any]:
     return {"planes": count, "planes_negative": int((low < 0).sum())}
 
 
+def curvatures(of: lsweep.Problem, count: int = 2 * DIRECTIONS) -> dict[str, Any]:
+    """Return how many random filter-normalised directions have dᵀHd < 0, by exact products.
+
+    A Rademacher probe vᵀDHDv of the trace in the filter metric is that: each filter of Dv is as
+    long as that of the weights.
+    """
+    recipe = {"kind": "replicate"}
+    surface = swept(of, (0, count - 1, count), metrics=("filter_hessian_trace",), directions=recipe)
+    values = surface["train_filter_hessian_trace"]
+    return {"directions": count, "directions_negative": int((values < 0).sum())}
+
+
 def weight_norm(network: nn.Module) -> float:
     """Return ‖θ‖ over what a filter-normalised direction moves: tensors of two dimensions."""
     squares = (p.detach().double().square().sum() for p in network.parameters() if p.dim() > 1)
@@ -201,29 +213,30 @@ def explained(of: lsweep.Problem, checkpoints: list[Path]) -> dict[str, float]:
 
 
 def extremes(of: lsweep.Problem) -> dict[str, float]:
-    """Return λmax, λmin and their ratio at the centre, raw and in the filter metric."""
-    import os
+    """Return λmax and λmin at the centre, raw and in the filter metric, with the larger residual.
 
-    if os.environ.get("PAPER_STUB"):
-        return {
-            "hessian_max": 1.0,
-            "hessian_min": -0.5,
-            "filter_hessian_max": 1.0,
-            "filter_hessian_min": -0.2,
-        }
+    From two start vectors: Lanczos finds extreme eigenvalues from inside, so the outer one counts.
+    """
     metrics = ("hessian_extremes", "filter_hessian_extremes")
     surface = swept(of, (0, 1, 2), metrics=metrics, directions={"kind": "replicate"})
-    wanted = [f"{m}hessian_{end}" for m in ("", "filter_") for end in ("max", "min")]
-    return {name: float(surface[f"train_{name}"][0]) for name in wanted}
+    out: dict[str, float] = {}
+    for metric in ("hessian", "filter_hessian"):
+        for end, outer in (("max", np.argmax), ("min", np.argmin)):
+            values = surface[f"train_{metric}_{end}"]
+            k = int(outer(values))
+            out[f"{metric}_{end}"] = float(values[k])
+            residual = float(surface[f"train_{metric}_{end}_residual"][k])
+            out["residual"] = max(out.get("residual", 0.0), residual)
+    return out
 
 
 def hessian_plane(of: lsweep.Problem) -> dict[str, float]:
-    """Return the smaller curvature at the centre of the plane that the Hessian spans."""
-    import os
+    """Return the smaller curvature at the centre of the plane that the Hessian spans.
 
-    if os.environ.get("PAPER_STUB"):
-        return {"hessian_plane_curvature": -1.0}
+    Per unit of weight, so that it can be compared with λmin.
+    """
     axis = (-SADDLE_STEP, SADDLE_STEP, 3)
     surface = swept(of, axis, axis, directions={"kind": "hessian"}, precision="float64")
     low = smallest_curvatures(surface["train_loss"][None], SADDLE_STEP)
-    return {"hessian_plane_curvature": float(low[0])}
+    norm = float(surface.attributes["y"]["norm"])
+    return {"hessian_plane_curvature": float(low[0]) / norm**2}

@@ -31,6 +31,7 @@ COLUMNS = {
 }
 STUDIED = {
     "depth": "Depth and skip connections, stopped at training loss 0.02",
+    "smooth": "GELU in place of ReLU, stopped at training loss 0.02",
     "batch": "Batch size, plain depth 6, no decay, stopped at training loss 0.02",
     "decay": f"Batch size and weight decay (0 or {DECAY:g}), plain depth 6, 100 epochs",
     "width": "Width, plain depth 14, stopped at training loss 0.02",
