@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lsweep.alignment import Alignment, align
-from lsweep.certificate import inputs_of
+from lsweep.bench import inputs_of
 from lsweep.errors import LsweepError
 from lsweep.files import publish
 from lsweep.folder import RunFolder
@@ -61,7 +61,8 @@ def aligned_checkpoint(
         seed: of the search.
 
     Raises:
-        LsweepError: scipy is missing, no hidden units were found, or the checkpoint does not fit.
+        LsweepError: scipy is missing, no hidden units were found, the checkpoint does not fit, or
+            it is the same network.
     """
     model = problem.model
     parameters = {n: p.detach().cpu() for n, p in parameters_of(model).items()}
@@ -82,6 +83,11 @@ def aligned_checkpoint(
         raise LsweepError(
             f"moving its units changes what {other} computes by {error:.1e} of its outputs: units "
             "were followed wrongly, and no alignment is made"
+        )
+    if all(torch.equal(done.state[n].to(t), t) for n, t in mine.items()):
+        raise LsweepError(
+            f"with its units in order {other} is this very network, bit for bit: nothing lies "
+            "between them, and the barrier is 0"
         )
     kind, data = _written(done.state)
     path = folder.aligned(key.hexdigest(), kind)
