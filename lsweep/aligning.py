@@ -70,7 +70,7 @@ def aligned_checkpoint(
     theirs = load_matching(other, mine)
     key = hashlib.sha256(f"{fingerprint(mine)}\0{fingerprint(theirs)}\0{seed}".encode())
     for kind in ("safetensors", "pt"):
-        path = folder.aligned(key.hexdigest(), kind)
+        path = folder.aligned(other.stem, key.hexdigest(), kind)
         if there(path):
             return Aligned(path)
     found = discover(model, inputs_of(problem, metric))
@@ -90,7 +90,7 @@ def aligned_checkpoint(
             "between them, and the barrier is 0"
         )
     kind, data = _written(done.state)
-    path = folder.aligned(key.hexdigest(), kind)
+    path = folder.aligned(other.stem, key.hexdigest(), kind)
     publish(path, data)
     return Aligned(path, _said(found, done, error))
 
