@@ -76,7 +76,7 @@ CHILDREN: dict[str, Child] = {
     for c in (
         Child("sharpness", "the average rise of the loss with the radius", ("loss",),
               (Along("random", "-1", "1", 21), REPLICATE), 10, "directions"),
-        Child("curvature", "the same so near that only curvature counts", ("loss",),
+        Child("curvature", "the rise so near that only curvature counts", ("loss",),
               (Along("random", "-0.005", "0.005", 3), REPLICATE), 20, "directions"),
         Child("layers", "the rise of the loss when one layer moves", ("loss",),
               (Along("random", "-0.5", "0.5", 3), REPLICATE, Along("layer")), 5, "directions"),

@@ -62,7 +62,26 @@ class Axis:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a direction is made; see ``directions.py`` for what each kind means."""
+    """How a direction is made.
+
+    Attributes:
+        kind: ``random``; ``to``, ``plane``, ``pca``, ``file``, from checkpoints and files;
+            ``hessian``, ``gradient``, from derivatives at the trained weights; or one that moves
+            nothing itself: ``replicate`` and ``layer``, whose offsets 0, 1, 2, … say which random
+            vector the other axes have and which layer alone moves along them, and ``radius``,
+            which is handed to the metrics that need one.
+        seed: of all that is random.
+        normalize: ``filter``, ``layer``, ``weight``, ``none``; filter for ``random``, else none.
+        ignore: ``bias+norm`` or ``none``: what is held still; none for what is read from files.
+        orthogonalize: take from the direction what lies along those before it.
+        parameters: patterns of the names that may move.
+        gauge: ``equi`` rescales the trained weights to the representative that all equivalent
+            networks share.
+        checkpoint: that ``to`` reaches at offset 1.
+        checkpoints: of ``plane`` (two) and ``pca``.
+        file: of directions.
+        eigenvector: of ``hessian``: 1 the largest, 2 the second, …, -1 the smallest.
+    """
 
     kind: str = "random"
     seed: int = 0

@@ -157,8 +157,8 @@ WRONG_TOML = [
     ("[evaluate]", "[refine]\ntolerance = nan\n[evaluate]", "tolerance = nan: a share of the"),
     ("[evaluate]", "[refine]\n[evaluate]", "refine: tolerance is missing"),
     ("[evaluate]", "[refine]\ntolerances = 1\n[evaluate]", "did you mean 'tolerance'?"),
-    # what is not built
-    ("seed = 0", 'gauge = "equi"', "gauge = 'equi' is not built yet"),
+    # what is not there to be rescaled
+    ("seed = 0", 'gauge = "equi"', "no hidden units of this Sequential can be rescaled one by"),
     # no TOML at all
     ("[problem]", "[problem", "is not valid TOML: "),
     ("count = 3", "count = 3\ncount = 3", "is not valid TOML: "),

@@ -417,3 +417,23 @@ def test_ranks_of_srun_do_a_sweep(run, undisturbed):
     slurm("srun", "--mpi=pmi2", "-n", 4, "lsweep", "work", run.root)
     assert share_done(run) == (33, 33)
     assert differences(merged(run)[0], undisturbed) == []
+
+
+# -- children --------------------------------------------------------------------------------------
+
+
+def test_each_child_is_an_array_of_its_own(toml):
+    arguments = ("--measures", "sharpness", "--replicates", 2)
+    done = command("submit", toml, "--tasks", 2, *arguments, "--wait")
+    assert done.code == 0, done
+    run = RunFolder(toml.with_suffix(".run"))
+    child = run.child("sharpness")
+    arrays = [newest(folder).array for folder in (run, child)]
+    assert [f"array {a}: 2 tasks" in done.out for a in arrays] == [True, True]
+    assert Surface.load(child.surface).shape == (2, 21)
+    again = command("submit", run.root, "--measures", "sharpness")  # both know how
+    assert again.code == 0 and again.out.count("is complete, nothing was submitted") == 2
+    assert [newest(folder).array for folder in (run, child)] == arrays
+    more = command("submit", run.root, "--measures", "sharpness", "--replicates", 3, *HELD)
+    assert more.code == 0 and len(Submission.all(child)) == 2 and len(Submission.all(run)) == 1
+    slurm("scancel", newest(child).array, newest(child).merge)

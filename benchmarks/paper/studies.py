@@ -242,5 +242,5 @@ def beyond(name: str, seed: int, size: Size, cache: Path) -> Records:
 
 Study = Callable[[int, Size, Path], Records]
 STUDIES: dict[str, Study] = {
-    f.__name__: f for f in (depth, smooth, width, decay, batch, unmatched, trajectory, equivalent)
+    f.__name__: f for f in (smooth, depth, width, decay, batch, unmatched, trajectory, equivalent)
 }
