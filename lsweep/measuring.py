@@ -114,14 +114,19 @@ class Parent:
         if to is None:
             raise LsweepError(f"--measures {child.name} needs {child.needs}, the other network's")
         if not child.beside:
-            return str(to.absolute())
+            return self._from_base(to)
         from lsweep.aligning import aligned_checkpoint
 
         metrics = [m for m in self.settings.evaluate.metrics if m not in POINTWISE] or ["loss"]
         found = aligned_checkpoint(self.folder, self.problem, to, metrics[0])
         for line in found.said:
             say(f"{child.name}: {line}")
-        return str(found.path)
+        return self._from_base(found.path)
+
+    def _from_base(self, path: Path) -> str:
+        """Return a path as the run's own checkpoints are written: below its base, or absolute."""
+        whole, base = path.absolute(), self.base.absolute()
+        return str(whole.relative_to(base) if whole.is_relative_to(base) else whole)
 
 
 @dataclass(frozen=True)
