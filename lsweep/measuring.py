@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lsweep.children import Child, settings_for
 from lsweep.errors import LsweepError, PlanChanged
@@ -34,6 +35,7 @@ class Parent:
         problem: with all its data.
         base: the folder that relative paths refer to.
         code: the run's copy of its factory's file; None for an importable module.
+        gauge: the factors of its plan, where it has a gauge.
     """
 
     folder: RunFolder
@@ -41,6 +43,7 @@ class Parent:
     problem: Problem
     base: Path
     code: Path | None
+    gauge: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, folder: RunFolder, problem: Problem | None = None, trust: bool = False) -> Parent:
@@ -65,7 +68,7 @@ class Parent:
             problem, _ = load_problem(folder, plan, trust=trust)
             whole = {name: split.whole or split for name, split in problem.splits.items()}
             problem = dataclasses.replace(problem, data=whole)  # a child may take other samples
-        return cls(folder, settings, problem, base_of(folder), code)
+        return cls(folder, settings, problem, base_of(folder), code, plan.facts.get("gauge"))
 
     def plan_child(self, child: Child, replicates: int = 0, samples: int | None = None) -> Planned:
         """Freeze a child's plan and ask for its points; more replicates are one more round.
@@ -85,7 +88,9 @@ class Parent:
             samples = had.samples if samples is None else samples
         settings = settings_for(child, self.settings, replicates, samples)
         try:
-            return plan_run(settings, self.problem, self.base, folder, code=self.code)
+            return plan_run(
+                settings, self.problem, self.base, folder, code=self.code, gauge=self.gauge
+            )
         except PlanChanged as e:
             what = "other data or samples" if e.field[:4] == "data" else f"another {e.field}"
             raise PlanChanged(
