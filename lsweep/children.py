@@ -189,13 +189,13 @@ def _coarser(axis: Axis, count: int) -> Axis:
 def random_recipe(parent: Settings) -> Recipe:
     """Return how the parent's random directions are made; by default where it has none."""
     found = [r for r in parent.directions.values() if r.kind == "random"]
-    recipe = found[0] if found else Recipe(seed=parent.directions["x"].seed)
+    recipe = found[0] if found else Recipe(seed=parent.directions["x"].seed, gauge=parent.gauge)
     return dataclasses.replace(recipe, orthogonalize=False)
 
 
 def _still(like: Recipe, kind: str) -> Recipe:
     """An axis that moves nothing, but holds the same parameters still."""
-    return Recipe(kind, like.seed, ignore=like.ignore, parameters=like.parameters)
+    return Recipe(kind, like.seed, ignore=like.ignore, parameters=like.parameters, gauge=like.gauge)
 
 
 def _evaluation(child: Child, parent: Evaluation, samples: int | None) -> Evaluation:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from lsweep.certified import invariance_measures
 from lsweep.children import CHILDREN, Child, names_of
 from lsweep.committed import read_run
 from lsweep.convexity import nonconvex_fraction
@@ -90,6 +91,15 @@ def measure_run(folder: RunFolder, name: str | None = None, l2: float | None = N
             found, trouble = [], [f"{child}: {e}"]
         rows += found
         missing += trouble
+    try:
+        certificate = invariance_measures(folder, report.plan)
+    except LsweepError as e:
+        certificate = []
+        missing.append(str(e))
+    rows += certificate
+    if not certificate and not live:
+        missing.append(f"which rescalings leave network and picture unchanged: not tested: "
+                       f"'lsweep invariance {folder.root}'")  # fmt: skip
     first = name or surface.metrics[0]
     context = {first: centre_of(surface, first)}
     rows = [dataclasses.replace(r, context={**r.context, **context}) for r in rows]
