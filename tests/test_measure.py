@@ -20,11 +20,12 @@ import tiny
 import torch
 
 import lsweep
+from lsweep import sheet
 from lsweep.children import CHILDREN, settings_for
 from lsweep.folder import RunFolder
 from lsweep.from_surface import rows_of_plane
 from lsweep.measured import Measured, mean_of, read_measures
-from lsweep.measures import compared, measure_run
+from lsweep.measures import Report, compared, measure_run
 from lsweep.noise import random_tensor
 from lsweep.plan import Plan
 from lsweep.rounds import Rounds
@@ -322,6 +323,14 @@ def test_the_table_the_json_and_the_csv_hold_the_same(run, capfd):
     assert out.startswith(f"{run}: 9 train samples, batch norm eval, float64, seed 0, ")
     for row in rows:
         assert f"  {row.name} " in out and row.text in out
+
+
+def test_a_number_of_fewer_samples_says_so_beside_it():
+    rows = [Measured("a", 1.0, context={"split": "train", "samples": 9}),
+            Measured("b", 1.0, context={"split": "train", "samples": 4, "of": 9})]  # fmt: skip
+    head, first, second = sheet.text(Report("net.run", "", rows, [])).splitlines()
+    assert head == "net.run: 9 train samples"
+    assert first.split() == ["a", "1"] and second.split(maxsplit=2)[2] == "4 of 9 samples"
 
 
 def test_only_some(run, capfd):
