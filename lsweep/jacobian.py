@@ -39,6 +39,7 @@ def input_jacobian(objective: Objective, *, seed: int = 0, replicate: int = 0) -
             the problem has a ``forward`` of its own, so that its output is not known.
     """
     problem = objective.problem
+    require_output(problem)
     parts = []
     with objective.opened():
         _require_independent(problem.model)
@@ -50,6 +51,19 @@ def input_jacobian(objective: Objective, *, seed: int = 0, replicate: int = 0) -
         objective.note = f"Jacobian of {outputs} outputs by {PROBES} random probes per sample"
     values = torch.cat(parts).sqrt()
     return Sampled(values, torch.ones_like(values))
+
+
+def require_output(problem: Problem) -> None:
+    """Refuse a problem whose network's output is not known.
+
+    Raises:
+        LsweepError: it has a ``forward`` of its own.
+    """
+    if problem.forward is not None and problem.forward is not classifier:
+        raise LsweepError(
+            "input_jacobian needs the network's output: give the Problem loss=… instead of a "
+            "forward=… of its own"
+        )
 
 
 def _square(problem: Problem, batch: Batch, key: str) -> tuple[Tensor, int]:
