@@ -283,6 +283,11 @@ def test_planes_are_averaged_and_their_spread_is_told():
     assert both.unlike == () and both.gap == ""
     other = sibling({"wd": 0.2}, {"a": 1.0}, samples=64)
     assert compare([*runs, other]).unlike == ("evaluate.samples",)
+    wider = [
+        RunMeasures(str(i), r.plan, [Measured("basins", 1.0, context={"range": [[-i, i]]})])
+        for i, r in enumerate(runs[:2], 1)
+    ]
+    assert compare(wider).unlike == ("range",)
     text = "\n".join(lines(compare([*runs, other])))
     assert "not measured alike" in text and "evaluate.samples" in text
     assert "no generalisation gap is known" in text
