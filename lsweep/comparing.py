@@ -23,6 +23,7 @@ from lsweep.relate import (
     matched,
     relate,
     relate_partially,
+    strata_of,
 )
 from lsweep.siblings import GAPS, Network, RunMeasures, hyperparameters, networks, unlike
 
@@ -231,11 +232,15 @@ def _partial(
     out: dict[str, dict[str, Tau]] = {}
     gaps = np.array([n.gaps[gap][0] for n in found])
     for control, z in controls.items():
+        prepared: dict[bytes, Permuted] = {}
         for name in names:
             a = _values(found, name)
             have = np.isfinite(a) & np.isfinite(z)
-            if name != control and have.sum() >= FEWEST:
-                out.setdefault(control, {})[name] = relate_partially(
-                    a[have], gaps[have], z[have], asked.permutations, asked.seed
-                )
+            if name == control or have.sum() < FEWEST:
+                continue
+            which, among = have.tobytes(), strata_of(z[have])
+            if which not in prepared:
+                prepared[which] = Permuted.of(gaps[have], asked.permutations, asked.seed, among)
+            tau = relate_partially(a[have], z[have], prepared[which])
+            out.setdefault(control, {})[name] = tau
     return out
