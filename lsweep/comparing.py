@@ -94,6 +94,7 @@ class Comparison:
         partial: control -> measure -> partial τ with the control held.
         regularizer: the key of the table; "" where there is none.
         responses: the table.
+        whole: people are told every measure, not one of each family.
     """
 
     runs: tuple[RunMeasures, ...]
@@ -109,10 +110,22 @@ class Comparison:
     partial: Mapping[str, Mapping[str, Tau]]
     regularizer: str
     responses: tuple[Response, ...]
+    whole: bool = False
 
     def values(self, name: str) -> FloatArray:
         """Return a measure of every network, (n,), NaN where it has none."""
         return _values(self.networks, name)
+
+    @property
+    def shown(self) -> frozenset[str]:
+        """Names that people are told: of each family, such as a curve in the radius, its middle."""
+        names = dict.fromkeys(name for n in self.networks for name in n.measures)
+        if self.whole:
+            return frozenset(names)
+        families: dict[str, list[str]] = {}
+        for name in names:
+            families.setdefault(name.partition("@")[0], []).append(name)
+        return frozenset(members[len(members) // 2] for members in families.values())
 
 
 def compare(
@@ -169,13 +182,15 @@ def compare(
         partial=_partial(known, gap, asked_of, key, asked),
         regularizer=key,
         responses=tuple(responses(columns, options, key, others, shapes) if key else ()),
+        whole=only is not None and set(only) < {r.name for run in runs for r in run.rows},
     )
 
 
 def _along_filters(row: Measured) -> bool:
     """Return whether a number was measured along filter-normalised directions."""
     away = row.context.keys() & {"grid", "radius"}  # not a metric at the trained weights
-    return row.context.get("normalize") == "filter" and bool(away)
+    along = row.context.get("normalize") == "filter" and bool(away) and row.name != "minimum"
+    return along or row.family.startswith("worst_filter")
 
 
 def _values(found: Sequence[Network], name: str) -> FloatArray:
