@@ -61,7 +61,8 @@ def aligned_checkpoint(
         seed: of the search.
 
     Raises:
-        LsweepError: scipy is missing, no hidden units were found, or the checkpoint does not fit.
+        LsweepError: scipy is missing, no hidden units were found, the checkpoint does not fit, or
+            it is the same network.
     """
     model = problem.model
     parameters = {n: p.detach().cpu() for n, p in parameters_of(model).items()}
@@ -69,7 +70,7 @@ def aligned_checkpoint(
     theirs = load_matching(other, mine)
     key = hashlib.sha256(f"{fingerprint(mine)}\0{fingerprint(theirs)}\0{seed}".encode())
     for kind in ("safetensors", "pt"):
-        path = folder.aligned(key.hexdigest(), kind)
+        path = folder.aligned(other.stem, key.hexdigest(), kind)
         if there(path):
             return Aligned(path)
     found = discover(model, inputs_of(problem, metric))
@@ -83,8 +84,13 @@ def aligned_checkpoint(
             f"moving its units changes what {other} computes by {error:.1e} of its outputs: units "
             "were followed wrongly, and no alignment is made"
         )
+    if all(torch.equal(done.state[n].to(t), t) for n, t in mine.items()):
+        raise LsweepError(
+            f"with its units in order {other} is this very network, bit for bit: nothing lies "
+            "between them, and the barrier is 0"
+        )
     kind, data = _written(done.state)
-    path = folder.aligned(key.hexdigest(), kind)
+    path = folder.aligned(other.stem, key.hexdigest(), kind)
     publish(path, data)
     return Aligned(path, _said(found, done, error))
 

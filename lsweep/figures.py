@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -27,7 +28,7 @@ from lsweep.marks import BLUE, LINE_COLORS, default_name, lengths
 from lsweep.opening import open_surface
 from lsweep.persistence import persistence
 from lsweep.pictures import save, write_caption
-from lsweep.profiles import height, profile
+from lsweep.profiles import height, profile, width
 from lsweep.spectra import spectra
 from lsweep.surface import Surface
 
@@ -184,7 +185,7 @@ def _spectrum(sources: Sequence[Source], options: Options) -> _Sheet:
 
 def _layers(sources: Sequence[Source], options: Options) -> _Sheet:
     children, labels, _ = _several(sources, "layers")
-    figure, axes = _page([4.8] * len(children), height(children) + 0.9)
+    figure, axes = _page([width(children)] * len(children), height(children) + 0.9)
     sheet = _Sheet(figure)
     for child, label, ax in zip(children, labels, axes, strict=True):
         title = label if len(children) > 1 else "one layer moved at a time"
@@ -226,6 +227,8 @@ def _persistence(sources: Sequence[Source], options: Options) -> _Sheet:
     if len(surface.axes) > 2:
         raise Missing(f"{source.path} has three axes: persistence is that of a line or a plane")
     name = options.name or default_name(surface)
+    if not np.isfinite(surface[name]).any():
+        raise Missing(f"no value of {name} in {source.path} is finite: it has no basins")
     found = persistence(surface, name)
     figure, axes = _page([5.0, 4.6], 4.3)
     if len(surface.axes) == 1:

@@ -109,9 +109,9 @@ class RunFolder:
         """The child run that computes one measure; only its bare name counts."""
         return RunFolder(self.measures / Path(name).name)
 
-    def aligned(self, key: str, kind: str) -> Path:
+    def aligned(self, stem: str, key: str, kind: str) -> Path:
         """Another network's checkpoint with its units in this one's order, by what made it."""
-        return (self.measures / f"aligned-{key[:16]}.{kind}").absolute()
+        return self.measures / f"{Path(stem).name}-aligned-{key[:12]}.{kind}"
 
     def all_children(self) -> list[str]:
         """The names of the child runs that are planned."""

@@ -30,6 +30,7 @@ from lsweep.plan import Plan
 from lsweep.rounds import Rounds
 from lsweep.settings import Settings
 from lsweep.surface import Status, Surface
+from lsweep.verify import verify
 
 PROBLEM = """\
 import numpy as np
@@ -93,8 +94,8 @@ def toml(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(toml: Path) -> Path:
-    """A run with every child that there is."""
-    names = ",".join(CHILDREN)
+    """A run with every child that needs no other network."""
+    names = ",".join(c.name for c in CHILDREN.values() if not c.needs)
     done = cases.command("run", toml, "--on", "inline", "--measures", names, "--no-picture")
     assert done.code == 0, done.err
     return toml.with_name("sweep.run")
@@ -233,7 +234,11 @@ def test_a_child_is_a_run_like_any_other(run, capfd):
     assert tiny.lsweep("merge", child) == 0 and (child / "surface.h5").read_bytes() == before
     assert tiny.lsweep("status", run) == 0
     assert "  measure hessian: complete\n" in capfd.readouterr().out
+    of_the_run = verify(RunFolder(run)).checked
     assert tiny.lsweep("verify", run) == 0
+    checked = int(capfd.readouterr().out.split()[0])
+    each = [verify(RunFolder(run).child(n)).checked for n in RunFolder(run).all_children()]
+    assert checked == of_the_run + sum(each) and len(each) == 10
 
 
 def test_interrupted_children_go_on_where_they_were(tmp_path):
@@ -369,13 +374,27 @@ def test_a_child_that_is_damaged_is_told_and_the_rest_is_there(tmp_path):
     assert [m for m in report.missing if m.startswith("jacobian: ") and "damaged" in m]
     out = cases.command("status", run).out
     assert f"  measure jacobian: {plan} is damaged" in out and "measure layers: complete" in out
+    done = cases.command("verify", run)
+    assert done.code == 1 and f"lsweep: measure jacobian: {plan} is damaged" in done.err
+
+
+def test_a_child_of_other_weights_is_not_taken_for_this_run(tmp_path):
+    toml = tiny.write_sweep(tmp_path, SWEEP, PROBLEM)
+    assert cases.command("plan", toml, "--measures", "jacobian").code == 0
+    run, other = tmp_path / "sweep.run", tmp_path / "other.run"
+    (tmp_path / "problem.py").write_text(PROBLEM.replace("numbers(1, 2)", "2 * numbers(1, 2)"))
+    assert cases.command("plan", toml, "--run", other).code == 0
+    (run / "measures").rename(other / "measures")
+    (line,) = (m for m in measure_run(RunFolder(other)).missing if m.startswith("jacobian: "))
+    assert "is of other weights than this run: remove that folder" in line
 
 
 def test_missing_children_name_the_command_that_computes_them(tmp_path):
     run = cases.finished(cases.sweep_file(tmp_path, x=5))
     missing = measure_run(run).missing
-    for child in CHILDREN.values():
-        (line,) = (m for m in missing if f"'lsweep run {run.root} --measures {child.name}'" in m)
+    for child in (c for c in CHILDREN.values() if not c.beside):
+        words = f"'lsweep run {run.root} --measures {child.name} {child.needs}".rstrip() + "'"
+        (line,) = (m for m in missing if words in m)
         assert line.startswith("on request") is not child.usual
     assert f"all of these: 'lsweep run {run.root} --measures all'" in missing
 

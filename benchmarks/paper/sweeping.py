@@ -212,13 +212,14 @@ def explained(of: lsweep.Problem, checkpoints: list[Path]) -> dict[str, float]:
     }
 
 
-def extremes(of: lsweep.Problem) -> dict[str, float]:
+def extremes(of: lsweep.Problem, samples: int | None = None) -> dict[str, float]:
     """Return λmax and λmin at the centre, raw and in the filter metric, with the larger residual.
 
     From two start vectors: Lanczos finds extreme eigenvalues from inside, so the outer one counts.
     """
     metrics = ("hessian_extremes", "filter_hessian_extremes")
-    surface = swept(of, (0, 1, 2), metrics=metrics, directions={"kind": "replicate"})
+    more = {} if samples is None else {"samples": samples}
+    surface = swept(of, (0, 1, 2), metrics=metrics, directions={"kind": "replicate"}, **more)
     out: dict[str, float] = {}
     for metric in ("hessian", "filter_hessian"):
         for end, outer in (("max", np.argmax), ("min", np.argmin)):
