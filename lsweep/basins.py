@@ -117,18 +117,21 @@ def basin(surface: Surface, name: str = "train_loss", rise: float = RISE) -> Bas
 def _component(field: Field, low: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """Return the part of ``low`` that holds the centre, joined by nearest neighbours."""
     assert field.center is not None, "only a field with a centre has its basin"
-    found = np.zeros(low.shape, bool)
-    found[field.center] = True
-    waiting = [field.center]
+    open_ = bytearray(np.pad(low, 1).tobytes())  # 1 where the flood may still go
+    row = low.shape[-1] + 2
+    around = (-1, 1) if low.ndim == 1 else (-1, 1, -row, row)
+    start = int(np.ravel_multi_index([i + 1 for i in field.center], [n + 2 for n in low.shape]))
+    found = bytearray(len(open_))
+    waiting = [start]
+    open_[start], found[start] = 0, 1
     while waiting:
         here = waiting.pop()
-        for axis, size in enumerate(low.shape):
-            for d in (-1, 1):
-                there = (*here[:axis], here[axis] + d, *here[axis + 1 :])
-                if 0 <= there[axis] < size and low[there] and not found[there]:
-                    found[there] = True
-                    waiting.append(there)
-    return found
+        for step in around:
+            if open_[here + step]:
+                open_[here + step], found[here + step] = 0, 1
+                waiting.append(here + step)
+    whole = np.frombuffer(found, np.bool_).reshape([n + 2 for n in low.shape])
+    return np.asarray(whole[(slice(1, -1),) * low.ndim])
 
 
 def _owned(field: Field) -> FloatArray:

@@ -86,7 +86,8 @@ def central(surface: Surface, name: str = "train_loss", radius: float | None = N
             f"{name}: {len(value)} points within {radius:g} of the centre do not determine a "
             "quadratic: give a larger radius or a finer grid"
         )
-    return _told(field, matrix, value, np.asarray(solution, np.float64), radius)
+    with np.errstate(over="ignore", invalid="ignore"):  # values near the end of float64
+        return _told(field, matrix, value, np.asarray(solution, np.float64), radius)
 
 
 def _monomials(at: list[FloatArray]) -> FloatArray:

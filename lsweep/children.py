@@ -83,13 +83,13 @@ CHILDREN: dict[str, Child] = {
         Child("jacobian", "how far outputs follow inputs", ("input_jacobian",),
               (Along("replicate", count=2),), cost=30.0, split="test"),
         Child("trace", "the mean curvature, by random probes", TRACES, (REPLICATE,),
-              30, "probes", 21.0),
+              30, "probes", 40.0),
         Child("hessian", "the largest and the least curvature", CURVATURE, (REPLICATE,),
               2, "start vectors", 1000.0),
         Child("worst", "the highest loss within a radius", ("worst_case",),
               (Along("radius", "0.005", "0.02", 4), REPLICATE), 2, "start vectors", 170.0),
         Child("spectrum", "the density of the Hessian's eigenvalues", ("spectrum",), (REPLICATE,),
-              5, "start vectors", 560.0),
+              5, "start vectors", 700.0),
         Child("keskar", "the highest loss in Keskar's box", ("keskar",), (REPLICATE,),
               2, "start vectors", 200.0, usual=False),
         Child("convexity", "|λmin/λmax| over the parent's plane", ("hessian_extremes",),
@@ -189,13 +189,13 @@ def _coarser(axis: Axis, count: int) -> Axis:
 def random_recipe(parent: Settings) -> Recipe:
     """Return how the parent's random directions are made; by default where it has none."""
     found = [r for r in parent.directions.values() if r.kind == "random"]
-    recipe = found[0] if found else Recipe(seed=parent.directions["x"].seed)
+    recipe = found[0] if found else Recipe(seed=parent.directions["x"].seed, gauge=parent.gauge)
     return dataclasses.replace(recipe, orthogonalize=False)
 
 
 def _still(like: Recipe, kind: str) -> Recipe:
     """An axis that moves nothing, but holds the same parameters still."""
-    return Recipe(kind, like.seed, ignore=like.ignore, parameters=like.parameters)
+    return Recipe(kind, like.seed, ignore=like.ignore, parameters=like.parameters, gauge=like.gauge)
 
 
 def _evaluation(child: Child, parent: Evaluation, samples: int | None) -> Evaluation:

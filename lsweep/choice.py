@@ -19,7 +19,7 @@ import torch
 from lsweep import catalogue
 from lsweep.backends import Backend
 from lsweep.data import Batch, samples_in
-from lsweep.device import is_out_of_memory
+from lsweep.device import is_out_of_memory, timed
 from lsweep.errors import LsweepError
 from lsweep.evaluate import Evaluator
 from lsweep.factory import describe
@@ -269,7 +269,7 @@ class _Trials:
                         stacked(references, ev.metrics, found)
 
         times = self._times.setdefault(id(trial), [])
-        times.append(ev.timed(once) / len(self._spots) / samples * self._all)
+        times.append(timed(ev.device, once) / len(self._spots) / samples * self._all)
         trial.seconds = statistics.median(times)
 
     # -- which ----------------------------------------------------------------------------------

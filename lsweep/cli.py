@@ -328,7 +328,7 @@ def _add_demo(p: argparse.ArgumentParser) -> None:
 
 
 Command = Callable[[argparse.Namespace], int]
-_OF_A_STUDY = ("plan", "run", "merge", "verify", "prune")  # gone through run by run
+_OF_A_STUDY = ("plan", "run", "merge", "verify", "prune", "invariance")  # gone through run by run
 _COMMANDS: dict[str, tuple[Command, Callable[[argparse.ArgumentParser], None], str]] = {
     "demo": (commands.do_demo, _add_demo, "two small nets on real digits, with and without skips"),
     "init": (commands.do_init, _add_init, "write a commented sweep.toml and problem.py to edit"),

@@ -9,7 +9,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
 from lsweep.marks import BLUE, SMALL, VERMILLION, describe, put_legend, put_title
-from lsweep.persistence import Persistence
+from lsweep.persistence import Pair, Persistence
 from lsweep.scales import FloatArray
 from lsweep.surface import Surface
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SHALLOW = "#7F7F7F"
+HUGE = 1e300  # a margin beyond it is no longer a float64
 MOST = 30
 """Pairs that are drawn on the surface, the deepest; the diagram has all."""
 
@@ -31,7 +32,7 @@ def diagram(found: Persistence, surface: Surface, name: str, ax: Axes) -> None:
     low, high, top = _limits(found, surface[name])
     ax.plot([low, high], [low, high], color="black", lw=0.8, zorder=1, label="diagonal")
     entries: list[Artist] = []
-    bands = [(p, max(found.threshold, np.nan_to_num(p.noise))) for p in found.pairs]
+    bands = [(p, _band(found, p, high - low)) for p in found.pairs]
     for pair, noise in bands:
         if noise > 0:
             ax.plot([pair.birth] * 2, [pair.birth, pair.birth + noise], color=VERMILLION, lw=3,
@@ -71,6 +72,12 @@ def diagram(found: Persistence, surface: Surface, name: str, ax: Axes) -> None:
     put_legend(ax, entries, letters=50)
 
 
+def _band(found: Persistence, pair: Pair, most: float) -> float:
+    """Return the depth up to which a pair does not count, as far as it is seen."""
+    noise = 0.0 if np.isnan(pair.noise) else pair.noise
+    return float(min(max(found.threshold, noise), most))
+
+
 def _decades(low: float, high: float) -> bool:
     """Whether an axis is logarithmic: over two decades, a rim would else hide the centre."""
     return low > 0 and high > 100 * low
@@ -82,6 +89,7 @@ def _limits(found: Persistence, values: FloatArray) -> tuple[float, float, float
     finite = values[np.isfinite(values)]
     rim = [p.death for p in found.pairs] or [float(np.quantile(finite, 0.98))] * len(finite[:1])
     low, high = (min(ends + rim), max(ends + rim)) if ends else (0.0, 1.0)
+    low, high = max(low, -HUGE), min(high, HUGE)
     if _decades(low, high):
         stretch = (high / low) ** 0.06
         return low / stretch, high * stretch**3, high * stretch**2

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from lsweep import batchnorm, catalogue
 from lsweep.backends import Backend, Eager, Ground, Seat
 from lsweep.data import Batch, map_tensors, moved, samples_in
-from lsweep.device import is_out_of_memory, synchronize
+from lsweep.device import is_out_of_memory
 from lsweep.differentiating import Differentiating
 from lsweep.directions import Directions
 from lsweep.errors import LsweepError, nearest
@@ -405,16 +404,3 @@ class Evaluator:
             except Exception as e:
                 if not is_out_of_memory(e) or not self.halve_batch():
                     raise LsweepError(f"{what}: {describe(e)}") from e
-
-    def timed(self, work: Callable[[], Any]) -> float:
-        """Return the seconds that ``work`` takes, the device synchronised on both sides.
-
-        On one thread they are the processor's, so that a crowded node does not count.
-        """
-        alone = self.device.type == "cpu" and torch.get_num_threads() == 1
-        clock = time.thread_time if alone else time.perf_counter
-        synchronize(self.device)
-        start = clock()
-        work()
-        synchronize(self.device)
-        return clock() - start

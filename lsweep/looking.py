@@ -75,16 +75,23 @@ def do_merge(options: Namespace) -> int:
 
 
 def do_verify(options: Namespace) -> int:
-    """Check every file."""
+    """Check every file, those of child runs too."""
     from lsweep.verify import verify
 
-    found = verify(RunFolder(options.run), options.data, options.trust)
-    for line in found.notes:
-        print(line)
-    for line in found.problems:
-        print(f"lsweep: {line}", file=sys.stderr)
-    print(f"{found.checked} files checked, {len(found.problems)} problems")
-    return 1 if found.problems else 0
+    folder = RunFolder(options.run)
+    found = verify(folder, options.data, options.trust)
+    each = [("", found)]
+    for name in folder.all_children():  # of the parent's data, which need not be read again
+        each.append((f"measure {name}: ", verify(folder.child(name), False, options.trust)))
+    for who, what in each:
+        for line in what.notes:
+            print(f"{who}{line}")
+        for line in what.problems:
+            print(f"lsweep: {who}{line}", file=sys.stderr)
+    checked, problems = (sum(n) for n in zip(*((f.checked, len(f.problems)) for _, f in each),
+                                             strict=True))  # fmt: skip
+    print(f"{checked} files checked, {problems} problems")
+    return 1 if problems else 0
 
 
 def do_prune(options: Namespace) -> int:

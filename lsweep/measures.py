@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from lsweep.certified import invariance_measures
 from lsweep.children import CHILDREN, Child, names_of
 from lsweep.committed import read_run
 from lsweep.convexity import nonconvex_fraction
@@ -26,9 +27,11 @@ from lsweep.measured import Measured
 from lsweep.merge import merge
 from lsweep.opening import open_surface
 from lsweep.penalty import with_l2
+from lsweep.plan import Plan
 from lsweep.surface import Status, Surface
 
 CERTAIN = 3.0  # standard errors within which two routes to one number agree
+SAME = 1e-3  # relative; what one direction tells exactly, as in one dimension, has no error
 LIVE = "live:"  # how the factory of a live model begins
 ROUTES = {"direction_curvature": "filter_hessian_trace", "spectral_trace": "hessian_trace"}
 
@@ -65,6 +68,7 @@ def measure_run(folder: RunFolder, name: str | None = None, l2: float | None = N
         LsweepError: this is no run, or it has no such variable.
         DamagedFile: its plan or a round was altered.
     """
+    plan = Plan.read(folder)
     surface, merged = merge(folder)
     surface = with_l2(surface, l2)
     report = measure_surface(surface, name, str(folder.root))
@@ -82,11 +86,20 @@ def measure_run(folder: RunFolder, name: str | None = None, l2: float | None = N
             absent.append(CHILDREN[child])
             continue
         try:
-            found, trouble = _child_rows(folder, child)
+            found, trouble = _child_rows(folder, child, plan.origin)
         except LsweepError as e:
             found, trouble = [], [f"{child}: {e}"]
         rows += found
         missing += trouble
+    try:
+        certificate = invariance_measures(folder, report.plan)
+    except LsweepError as e:
+        certificate = []
+        missing.append(str(e))
+    rows += certificate
+    if not certificate and not live:
+        missing.append(f"which rescalings leave network and picture unchanged: not tested: "
+                       f"'lsweep invariance {folder.root}'")  # fmt: skip
     first = name or surface.metrics[0]
     context = {first: centre_of(surface, first)}
     rows = [dataclasses.replace(r, context={**r.context, **context}) for r in rows]
@@ -127,9 +140,17 @@ def _is_live(surface: Surface) -> bool:
     return str(plan.get("problem", {}).get("factory", "")).startswith(LIVE)
 
 
-def _child_rows(folder: RunFolder, name: str) -> tuple[list[Measured], list[str]]:
-    """Return what a child tells; nothing unless it is complete, but lines that say why."""
+def _child_rows(folder: RunFolder, name: str, origin: object) -> tuple[list[Measured], list[str]]:
+    """Return what a child tells; nothing unless it is complete, but lines that say why.
+
+    Args:
+        folder: the parent.
+        name: of the child.
+        origin: what the parent's plan says of its weights.
+    """
     child = folder.child(name)
+    if Plan.read(child).origin != origin:
+        return [], [f"{name}: {child.root} is of other weights than this run: remove that folder"]
     _, _, committed = read_run(child)
     if not committed.complete:
         done, total = committed.share
@@ -186,8 +207,11 @@ def _agreement(a: Measured, b: Measured) -> str:
     if not math.isfinite(gap) or not math.isfinite(error):
         return ""
     apart = gap / error if error else math.inf if gap else 0.0
+    size = max(abs(a.value), abs(b.value))
     if apart <= CERTAIN:
         return f"agrees with {b.name} ({apart:.1f} standard errors apart)"
+    if gap <= SAME * size:
+        return f"agrees with {b.name} (to {gap / size:.1g})"
     radius = a.context.get("radius")
     why = f": within r = {radius:g} the loss is no quadratic" if radius else ""
     return f"differs from {b.name} by {apart:.1f} standard errors{why}"

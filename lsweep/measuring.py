@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lsweep import batchnorm
 from lsweep.children import Child, settings_for
@@ -36,6 +37,7 @@ class Parent:
         problem: with all its data.
         base: the folder that relative paths refer to.
         code: the run's copy of its factory's file; None for an importable module.
+        gauge: the factors of its plan, where it has a gauge.
     """
 
     folder: RunFolder
@@ -43,6 +45,7 @@ class Parent:
     problem: Problem
     base: Path
     code: Path | None
+    gauge: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, folder: RunFolder, problem: Problem | None = None, trust: bool = False) -> Parent:
@@ -67,7 +70,7 @@ class Parent:
             problem, _ = load_problem(folder, plan, trust=trust)
             whole = {name: split.whole or split for name, split in problem.splits.items()}
             problem = dataclasses.replace(problem, data=whole)  # a child may take other samples
-        return cls(folder, settings, problem, base_of(folder), code)
+        return cls(folder, settings, problem, base_of(folder), code, plan.facts.get("gauge"))
 
     def plan_child(
         self,
@@ -100,7 +103,9 @@ class Parent:
         normalized = bool(batchnorm.layers(self.problem.model))
         settings = settings_for(child, self.settings, replicates, samples, checkpoint, normalized)
         try:
-            return plan_run(settings, self.problem, self.base, folder, code=self.code)
+            return plan_run(
+                settings, self.problem, self.base, folder, code=self.code, gauge=self.gauge
+            )
         except PlanChanged as e:
             what = "other data or samples" if e.field[:4] == "data" else f"another {e.field}"
             raise PlanChanged(

@@ -21,7 +21,6 @@ from lsweep.data import Batch
 from lsweep.device import is_out_of_memory
 from lsweep.errors import LsweepError
 from lsweep.filters import filter_rows, scale_rows
-from lsweep.noise import random_signs
 from lsweep.problem import Problem
 
 LARGE = 2**24  # parameters: beyond, vectors are kept in float32
@@ -94,7 +93,7 @@ class Objective:
         self.dtype = torch.float64 if wide else torch.float32
         self.eps = torch.finfo(self.precision).eps
         self.note, self.passes = "", 0
-        self._examined = self._tried = self._own_functions = self._differences = False
+        self._examined = self._compared = self._own_functions = self._differences = False
 
     # -- vectors --------------------------------------------------------------------------------
 
@@ -143,9 +142,10 @@ class Objective:
 
     def with_gradient(self, at: Tensor | None = None) -> tuple[float, Tensor]:
         """Return L and ∇L, [P], from one pass."""
+        found = self._accumulated(at, self._slope, self.batches())
         if not self._examined:
-            self._examine(at)
-        return self._accumulated(at, self._slope, self.batches())
+            self._examine_gradient(at)
+        return found
 
     def hessian_product(self, vector: Tensor, at: Tensor | None = None) -> Tensor:
         """Return H v for the Hessian H of L, [P].
@@ -154,13 +154,23 @@ class Objective:
             vector: v, [P].
             at: where; the present weights by default.
         """
-        if not self._examined:
-            self._examine(at)
-        if not self._tried:
-            self._try_product(at)
         if self._differences:
             return self._difference(vector, at, self.batches)
-        return self._product(vector, at, self.batches())
+        try:
+            out = self._product(vector, at, self.batches())
+        except (RuntimeError, NotImplementedError) as e:
+            if is_out_of_memory(e):
+                raise
+            self._use_differences((str(e) or type(e).__name__).splitlines()[0][:120])
+            return self.hessian_product(vector, at)
+        if not self._examined:
+            self._examine_gradient(at)
+        if not self._compared:
+            self._compared = True
+            if self._own_functions and self._is_wrong(vector, at):
+                self._use_differences("an autograd function of its own has a wrong one")
+                return self.hessian_product(vector, at)
+        return out
 
     def _product(self, vector: Tensor, at: Tensor | None, batches: Iterable[Batch]) -> Tensor:
         pieces = [t.to(self.precision) for t in self.split(vector.to(self.dtype)).values()]
@@ -227,6 +237,8 @@ class Objective:
         with self.opened(at):
             for batch in batches:
                 summed, w = self._summed(batch)
+                if not self._examined:
+                    self._own_functions |= has_own_functions(summed)
                 total, weight = total + float(summed.detach()), weight + w
                 for view, d in zip(views, derivative(summed), strict=True):
                     if d is not None:
@@ -264,37 +276,26 @@ class Objective:
 
     # -- where autograd is not enough -----------------------------------------------------------
 
-    def _examine(self, at: Tensor | None) -> None:
-        """Look once at how the loss is computed, for what autograd could get wrong in silence."""
-        self._examined = True
-        one = [next(iter(self.batches()))]
-        with self.opened(at):
-            self._own_functions = has_own_functions(self._summed(one[0])[0])
-        if self._own_functions or self.problem.grad:
-            self._check_gradient(at, one)
-
-    def _try_product(self, at: Tensor | None) -> None:
-        """Try a second derivative on one batch; where it fails or is wrong, do without."""
-        self._tried = True
-        one = [next(iter(self.batches()))]
-        zeros = (torch.zeros(s, dtype=self.dtype) for s in self.shapes)
-        v = self.flat(random_signs(0, "v", n, z) for n, z in zip(self.names, zeros, strict=True))
-        try:
-            product = self._product(v, at, one)
-        except (RuntimeError, NotImplementedError) as e:
-            if is_out_of_memory(e):
-                raise
-            reason = (str(e) or type(e).__name__).splitlines()[0][:120]
-        else:
-            if not self._own_functions:
-                return
-            other = self._difference(v, at, lambda: one)
-            if not float((product - other).norm()) > DETACHED * float(other.norm()):
-                return
-            reason = "an autograd function of its own has a wrong second derivative"
+    def _use_differences(self, reason: str) -> None:
         self._differences = True
         step = self._step(self.here)
         self.note = f"Hessian by central differences of the gradient, step {step:.1e} ({reason})"
+
+    def _is_wrong(self, vector: Tensor, at: Tensor | None) -> bool:
+        """Compare a Hessian-vector product on one batch with differences of the gradient."""
+        one = self._first()
+        product = self._product(vector, at, one)
+        other = self._difference(vector, at, lambda: one)
+        return float((product - other).norm()) > DETACHED * float(other.norm())
+
+    def _first(self) -> list[Batch]:
+        return [next(iter(self.batches()))]
+
+    def _examine_gradient(self, at: Tensor | None) -> None:
+        """After the first pass, check the gradient where autograd could be wrong in silence."""
+        self._examined = True
+        if self._own_functions or self.problem.grad:
+            self._check_gradient(at, self._first())
 
     def _check_gradient(self, at: Tensor | None, one: list[Batch]) -> None:
         """Compare the gradient on one batch with the loss's rise along it.

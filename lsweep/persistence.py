@@ -16,7 +16,7 @@ the first where errors of the same samples are not anticorrelated, the second al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,11 +153,16 @@ def _merges(values: FloatArray) -> Iterator[tuple[int, int]]:
 
     A basin that dies where it is born is none.
     """
-    flat = values.ravel()
-    order = np.argsort(flat, kind="stable")
-    order = order[: int(np.isfinite(flat).sum())]
-    around = _neighbours(values.shape)
-    parent: dict[int, int] = {}  # of the points that are in; the root of a basin is its minimum
+    frame = np.pad(values, 1, constant_values=np.nan)  # so that every point has all neighbours
+    flat = frame.ravel()
+    height = flat.tolist()
+    order = np.argsort(flat, kind="stable")[: int(np.isfinite(flat).sum())]
+    strides = (frame.shape[-1], 1)[2 - frame.ndim :]
+    steps = [int(np.dot(s, strides)) for s in np.ndindex(*(3,) * frame.ndim)]
+    middle = sum(strides)
+    around = [s - middle for s in steps if s != middle]
+    parent = [-1] * flat.size  # of the points that are in; the root of a basin is its minimum
+    inside = np.pad(np.arange(values.size).reshape(values.shape), 1, constant_values=-1).ravel()
 
     def root(point: int) -> int:
         while parent[point] != point:
@@ -166,30 +171,17 @@ def _merges(values: FloatArray) -> Iterator[tuple[int, int]]:
         return point
 
     for point in order.tolist():
-        roots = {root(n) for n in around(point) if n in parent}
+        roots = {root(point + a) for a in around if parent[point + a] >= 0} or {point}
         # The elder rule; of equal values the one that entered first is the elder.
-        eldest, *younger = sorted(roots, key=lambda r: (flat[r], r)) or [point]
+        eldest = roots.pop() if len(roots) == 1 else min(roots, key=lambda r: (height[r], r))
         parent[point] = eldest
-        for r in younger:
+        for r in roots - {eldest}:
             parent[r] = eldest
-            if flat[r] < flat[point]:
-                yield r, point
-    for r in sorted({root(p) for p in parent}):
-        yield r, -1
-
-
-def _neighbours(shape: tuple[int, ...]) -> Callable[[int], list[int]]:
-    """Return a function: flat index -> flat indices of all points at most one step away."""
-    *more, nx = shape
-    ny = more[0] if more else 1
-
-    def around(point: int) -> list[int]:
-        j, i = divmod(point, nx)
-        rows = range(max(j - 1, 0), min(j + 2, ny))
-        columns = range(max(i - 1, 0), min(i + 2, nx))
-        return [b * nx + a for b in rows for a in columns if (b, a) != (j, i)]
-
-    return around
+            if height[r] < height[point]:
+                yield int(inside[r]), int(inside[point])
+    for r in order.tolist():
+        if parent[r] == r:
+            yield int(inside[r]), -1
 
 
 def _border(values: FloatArray) -> npt.NDArray[np.bool_]:

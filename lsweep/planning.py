@@ -187,6 +187,7 @@ def plan_run(
     text: str | None = None,
     unit_points: int | None = None,
     code: Path | None = None,
+    gauge: dict[str, Any] | None = None,
 ) -> Planned:
     """Freeze the plan of a run and publish the round that its grid asks for.
 
@@ -200,6 +201,7 @@ def plan_run(
         text: of the sweep.toml, to be kept in the run.
         unit_points: points of a unit.
         code: the factory's file, where it is not the one below ``base``.
+        gauge: factors of another plan with the same origin, as its facts hold them.
 
     Raises:
         PlanChanged: the run holds another plan; the field is named.
@@ -208,7 +210,7 @@ def plan_run(
     existing = Plan.read(folder) if folder.exists else None
     try:
         stored = read_derived(folder, existing, settings) if existing else None
-        known = existing.facts if existing else None
+        known = existing.facts if existing else {"gauge": gauge}
         plan, directions = make_plan(settings, problem, base, known, code, stored)
     except LsweepError as e:
         if existing is not None and not isinstance(e, PlanChanged):
@@ -223,7 +225,15 @@ def plan_run(
         folder.root.mkdir(parents=True, exist_ok=True)
         if existing is None:
             store_derived(folder, {a: directions.axes[a].tensors for a in plan.derived})
-        plan = plan.freeze(folder)  # first: a planner that is refused must not touch the rest
+        try:
+            plan = plan.freeze(folder)  # first: a planner that is refused must not touch the rest
+        except PlanChanged:
+            if existing is not None:
+                raise
+            # Another was first meanwhile: what differs in its last bits on that machine is its.
+            return plan_run(
+                settings, problem, base, folder, text=text, unit_points=unit_points, code=code
+            )
         _keep_base(folder, base.absolute())
         _keep_source(plan, problem, base, folder, text, code)
         if not folder.directions.exists():

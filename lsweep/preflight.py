@@ -16,7 +16,7 @@ import torch
 from lsweep import batchnorm, machine
 from lsweep.choice import Choice, choose
 from lsweep.data import map_tensors, tensors_of
-from lsweep.device import device_class, human, memory_used
+from lsweep.device import device_class, human, memory_used, timed
 from lsweep.directions import Directions
 from lsweep.errors import DamagedFile, LsweepError
 from lsweep.evaluate import Evaluator
@@ -84,8 +84,9 @@ def preflight(
     for split in evaluator.splits:
         _check_batch(evaluator, split)
     slices: list[list[Samples]] = []
-    seconds = evaluator.timed(
-        lambda: slices.extend(evaluator.centre(s) for s in range(evaluator.slices))
+    seconds = timed(
+        evaluator.device,
+        lambda: slices.extend(evaluator.centre(s) for s in range(evaluator.slices)),
     )
     again = evaluator.samples([evaluator.origin], limit=REPEATED_SAMPLES)[0]
     _check_repeat(evaluator, slices[0], again)
@@ -102,8 +103,9 @@ def preflight(
     if (choice.backend, choice.batch_sizes) != ("eager", evaluator.batch_sizes):
         evaluator.use(choice.backend, choice.batch_sizes)
         slices.clear()
-        seconds = evaluator.timed(
-            lambda: slices.extend(evaluator.centre(s) for s in range(evaluator.slices))
+        seconds = timed(
+            evaluator.device,
+            lambda: slices.extend(evaluator.centre(s) for s in range(evaluator.slices)),
         )
         first = [Samples.joined(parts) for parts in zip(*slices, strict=True)]
         centre = {v: s.mean for v, s in zip(evaluator.names, first, strict=True)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from lsweep.scales import number
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_LETTERS = 34
+LETTERS = 40
 ROW = 0.165  # inches of a bar and its name
 
 
@@ -32,16 +33,29 @@ def layer_names(child: Finished) -> list[str]:
     return list(child.surface.provenance["plan"]["facts"]["layers"])
 
 
-def short(name: str) -> str:
-    """Return a name of at most 34 letters, its beginning and its end.
+def width(children: Sequence[Finished]) -> float:
+    """Return how wide a panel is with its names, in inches."""
+    letters = max(len(n) for c in children for n in shortened(layer_names(c))[1])
+    return 3.6 + 0.055 * letters
 
-    >>> short("encoder.layers.encoder_layer_11.self_attention.out_proj")
-    'encoder.layers.e…ttention.out_proj'
+
+def shortened(names: Sequence[str]) -> tuple[str, list[str]]:
+    """Return what all names begin with, in whole words, and what is written of each.
+
+    Of a long name that is its beginning and its end, unless two would then look the same.
+
+    >>> shortened(["net.layers.0.fc", "net.layers.1.fc"])
+    ('net.layers.', ['0.fc', '1.fc'])
+    >>> shortened(["a" * 60, "head"])[1][0]
+    'aaaaaaaaaaaaaaaaaaaa…aaaaaaaaaaaaaaaaaaa'
     """
-    if len(name) <= _LETTERS:
-        return name
-    half = (_LETTERS - 1) // 2
-    return f"{name[:half]}…{name[-(_LETTERS - 1 - half) :]}"
+    modules = zip(*(n.split(".")[:-1] for n in names), strict=False)
+    shared = itertools.takewhile(lambda words: len(names) > 1 and len(set(words)) == 1, modules)
+    start = "".join(f"{words[0]}." for words in shared)
+    rest = [n[len(start) :] for n in names]
+    half = LETTERS // 2
+    cut = [n if len(n) <= LETTERS else f"{n[:half]}…{n[1 - half :]}" for n in rest]
+    return start, cut if len(set(cut)) == len(set(rest)) else rest
 
 
 def profile(child: Finished, label: str, color: str, ax: Axes, *, log: bool = False) -> str:
@@ -58,10 +72,10 @@ def profile(child: Finished, label: str, color: str, ax: Axes, *, log: bool = Fa
         What the caption must say of it.
     """
     radii, rise = rises(child.values("loss"), child.surface.x)
-    names = layer_names(child)
+    start, written = shortened(layer_names(child))
     there = np.atleast_1d(np.isfinite(rise[:, :, -1]).all(axis=0))  # those that have all layers
     mean, se = mean_and_error(rise[:, there, -1].T)
-    place = np.arange(len(names))
+    place = np.arange(len(written))
     size = min(SMALL, 0.8 * 72 * ROW)
     ax.barh(place, mean, height=0.7, color=color, alpha=0.75, zorder=2, label="mean rise")
     if there.sum() > 1:
@@ -69,8 +83,10 @@ def profile(child: Finished, label: str, color: str, ax: Axes, *, log: bool = Fa
             mean, place, xerr=Z * se, fmt="none", ecolor="black", elinewidth=0.8, capsize=1.5,
             zorder=3, label=f"±{Z} s.e.",
         )  # fmt: skip
-    ax.set_yticks(place, [short(n) for n in names], fontsize=size, parse_math=False)
-    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.set_yticks(place, written, fontsize=size, parse_math=False)
+    ax.set_ylim(len(written) - 0.4, -0.6)
+    if start:
+        ax.set_ylabel(f"{start}…", parse_math=False)
     ax.tick_params(axis="x", labelsize=SMALL + 1)
     if log:
         ax.set_xscale("log", nonpositive="clip")

@@ -218,7 +218,9 @@ def unlike(runs: Sequence[RunMeasures]) -> list[str]:
                 for k, v in d.items()
             }
             asked = {f"evaluate.{k}": v for k, v in run.plan["evaluate"].items()}
-            tables.append({**recipes, **data, **asked})
+            plane = next((r.context for r in run.rows if "range" in r.context), {})
+            grid = {k: plane[k] for k in ("grid", "range") if k in plane}
+            tables.append({**recipes, **data, **asked, **grid})
     if len(tables) < len(runs) and tables:
         return ["some have no plan"]
     return varying_options(tables)

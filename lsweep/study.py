@@ -100,7 +100,9 @@ def through(command: Callable[[Namespace], int]) -> Callable[[Namespace], int]:
         codes = {}
         for i, member in enumerate(several):
             if getattr(options, "on", "") != "mpi" or own_rank().index == 0:
-                print(f"[{i + 1}/{len(several)}] {member.name}", flush=True)
+                data = getattr(options, "json", False) or getattr(options, "csv", False)
+                print(f"[{i + 1}/{len(several)}] {member.name}", flush=True,
+                      file=sys.stderr if data else sys.stdout)  # fmt: skip
             own = {"sweep": member.sweep, "run": member.folder, "overrides": [*member.overrides]}
             code = _one(command, Namespace(**{**vars(options), **own}), member)
             if code == INTERRUPTED:

@@ -7,6 +7,7 @@ moment of the spectrum, the sum of the diagonal. And what rescaling a network do
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import sys
 
@@ -37,13 +38,18 @@ from lsweep.noise import random_tensor
 from lsweep.objective import Objective
 from lsweep.pointwise import POINTWISE
 
-SOME = [weighted_classes, convolution, transformer]
+SOME = [weighted_classes, transformer]
 
 
 def metrics(case: Case) -> list[tuple[Tensor, Tensor | None, str]]:
     """Return (dense matrix, D or None, prefix), raw and in the filter metric."""
     H, D = case.hessian(), case.scales()
     return [(H, None, ""), (D[:, None] * H * D, D, "filter_")]
+
+
+def at_once(case: Case) -> Case:
+    """The same with all data in one batch, which is faster."""
+    return Case(case.problem, case.whole, batch_size=99)
 
 
 def within(sample: list[float], exact: float, errors: float = 4.0) -> bool:
@@ -57,7 +63,7 @@ def within(sample: list[float], exact: float, errors: float = 4.0) -> bool:
 
 @pytest.mark.parametrize("make", SOME)
 def test_extremes_are_those_of_the_dense_hessian(make):
-    case = make()
+    case = at_once(make())
     objective = case.objective()
     assert torch.allclose(objective.filter_scales(), case.scales())
     for matrix, _, prefix in metrics(case):
@@ -73,10 +79,10 @@ def test_extremes_are_those_of_the_dense_hessian(make):
 
 
 def test_eigenpairs_count_from_either_end():
-    case = transformer()
+    case = at_once(weighted_classes())
     objective, H = case.objective(), case.hessian()
     exact, vectors = torch.linalg.eigh(H)
-    for which in (1, 2, -1, -2):
+    for which in (1, -2):
         place = -which if which > 0 else -which - 1
         pair = curvature.eigenpair(objective, which)
         assert pair.value == pytest.approx(float(exact[place]), rel=1e-3)
@@ -85,14 +91,13 @@ def test_eigenpairs_count_from_either_end():
         assert pair.vector[pair.vector.abs().argmax()] > 0
         away = (H @ pair.vector - pair.value * pair.vector).norm()
         assert pair.residual <= 1.001 * float(away / exact.abs().max()) + 1e-12 and pair.converged
-    again = curvature.eigenpair(case.objective(), 2)
-    assert torch.equal(again.vector, curvature.eigenpair(objective, 2).vector)
+        assert torch.equal(curvature.eigenpair(case.objective(), which).vector, pair.vector)
     with pytest.raises(LsweepError, match="1 is the largest"):
         curvature.eigenpair(objective, 0)
 
 
 def test_start_vectors_differ_and_eigenvalues_do_not():
-    objective = transformer().objective()
+    objective = at_once(weighted_classes()).objective()
     first, second = (curvature.extremes(objective, replicate=k)[0] for k in (0, 1))
     assert not torch.equal(first.vector, second.vector)
     assert first.value == pytest.approx(second.value, rel=1e-5)
@@ -165,8 +170,7 @@ def test_where_the_loss_is_not_finite_there_is_no_number():
 
 
 def test_an_independent_library_finds_the_same():
-    case = opaque_forward()
-    case = Case(case.problem, case.whole, batch_size=18)
+    case = at_once(opaque_forward())
     model, batch = case.problem.model.eval(), case.problem.splits["train"].data
     other = HessianOperator(
         model,
@@ -194,7 +198,7 @@ def test_an_independent_library_finds_the_same():
 
 @pytest.mark.parametrize("make", [squared_error, tied, convolution])
 def test_probes_scatter_around_the_trace(make):
-    case = make()
+    case = at_once(make())
     objective = case.objective()
     for matrix, _, prefix in metrics(case):
         name = f"{prefix}hessian_trace"
@@ -216,7 +220,7 @@ def test_one_probe_is_exact_where_the_hessian_is_diagonal():
 
 def test_mean_curvature_of_random_directions_is_the_trace_in_the_filter_metric():
     """E[dᵀHd] = Σ_f ‖w_f‖²/n_f tr H_ff for filter-normalised d."""
-    case = squared_error()
+    case = at_once(squared_error())
     H, own = case.hessian(), dict(case.problem.model.named_parameters())
     exact, at = 0.0, 0
     for n in case.names:
@@ -239,7 +243,7 @@ def test_mean_curvature_of_random_directions_is_the_trace_in_the_filter_metric()
 
 
 def test_relative_flatness_is_its_double_sum():
-    case = squared_error()
+    case = at_once(squared_error())
     H, W = case.hessian(), case.problem.model[2].weight.detach()
     rows, columns = W.shape
     last = H[-W.numel() :, -W.numel() :].view(rows, columns, rows, columns)
@@ -273,7 +277,7 @@ def starts(case: Case, matrix: Tensor, name: str, count: int) -> tuple[np.ndarra
 
 
 def test_quadrature_gives_moments_ends_and_mass_of_the_dense_spectrum():
-    case = squared_error()
+    case = at_once(squared_error())
     for matrix, _, prefix in metrics(case):
         exact = np.linalg.eigvalsh(matrix.numpy())
         ritz, weights = starts(case, matrix, f"{prefix}spectrum", 40)
@@ -291,7 +295,7 @@ def test_quadrature_gives_moments_ends_and_mass_of_the_dense_spectrum():
 
 
 def test_density_integrates_to_one_and_to_the_number_of_eigenvalues():
-    case = squared_error()
+    case = at_once(squared_error())
     matrix = case.hessian()
     exact = np.linalg.eigvalsh(matrix.numpy())
     ritz, weights = starts(case, matrix, "spectrum", 30)
@@ -320,8 +324,8 @@ def test_ghosts_do_not_come_back():
 
 
 def relu_network() -> Case:
-    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
-    x, y = numbers(20, 4, seed=1), labels(20, 3)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).double()
+    x, y = numbers(20, 4, seed=1), labels(20, 2)
     problem = lsweep.Problem(fixed(model), {"train": (x, y)}, loss=nn.CrossEntropyLoss())
     return Case(problem, lambda net: nn.functional.cross_entropy(net(x), y), batch_size=20)
 
@@ -349,9 +353,15 @@ def numbers_of(case: Case) -> dict[str, float]:
     return out
 
 
+@functools.cache
+def of_relu_network() -> dict[str, float]:
+    return numbers_of(relu_network())
+
+
 def test_what_a_rescaling_of_layers_leaves_alone():
     case = relu_network()
-    before, after = numbers_of(case), numbers_of(rescaled(case, torch.full((6,), 4.0).double()))
+    after = numbers_of(rescaled(case, torch.full((6,), 4.0).double()))
+    before = of_relu_network()
     same = {n for n in before if after[n] == pytest.approx(before[n], rel=1e-9, abs=1e-13)}
     for name in (
         "value",
@@ -374,7 +384,7 @@ def test_what_a_rescaling_of_layers_leaves_alone():
 def test_what_a_rescaling_of_single_units_leaves_alone():
     case = relu_network()
     factors = torch.tensor([0.25, 8, 1, 2, 0.5, 4]).double()
-    before, after = numbers_of(case), numbers_of(rescaled(case, factors))
+    before, after = of_relu_network(), numbers_of(rescaled(case, factors))
     for name in ("value", "worst_adaptive_1", "worst_adaptive_20", "input_jacobian"):
         assert after[name] == pytest.approx(before[name], rel=1e-9), name
     # A filter of the second layer mixes units that went different ways: no longer the same.
@@ -397,6 +407,6 @@ def test_without_scipy_there_is_one_line(monkeypatch):
 
 
 def test_a_worst_case_needs_a_radius():
-    case = squared_error()
+    case = at_once(squared_error())
     with pytest.raises(LsweepError, match='a direction of kind = "radius"'):
         compute("worst_case", case.objective(), case.scales())

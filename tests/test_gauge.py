@@ -64,7 +64,11 @@ def twin(net, seed=3):
 def line(net, data, gauge, precision, count=11):
     problem = Problem(net, data, loss=nn.CrossEntropyLoss())
     s = package.sweep(
-        problem, (-1, 1, count), directions={"gauge": gauge, "seed": 7}, precision=precision
+        problem,
+        (-1, 1, count),
+        directions={"gauge": gauge, "seed": 7},
+        precision=precision,
+        backend="eager",
     )
     return s["train_loss"]
 
@@ -186,3 +190,13 @@ def test_what_a_gauge_cannot_do_is_refused(tmp_path, capsys, sweep, code, text):
     err = capsys.readouterr().err
     assert text in err and err.count("\n") == 1
     assert not (tmp_path / "sweep.run").exists()
+
+
+def test_child_runs_start_from_the_same_origin(tmp_path, capsys):
+    toml = write_sweep(tmp_path, GAUGED, RELU)
+    arguments = ("--measures", "sharpness", "--replicates", 2)
+    assert lsweep("plan", toml, *arguments) == 0, capsys.readouterr().err
+    folder = RunFolder(tmp_path / "sweep.run")
+    child = Plan.read(folder.child("sharpness"))
+    assert child.origin == Plan.read(folder).origin
+    assert child.facts["gauge"] == Plan.read(folder).facts["gauge"]

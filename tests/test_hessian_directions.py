@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -12,9 +13,12 @@ import pytest
 import torch
 
 import lsweep
+from lsweep import planning
 from lsweep.errors import LsweepError
+from lsweep.folder import RunFolder
 from lsweep.plan import Plan
 from lsweep.settings import Settings
+from lsweep.stored import read_arrays
 from lsweep.subsets import subsampled
 
 
@@ -102,6 +106,29 @@ def test_workers_read_what_was_computed_once(tmp_path: Path):
     assert cases.command("verify", folder.root).code == 0
     again = cases.command("plan", toml(tmp_path, 9), "--set", "directions.x.seed=4")
     assert again.code == 1 and "directions.x has another recipe" in again.err
+
+
+def test_of_two_that_plan_at_once_the_first_ones_vectors_count(tmp_path: Path, monkeypatch):
+    settings, folder = Settings.from_file(toml(tmp_path)), RunFolder(tmp_path / "sweep.run")
+    problem = problems.classifier()
+    derive, calls = planning.derive, []
+
+    def slowly(*arguments, **options):
+        """Another machine, whose bits differ, is done before this one."""
+        found = derive(*arguments, **options)
+        calls.append(found["x"].tensors["0.weight"].numpy())
+        if len(calls) == 1:
+            planning.plan_run(settings, problem, tmp_path, folder)
+            return found
+        flipped = {n: -t for n, t in found["x"].tensors.items()}
+        return {**found, "x": dataclasses.replace(found["x"], tensors=flipped)}
+
+    monkeypatch.setattr(planning, "derive", slowly)
+    planned = planning.plan_run(settings, problem, tmp_path, folder)
+    assert len(calls) == 2 and planned.plan.digest == Plan.read(folder).digest
+    assert len([p for p in folder.all_arrays() if p.name.startswith("x-")]) == 2
+    found = read_arrays(folder, "x", planned.plan.directions["x"]["stored"])["0.weight"]
+    assert np.array_equal(found, -calls[0])
 
 
 @pytest.mark.parametrize("trouble", ["missing", "damaged", "another"])

@@ -24,12 +24,13 @@ from lsweep.children import CHILDREN, settings_for
 from lsweep.folder import RunFolder
 from lsweep.from_surface import rows_of_plane
 from lsweep.measured import Measured, mean_of, read_measures
-from lsweep.measures import measure_run
+from lsweep.measures import compared, measure_run
 from lsweep.noise import random_tensor
 from lsweep.plan import Plan
 from lsweep.rounds import Rounds
 from lsweep.settings import Settings
 from lsweep.surface import Status, Surface
+from lsweep.verify import verify
 
 PROBLEM = """\
 import numpy as np
@@ -93,8 +94,8 @@ def toml(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(toml: Path) -> Path:
-    """A run with every child that there is."""
-    names = ",".join(CHILDREN)
+    """A run with every child that needs no other network."""
+    names = ",".join(c.name for c in CHILDREN.values() if not c.needs)
     done = cases.command("run", toml, "--on", "inline", "--measures", names, "--no-picture")
     assert done.code == 0, done.err
     return toml.with_name("sweep.run")
@@ -233,7 +234,11 @@ def test_a_child_is_a_run_like_any_other(run, capfd):
     assert tiny.lsweep("merge", child) == 0 and (child / "surface.h5").read_bytes() == before
     assert tiny.lsweep("status", run) == 0
     assert "  measure hessian: complete\n" in capfd.readouterr().out
+    of_the_run = verify(RunFolder(run)).checked
     assert tiny.lsweep("verify", run) == 0
+    checked = int(capfd.readouterr().out.split()[0])
+    each = [verify(RunFolder(run).child(n)).checked for n in RunFolder(run).all_children()]
+    assert checked == of_the_run + sum(each) and len(each) == 10
 
 
 def test_interrupted_children_go_on_where_they_were(tmp_path):
@@ -369,13 +374,27 @@ def test_a_child_that_is_damaged_is_told_and_the_rest_is_there(tmp_path):
     assert [m for m in report.missing if m.startswith("jacobian: ") and "damaged" in m]
     out = cases.command("status", run).out
     assert f"  measure jacobian: {plan} is damaged" in out and "measure layers: complete" in out
+    done = cases.command("verify", run)
+    assert done.code == 1 and f"lsweep: measure jacobian: {plan} is damaged" in done.err
+
+
+def test_a_child_of_other_weights_is_not_taken_for_this_run(tmp_path):
+    toml = tiny.write_sweep(tmp_path, SWEEP, PROBLEM)
+    assert cases.command("plan", toml, "--measures", "jacobian").code == 0
+    run, other = tmp_path / "sweep.run", tmp_path / "other.run"
+    (tmp_path / "problem.py").write_text(PROBLEM.replace("numbers(1, 2)", "2 * numbers(1, 2)"))
+    assert cases.command("plan", toml, "--run", other).code == 0
+    (run / "measures").rename(other / "measures")
+    (line,) = (m for m in measure_run(RunFolder(other)).missing if m.startswith("jacobian: "))
+    assert "is of other weights than this run: remove that folder" in line
 
 
 def test_missing_children_name_the_command_that_computes_them(tmp_path):
     run = cases.finished(cases.sweep_file(tmp_path, x=5))
     missing = measure_run(run).missing
-    for child in CHILDREN.values():
-        (line,) = (m for m in missing if f"'lsweep run {run.root} --measures {child.name}'" in m)
+    for child in (c for c in CHILDREN.values() if not c.beside):
+        words = f"'lsweep run {run.root} --measures {child.name} {child.needs}".rstrip() + "'"
+        (line,) = (m for m in missing if words in m)
         assert line.startswith("on request") is not child.usual
     assert f"all of these: 'lsweep run {run.root} --measures all'" in missing
 
@@ -424,6 +443,27 @@ def test_random_directions_of_a_child_are_those_of_its_parent():
     other = Settings.from_text(SWEEP + "[directions]\nkind = 'to'\ncheckpoint = 'b.pt'\n")
     recipe = settings_for(CHILDREN["sharpness"], other).directions["x"]
     assert (recipe.kind, recipe.normalize, recipe.ignore) == ("random", "filter", "bias+norm")
+
+
+def test_all_is_all_that_this_network_has(tmp_path):
+    toml = cases.sweep_file(tmp_path, x=5, low="-1")
+    done = cases.command("plan", toml, "--measures", "all")
+    assert done.code == 0, done.err
+    assert "no layers: grid.z: the network has one layer" in done.out
+    assert "no jacobian: input_jacobian needs the network's output" in done.out
+    children = RunFolder(tmp_path / "sweep.run").all_children()
+    assert set(children) == {"sharpness", "curvature", "trace", "hessian", "worst", "spectrum"}
+    done = cases.command("plan", toml, "--measures", "jacobian,trace")
+    assert done.code == 1 and "input_jacobian needs" in done.err  # asked for by name
+
+
+def test_two_routes_that_agree_to_the_last_digits_need_no_error_to_agree():
+    a = Measured("direction_curvature@0.1", 2.0, 0.0, "directions")
+    b = Measured("filter_hessian_trace", 2.0001, 0.0, "probes")
+    assert compared([a, b])[0].note == "agrees with filter_hessian_trace (to 5e-05)"
+    c = Measured("direction_curvature@0.1", 2.1, 0.01, "directions", {"radius": 0.1})
+    found = compared([c, b])[0].note
+    assert found.startswith("differs from filter_hessian_trace by 10.0 standard errors: within r =")
 
 
 # -- from values alone -----------------------------------------------------------------------------

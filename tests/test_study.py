@@ -283,6 +283,11 @@ def test_planes_are_averaged_and_their_spread_is_told():
     assert both.unlike == () and both.gap == ""
     other = sibling({"wd": 0.2}, {"a": 1.0}, samples=64)
     assert compare([*runs, other]).unlike == ("evaluate.samples",)
+    wider = [
+        RunMeasures(str(i), r.plan, [Measured("basins", 1.0, context={"range": [[-i, i]]})])
+        for i, r in enumerate(runs[:2], 1)
+    ]
+    assert compare(wider).unlike == ("range",)
     text = "\n".join(lines(compare([*runs, other])))
     assert "not measured alike" in text and "evaluate.samples" in text
     assert "no generalisation gap is known" in text
@@ -353,6 +358,11 @@ def test_the_figure_shows_key_measures_and_the_null_beside():
     assert labels[-1].startswith("same order as the gap")
     assert panels[0].get_xscale() == "log" and len(panels[0].containers) == 12
     assert next(t.get_text() for t in panels[-1].get_yticklabels()) == "sharpness@0.5"
+    told = "\n".join(lines(compare(runs))).partition("Relations")[2]
+    assert "sharpness@0.5" in told and "sharpness@1" not in told  # of a curve its middle
+    assert "6 measures, not corrected" in told and "--only shows the 2 others" in told
+    told = "\n".join(lines(compare(runs, only={"sharpness@0.1", "sharpness@1"})))
+    assert told.count("sharpness@0.1 ") == told.count("sharpness@1 ") > 1
     few = study_figure(compare(runs[:3]))
     assert "too few" in few.subfigs[1].axes[0].texts[0].get_text()
     with pytest.raises(LsweepError, match="at least two networks"):

@@ -48,11 +48,24 @@ class Size:
     directions: int = DIRECTIONS
     seeds: tuple[int, ...] = SEEDS
     train: int = TRAIN
+    units: int = 64  # in a layer
+    curved: int = TRAIN  # samples of the Hessian beyond the paper
 
 
-FULL = Size()
+FULL = Size(curved=500)
 QUICK = Size(
-    (4, 6), (8, 16), epochs=1, most=1, steps=4, plane=5, line=9, directions=2, seeds=(0,), train=64
+    (4, 6),
+    (8, 16),
+    epochs=1,
+    most=1,
+    steps=4,
+    plane=5,
+    line=9,
+    directions=2,
+    seeds=(0,),
+    train=64,
+    units=8,
+    curved=32,
 )
 
 
@@ -74,7 +87,9 @@ def depth(seed: int, size: Size, cache: Path) -> Records:
     out: Records = {}
     for layers in size.depths:
         for kind in KINDS:
-            spec = Spec(kind, layers, seed=seed, train=size.train, epochs=size.most)
+            spec = Spec(
+                kind, layers, seed=seed, width=size.units, train=size.train, epochs=size.most
+            )
             network = trained(spec, cache)
             of = problem(spec, network)
             record = fitted(spec, network) | sweeping.plane(of, seed, size.plane)
@@ -90,7 +105,9 @@ def smooth(seed: int, size: Size, cache: Path) -> Records:
     out: Records = {}
     for kind in KINDS:
         layers = size.depths[-1]
-        spec = Spec(f"{kind}-gelu", layers, seed=seed, train=size.train, epochs=size.most)
+        spec = Spec(
+            f"{kind}-gelu", layers, seed=seed, width=size.units, train=size.train, epochs=size.most
+        )
         network = trained(spec, cache)
         of = problem(spec, network)
         record = fitted(spec, network) | sweeping.sharpness(of, count=size.directions)
@@ -104,7 +121,14 @@ def batch(seed: int, size: Size, cache: Path) -> Records:
     out: Records = {}
     for samples in (SMALL_BATCH, LARGE_BATCH):
         spec = Spec(
-            "plain", 6, seed=seed, train=size.train, batch=samples, decay=0.0, epochs=size.most
+            "plain",
+            6,
+            seed=seed,
+            width=size.units,
+            train=size.train,
+            batch=samples,
+            decay=0.0,
+            epochs=size.most,
         )
         network = trained(spec, cache)
         of = problem(spec, network)
@@ -130,7 +154,14 @@ def decay(seed: int, size: Size, cache: Path) -> Records:
     for amount in (0.0, DECAY):
         for samples in (SMALL_BATCH, LARGE_BATCH):
             same = Spec(
-                "plain", 6, seed=seed, train=size.train, batch=samples, decay=amount, stop=None
+                "plain",
+                6,
+                seed=seed,
+                width=size.units,
+                train=size.train,
+                batch=samples,
+                decay=amount,
+                stop=None,
             )
             measure(f"batch {samples} decay {amount:g}", replace(same, epochs=size.epochs))
         spec, small = networks[f"batch {SMALL_BATCH} decay {amount:g}"]
@@ -138,7 +169,14 @@ def decay(seed: int, size: Size, cache: Path) -> Records:
         out[f"line decay {amount:g}"] = sweeping.interpolation(spec, small, large, size.line)
     reached = round(out[f"batch {SMALL_BATCH} decay {DECAY:g}"]["train_loss"], 4)
     matched = Spec(
-        "plain", 6, seed=seed, train=size.train, batch=SMALL_BATCH, decay=0.0, stop=reached
+        "plain",
+        6,
+        seed=seed,
+        width=size.units,
+        train=size.train,
+        batch=SMALL_BATCH,
+        decay=0.0,
+        stop=reached,
     )
     measure("matched decay 0", replace(matched, epochs=size.most))
     return out
@@ -158,7 +196,9 @@ def width(seed: int, size: Size, cache: Path) -> Records:
 
 def equivalent(seed: int, size: Size, cache: Path) -> Records:
     """A deep plain network, and the same function with its filters rescaled."""
-    spec = Spec("plain", size.depths[-1], seed=seed, train=size.train, epochs=size.most)
+    spec = Spec(
+        "plain", size.depths[-1], seed=seed, width=size.units, train=size.train, epochs=size.most
+    )
     network = trained(spec, cache)
     other = sweeping.rescaled(network, build(spec.kind, spec.depth, spec.width, seed), seed)
     x, _ = hard_digits(size.train)["test"]
@@ -182,7 +222,13 @@ def trajectory(seed: int, size: Size, cache: Path) -> Records:
 
             named = "plain" if kind == "walk" else kind
             spec = Spec(
-                named, size.depths[1], seed=seed, train=size.train, stop=None, epochs=size.steps
+                named,
+                size.depths[1],
+                seed=seed,
+                width=size.units,
+                train=size.train,
+                stop=None,
+                epochs=size.steps,
             )
             network = build(spec.kind, spec.depth, spec.width, seed).eval()
             keep(network)
@@ -203,7 +249,13 @@ def unmatched(seed: int, size: Size, cache: Path) -> Records:
     out: Records = {}
     for kind in KINDS:
         spec = Spec(
-            kind, size.depths[-1], seed=seed, train=size.train, stop=None, epochs=UNDERFITTED
+            kind,
+            size.depths[-1],
+            seed=seed,
+            width=size.units,
+            train=size.train,
+            stop=None,
+            epochs=UNDERFITTED,
         )
         network = trained(spec, cache)
         of = problem(spec, network)
@@ -237,7 +289,10 @@ def beyond(name: str, seed: int, size: Size, cache: Path) -> Records:
     record = fitted(spec, network) | sweeping.plane(of, seed, size.plane)
     record |= sweeping.sharpness(of, count=size.directions)
     record |= sweeping.error_rise(of, ERROR_RADIUS, size.directions)
-    return {name: record | sweeping.extremes(of)}
+    record |= sweeping.extremes(of, size.curved)
+    if seed == size.seeds[0]:
+        record["certificate"] = sweeping.certificate(spec, network, samples=min(64, size.train))
+    return {name: record}
 
 
 Study = Callable[[int, Size, Path], Records]
