@@ -180,6 +180,10 @@ def do_plan(options: Namespace) -> int:
                   + doubt + "".join(f"; {n}" for n in [facts.get("note")] if n))  # fmt: skip
         if "slope" in facts:
             print(f"     norm of the gradient {facts['slope']:.4g}")
+    vectors = [v for along in plan.facts.get("gauge", {}).values() for v in along.values()]
+    if vectors:
+        low, high = min(map(min, vectors)), max(map(max, vectors))
+        print(f"  gauge equi: the same function, its weights rescaled by {low:.3g} to {high:.3g}")
     for i, a in enumerate(plan.axes):
         for j, b in enumerate(plan.axes[:i]):
             if {a, b} <= set(plan.moving):

@@ -196,6 +196,7 @@ def test_child_runs_start_from_the_same_origin(tmp_path, capsys):
     toml = write_sweep(tmp_path, GAUGED, RELU)
     arguments = ("--measures", "sharpness", "--replicates", 2)
     assert lsweep("plan", toml, *arguments) == 0, capsys.readouterr().err
+    assert "gauge equi: the same function, its weights rescaled by 0." in capsys.readouterr().out
     folder = RunFolder(tmp_path / "sweep.run")
     child = Plan.read(folder.child("sharpness"))
     assert child.origin == Plan.read(folder).origin

@@ -392,6 +392,20 @@ def test_a_certificate_for_programs(tmp_path, capsys):
     assert [r["verdict"] for r in rows] == ["exact", "exact", "broken", "exact"]
 
 
+def test_a_wrong_question_is_one_line(tmp_path, capsys):
+    toml = write_sweep(tmp_path, problem=RELU)
+    for arguments, code, text in (
+        ((tmp_path / "no.toml",), 1, "cannot read"),
+        ((toml, "--samples", 1), 2, "1 is less than 2"),
+        ((toml, "--json", "--csv"), 2, "not allowed with"),
+        ((toml, "--device", "abacus"), 1, "no device 'abacus'"),
+        ((toml, "--set", "evaluate.splits=[]"), 1, "splits = []"),
+    ):
+        assert lsweep("invariance", *arguments) == code
+        err = capsys.readouterr().err
+        assert text in err and err.count("\n") == 1, err
+
+
 def test_a_network_without_rescalings_is_told_so(tmp_path, capsys):
     assert lsweep("invariance", write_sweep(tmp_path)) == 0  # tanh
     out, err = capsys.readouterr()
