@@ -24,7 +24,7 @@ from lsweep.children import CHILDREN, settings_for
 from lsweep.folder import RunFolder
 from lsweep.from_surface import rows_of_plane
 from lsweep.measured import Measured, mean_of, read_measures
-from lsweep.measures import measure_run
+from lsweep.measures import compared, measure_run
 from lsweep.noise import random_tensor
 from lsweep.plan import Plan
 from lsweep.rounds import Rounds
@@ -443,6 +443,27 @@ def test_random_directions_of_a_child_are_those_of_its_parent():
     other = Settings.from_text(SWEEP + "[directions]\nkind = 'to'\ncheckpoint = 'b.pt'\n")
     recipe = settings_for(CHILDREN["sharpness"], other).directions["x"]
     assert (recipe.kind, recipe.normalize, recipe.ignore) == ("random", "filter", "bias+norm")
+
+
+def test_all_is_all_that_this_network_has(tmp_path):
+    toml = cases.sweep_file(tmp_path, x=5, low="-1")
+    done = cases.command("plan", toml, "--measures", "all")
+    assert done.code == 0, done.err
+    assert "no layers: grid.z: the network has one layer" in done.out
+    assert "no jacobian: input_jacobian needs the network's output" in done.out
+    children = RunFolder(tmp_path / "sweep.run").all_children()
+    assert set(children) == {"sharpness", "curvature", "trace", "hessian", "worst", "spectrum"}
+    done = cases.command("plan", toml, "--measures", "jacobian,trace")
+    assert done.code == 1 and "input_jacobian needs" in done.err  # asked for by name
+
+
+def test_two_routes_that_agree_to_the_last_digits_need_no_error_to_agree():
+    a = Measured("direction_curvature@0.1", 2.0, 0.0, "directions")
+    b = Measured("filter_hessian_trace", 2.0001, 0.0, "probes")
+    assert compared([a, b])[0].note == "agrees with filter_hessian_trace (to 5e-05)"
+    c = Measured("direction_curvature@0.1", 2.1, 0.01, "directions", {"radius": 0.1})
+    found = compared([c, b])[0].note
+    assert found.startswith("differs from filter_hessian_trace by 10.0 standard errors: within r =")
 
 
 # -- from values alone -----------------------------------------------------------------------------
