@@ -39,7 +39,6 @@ def input_jacobian(objective: Objective, *, seed: int = 0, replicate: int = 0) -
             the problem has a ``forward`` of its own, so that its output is not known.
     """
     problem = objective.problem
-    require_output(problem)
     parts = []
     with objective.opened():
         _require_independent(problem.model)
@@ -102,11 +101,7 @@ def _require_inputs(problem: Problem, batch: Batch) -> None:
             "input_jacobian: the inputs are whole numbers (such as token ids), which have no "
             "derivative"
         )
-    if not known:
-        raise LsweepError(
-            "input_jacobian needs the network's output: give the Problem loss=… instead of a "
-            "forward=… of its own"
-        )
+    require_output(problem)
 
 
 def _require_independent(model: nn.Module) -> None:
