@@ -23,6 +23,7 @@ from lsweep.relate import (
     matched,
     relate,
     relate_partially,
+    strata_of,
 )
 from lsweep.siblings import GAPS, Network, RunMeasures, hyperparameters, networks, unlike
 
@@ -93,6 +94,7 @@ class Comparison:
         partial: control -> measure -> partial τ with the control held.
         regularizer: the key of the table; "" where there is none.
         responses: the table.
+        whole: people are told every measure, not one of each family.
     """
 
     runs: tuple[RunMeasures, ...]
@@ -108,10 +110,22 @@ class Comparison:
     partial: Mapping[str, Mapping[str, Tau]]
     regularizer: str
     responses: tuple[Response, ...]
+    whole: bool = False
 
     def values(self, name: str) -> FloatArray:
         """Return a measure of every network, (n,), NaN where it has none."""
         return _values(self.networks, name)
+
+    @property
+    def shown(self) -> frozenset[str]:
+        """Names that people are told: of each family, such as a curve in the radius, its middle."""
+        names = dict.fromkeys(name for n in self.networks for name in n.measures)
+        if self.whole:
+            return frozenset(names)
+        families: dict[str, list[str]] = {}
+        for name in names:
+            families.setdefault(name.partition("@")[0], []).append(name)
+        return frozenset(members[len(members) // 2] for members in families.values())
 
 
 def compare(
@@ -168,13 +182,15 @@ def compare(
         partial=_partial(known, gap, asked_of, key, asked),
         regularizer=key,
         responses=tuple(responses(columns, options, key, others, shapes) if key else ()),
+        whole=only is not None and set(only) < {r.name for run in runs for r in run.rows},
     )
 
 
 def _along_filters(row: Measured) -> bool:
     """Return whether a number was measured along filter-normalised directions."""
     away = row.context.keys() & {"grid", "radius"}  # not a metric at the trained weights
-    return row.context.get("normalize") == "filter" and bool(away)
+    along = row.context.get("normalize") == "filter" and bool(away) and row.name != "minimum"
+    return along or row.family.startswith("worst_filter")
 
 
 def _values(found: Sequence[Network], name: str) -> FloatArray:
@@ -231,11 +247,15 @@ def _partial(
     out: dict[str, dict[str, Tau]] = {}
     gaps = np.array([n.gaps[gap][0] for n in found])
     for control, z in controls.items():
+        prepared: dict[bytes, Permuted] = {}
         for name in names:
             a = _values(found, name)
             have = np.isfinite(a) & np.isfinite(z)
-            if name != control and have.sum() >= FEWEST:
-                out.setdefault(control, {})[name] = relate_partially(
-                    a[have], gaps[have], z[have], asked.permutations, asked.seed
-                )
+            if name == control or have.sum() < FEWEST:
+                continue
+            which, among = have.tobytes(), strata_of(z[have])
+            if which not in prepared:
+                prepared[which] = Permuted.of(gaps[have], asked.permutations, asked.seed, among)
+            tau = relate_partially(a[have], z[have], prepared[which])
+            out.setdefault(control, {})[name] = tau
     return out

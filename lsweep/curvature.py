@@ -24,7 +24,7 @@ from lsweep.objective import Objective
 
 Product = Callable[[Tensor], Tensor]
 
-TOLERANCE = 1e-3  # at which ARPACK stops, relative to the eigenvalue
+TOLERANCE = 1e-3  # at which ARPACK stops, relative to half the range of eigenvalues
 CONVERGED = 1e-2  # the residual beyond which an eigenvalue is said not to have converged
 RESTARTS = 20  # of ARPACK, about 19 products each
 GLANCE = 6  # steps of Lanczos, to see where the spectrum lies

@@ -20,6 +20,7 @@ from lsweep.computing import compute
 from lsweep.data import Batch
 from lsweep.errors import LsweepError
 from lsweep.families import Curved, layer_of
+from lsweep.jacobian import require_output
 from lsweep.objective import Objective, filter_scales
 from lsweep.packed import Spot
 from lsweep.pointwise import POINTWISE
@@ -112,7 +113,8 @@ def check_pointwise(metrics: tuple[str, ...], problem: Problem) -> None:
     """Check, before anything is planned, that pointwise metrics can be computed here.
 
     Raises:
-        LsweepError: scipy is missing, or the problem has a metric of its own of that name.
+        LsweepError: scipy is missing, the problem has a metric of its own of that name, or not
+            what the metric needs.
     """
     for metric in metrics:
         if metric not in POINTWISE:
@@ -121,6 +123,8 @@ def check_pointwise(metrics: tuple[str, ...], problem: Problem) -> None:
             raise LsweepError(
                 f"metric {metric!r} is one that lsweep itself computes: give yours another name"
             )
+        if metric == "input_jacobian":
+            require_output(problem)
         if POINTWISE[metric].scipy:
             try:
                 scipy("sparse.linalg")

@@ -28,13 +28,13 @@ class Field:
 
     Attributes:
         name: the variable.
-        offsets: the coordinates of the last array axis first reversed: (y, x), or (x,).
+        offsets: coordinates along each array axis: ((ny,) of y, (nx,) of x), or ((n,) of x,).
         values: loss, or the metric's unit; NaN where pending, failed or not finite.
         se: standard error of each value over samples, same shape; None where not known.
         diff_se: standard error of each value's difference to the centre; None where not known.
         center: index of offset 0, or None where it is no point.
         interpolated: which values are interpolated.
-        lost: how many points have no value, each outcome in words.
+        lost: why points have no value, each reason with its count: ``2 not finite``.
 
     >>> x = np.array([-1.0, 0.0, 1.0])
     >>> f = Field.of(Surface({"x": x}, {"train_loss": np.array([1.0, 0.5, np.inf])}))

@@ -112,7 +112,7 @@ class Options:
 
 
 @dataclass
-class _Sheet:
+class _Layout:
     """A figure with what its caption says."""
 
     figure: Figure
@@ -140,7 +140,7 @@ def _several(sources: Sequence[Source], name: str) -> tuple[list[Finished], list
     return children, [s.label for s in sources], colors
 
 
-def _sharpness(sources: Sequence[Source], options: Options) -> _Sheet:
+def _sharpness(sources: Sequence[Source], options: Options) -> _Layout:
     """The average beside the worst case, where that is there."""
     children, labels, colors = _several(sources, "sharpness")
     climbs = None
@@ -150,53 +150,53 @@ def _sharpness(sources: Sequence[Source], options: Options) -> _Sheet:
         climbs = None
     figure, axes = _page([4.9] * (2 if climbs else 1), 3.7)
     told = average(children, labels, colors, axes[0], log=options.log)
-    sheet = _Sheet(figure, last=unmatched(children))
+    layout = _Layout(figure, last=unmatched(children))
     for child, label, words in zip(children, labels, told, strict=True):
-        sheet.add(child.surface, label, words)
+        layout.add(child.surface, label, words)
     if climbs:
         more = worst(climbs, labels, colors, axes[1], log=options.log)
-        sheet.told = [" ".join(filter(None, t)) for t in zip(sheet.told, more, strict=True)]
-    return sheet
+        layout.told = [" ".join(filter(None, t)) for t in zip(layout.told, more, strict=True)]
+    return layout
 
 
-def _worst(sources: Sequence[Source], options: Options) -> _Sheet:
+def _worst(sources: Sequence[Source], options: Options) -> _Layout:
     """Within filters' norms, and within the adaptive ball."""
     children, labels, colors = _several(sources, "worst")
     figure, axes = _page([4.9, 4.9], 3.7)
-    sheet = _Sheet(figure)
+    layout = _Layout(figure)
     told = [
         worst(children, labels, colors, ax, unit=unit, log=options.log)
         for unit, ax in zip(("filter", "adaptive"), axes, strict=True)
     ]
     for child, label, *words in zip(children, labels, *told, strict=True):
-        sheet.add(child.surface, label, "; ".join(filter(None, words)))
-    return sheet
+        layout.add(child.surface, label, "; ".join(filter(None, words)))
+    return layout
 
 
-def _spectrum(sources: Sequence[Source], options: Options) -> _Sheet:
+def _spectrum(sources: Sequence[Source], options: Options) -> _Layout:
     children, labels, colors = _several(sources, "spectrum")
     figure, axes = _page([6.2], 3.9)
-    sheet = _Sheet(figure)
+    layout = _Layout(figure)
     told = spectra(children, labels, colors, axes[0], log=options.log)
     for child, label, words in zip(children, labels, told, strict=True):
-        sheet.add(child.surface, label, words)
-    return sheet
+        layout.add(child.surface, label, words)
+    return layout
 
 
-def _layers(sources: Sequence[Source], options: Options) -> _Sheet:
+def _layers(sources: Sequence[Source], options: Options) -> _Layout:
     children, labels, _ = _several(sources, "layers")
     figure, axes = _page([width(children)] * len(children), height(children) + 0.9)
-    sheet = _Sheet(figure)
+    layout = _Layout(figure)
     for child, label, ax in zip(children, labels, axes, strict=True):
         title = label if len(children) > 1 else "one layer moved at a time"
-        sheet.add(child.surface, label, profile(child, title, BLUE, ax, log=options.log))
+        layout.add(child.surface, label, profile(child, title, BLUE, ax, log=options.log))
     high = max(float(ax.get_xlim()[1]) for ax in axes)
     for ax in axes:  # one scale, so that bars of two networks compare
         ax.set_xlim(right=high)
-    return sheet
+    return layout
 
 
-def _convexity(sources: Sequence[Source], options: Options) -> _Sheet:
+def _convexity(sources: Sequence[Source], options: Options) -> _Layout:
     """The plane's own Hessian, which is free, beside the whole one, where that is there."""
     (source,) = _one(sources, "convexity")
     whole, why = None, ""
@@ -211,17 +211,17 @@ def _convexity(sources: Sequence[Source], options: Options) -> _Sheet:
         raise Missing(f"{why}; the surface itself is no plane of 3 x 3 points")
     shown = [s for s in (plane, whole.surface if whole else None) if s is not None]
     figure, axes = _page([4.4] * len(shown), 3.4 * _flatness(shown[0]) + 1.0)
-    sheet = _Sheet(figure, last=why and f"Not the whole Hessian: {why}.")
+    layout = _Layout(figure, last=why and f"Not the whole Hessian: {why}.")
     if plane is not None:
         of_plane(plane, options.name or default_name(plane), axes[0])
-        sheet.add(plane, "plane")
+        layout.add(plane, "plane")
     if whole is not None:
-        sheet.add(whole.surface, "whole Hessian", of_whole(whole, axes[-1]))
+        layout.add(whole.surface, "whole Hessian", of_whole(whole, axes[-1]))
     add_bands(axes)
-    return sheet
+    return layout
 
 
-def _persistence(sources: Sequence[Source], options: Options) -> _Sheet:
+def _persistence(sources: Sequence[Source], options: Options) -> _Layout:
     (source,) = _one(sources, "persistence")
     surface = source.surface
     if len(surface.axes) > 2:
@@ -238,12 +238,12 @@ def _persistence(sources: Sequence[Source], options: Options) -> _Sheet:
         filled(surface, name, axes[0], scale=scale)
     told = pairs_on(found, surface, axes[0])
     diagram(found, surface, name, axes[1])
-    sheet = _Sheet(figure)
+    layout = _Layout(figure)
     joined = f"{found.neighbours} neighbours to a point"
-    sheet.add(
+    layout.add(
         surface, source.label, " ".join(filter(None, [told, *_stops([joined, *found.notes])]))
     )
-    return sheet
+    return layout
 
 
 def _stops(notes: Sequence[str]) -> list[str]:
@@ -261,7 +261,7 @@ def _flatness(surface: Surface) -> float:
     return 1.0 if sides is None else min(max(sides[1] / sides[0], 0.4), 1.6)
 
 
-FIGURES: dict[str, Callable[[Sequence[Source], Options], _Sheet]] = {
+FIGURES: dict[str, Callable[[Sequence[Source], Options], _Layout]] = {
     "sharpness": _sharpness,
     "worst": _worst,
     "spectrum": _spectrum,
@@ -300,11 +300,11 @@ def figure_of(
 def _drawn(
     sources: Sequence[Source], kind: str, output: Path | None, options: Options, dpi: float
 ) -> Figure:
-    sheet = FIGURES[kind](sources, options)
-    write_caption(sheet.figure, sheet.shown, sheet.titles, sheet.told, sheet.last)
+    layout = FIGURES[kind](sources, options)
+    write_caption(layout.figure, layout.shown, layout.titles, layout.told, layout.last)
     if output is not None:
-        save(sheet.figure, output, dpi=dpi)
-    return sheet.figure
+        save(layout.figure, output, dpi=dpi)
+    return layout.figure
 
 
 def draw_measures(folder: RunFolder) -> list[Path]:

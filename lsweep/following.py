@@ -23,6 +23,7 @@ VIEWS = {
     "split_with_sizes", "chunk", "unbind", "unsqueeze", "squeeze", "expand", "flatten",
     "unflatten", "narrow", "movedim", "view", "repeat", "tensor_split",
 }  # fmt: skip
+CASTS = {"_to_copy", "to", "type_as"}
 ADDS = {"add", "sub", "rsub"}
 PRODUCTS = {"mul", "div"}
 POOLS = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample")
@@ -63,6 +64,8 @@ class Following(Mixing):
         rule = getattr(self, f"_on_{name}", None)
         if rule is not None:
             return rule(node, given)
+        if name in CASTS:
+            return Value(shape_of(found), values[0].labels, values[0].name)
         if name in VIEWS:
             return _viewed(node, given, found)
         if any(word in name for word in POOLS):

@@ -39,21 +39,30 @@ def input_jacobian(objective: Objective, *, seed: int = 0, replicate: int = 0) -
             the problem has a ``forward`` of its own, so that its output is not known.
     """
     problem = objective.problem
-    if problem.forward is not None and problem.forward is not classifier:
-        raise LsweepError(
-            "input_jacobian needs the network's output: give the Problem loss=… instead of a "
-            "forward=… of its own"
-        )
     parts = []
     with objective.opened():
         _require_independent(problem.model)
         for b, batch in enumerate(objective.batches()):
+            _require_inputs(problem, batch)
             square, outputs = _square(problem, batch, f"{seed}.{replicate}.{b}")
             parts.append(square)
     if outputs > EXACT:
         objective.note = f"Jacobian of {outputs} outputs by {PROBES} random probes per sample"
     values = torch.cat(parts).sqrt()
     return Sampled(values, torch.ones_like(values))
+
+
+def require_output(problem: Problem) -> None:
+    """Refuse a problem whose network's output is not known.
+
+    Raises:
+        LsweepError: it has a ``forward`` of its own.
+    """
+    if problem.forward is not None and problem.forward is not classifier:
+        raise LsweepError(
+            "input_jacobian needs the network's output: give the Problem loss=… instead of a "
+            "forward=… of its own"
+        )
 
 
 def _square(problem: Problem, batch: Batch, key: str) -> tuple[Tensor, int]:
@@ -63,11 +72,6 @@ def _square(problem: Problem, batch: Batch, key: str) -> tuple[Tensor, int]:
         lambda t: t.detach().requires_grad_() if t.is_floating_point() else t,
     )
     given = [t for t in tensors_of(inputs) if t.requires_grad]
-    if not given:
-        raise LsweepError(
-            "input_jacobian: the inputs are whole numbers (such as token ids), which have no "
-            "derivative"
-        )
     output = full(call(problem.model, inputs))
     if not isinstance(output, Tensor) or not output.is_floating_point():
         raise LsweepError(f"input_jacobian: the network returned a {type(output).__name__}")
@@ -87,6 +91,17 @@ def _square(problem: Problem, batch: Batch, key: str) -> tuple[Tensor, int]:
             if g is not None:
                 square += g.reshape(n, -1).to(square.dtype).square().sum(1)
     return square if exact else square / PROBES, count
+
+
+def _require_inputs(problem: Problem, batch: Batch) -> None:
+    known = problem.forward is None or problem.forward is classifier
+    tensors = tensors_of(split_batch(batch)[0] if known else batch)
+    if not any(t.is_floating_point() for t in tensors):
+        raise LsweepError(
+            "input_jacobian: the inputs are whole numbers (such as token ids), which have no "
+            "derivative"
+        )
+    require_output(problem)
 
 
 def _require_independent(model: nn.Module) -> None:

@@ -31,6 +31,7 @@ from lsweep.plan import Plan
 from lsweep.surface import Status, Surface
 
 CERTAIN = 3.0  # standard errors within which two routes to one number agree
+SAME = 1e-3  # relative; what one direction tells exactly, as in one dimension, has no error
 LIVE = "live:"  # how the factory of a live model begins
 ROUTES = {"direction_curvature": "filter_hessian_trace", "spectral_trace": "hessian_trace"}
 
@@ -206,8 +207,11 @@ def _agreement(a: Measured, b: Measured) -> str:
     if not math.isfinite(gap) or not math.isfinite(error):
         return ""
     apart = gap / error if error else math.inf if gap else 0.0
+    size = max(abs(a.value), abs(b.value))
     if apart <= CERTAIN:
         return f"agrees with {b.name} ({apart:.1f} standard errors apart)"
+    if gap <= SAME * size:
+        return f"agrees with {b.name} (to {gap / size:.1g})"
     radius = a.context.get("radius")
     why = f": within r = {radius:g} the loss is no quadratic" if radius else ""
     return f"differs from {b.name} by {apart:.1f} standard errors{why}"

@@ -57,7 +57,7 @@ def with_l2(surface: Surface, strength: float | None) -> Surface:
         kept = {n: v for n, v in trajectory.values.items() if n not in losses}
         trajectory = replace(trajectory, values=kept)
     caption = surface.provenance.get("caption")
-    told = f"the loss is that of the data + {term} over all parameters."
+    told = f"The loss is that of the data + {term} over all parameters."
     provenance = {**surface.provenance, "l2": strength,
                   "caption": f"{caption} {told}" if caption else told}  # fmt: skip
     return replace(surface, values=values, attributes=attributes, trajectory=trajectory,

@@ -269,36 +269,32 @@ def strata_of(z: FloatArray) -> list[IntArray]:
     return np.array_split(order, max(1, len(z) // NEIGHBOURS))
 
 
-def relate_partially(
-    a: FloatArray,
-    b: FloatArray,
-    z: FloatArray,
-    permutations: int = PERMUTATIONS,
-    seed: int = 0,
-) -> Tau:
-    """Return the partial τ of ``a`` and ``b`` with ``z`` held.
+def relate_partially(a: FloatArray, z: FloatArray, permuted: Permuted) -> Tau:
+    """Return the partial τ of ``a`` and ``b``, which was permuted, with ``z`` held.
 
-    Its null permutes ``b`` among networks of about the same ``z`` (`strata_of`), which keeps how b
+    Its null is to permute b among networks of about the same z (`strata_of`), which keeps how b
     follows z: a partial τ is not 0 where a and b follow z alone, so that is what it is beside.
 
     Args:
         a: (n,) finite values of a measure.
-        b: (n,) the other number.
         z: (n,) what is held.
-        permutations: how many.
-        seed: of the permutations.
+        permuted: b within ``strata_of(z)``.
+
+    >>> a, b, z = np.arange(8.0), np.arange(8.0) ** 2, np.array([1.0, 0.0] * 4)
+    >>> relate_partially(a, z, Permuted.of(b, 100, strata=strata_of(z))).value
+    1.0
     """
-    permuted = Permuted.of(b, permutations, seed, strata_of(z))
-    signs = [permuted.signs_of(v) for v in (a, z)]
+    signs = np.stack([permuted.signs_of(v) for v in (a, z)], axis=1)
     t = float(permuted.signs @ permuted.signs)
-    sizes = [math.sqrt(float(s @ s) * t) for s in signs]
-    if not all(sizes):
+    sizes = np.sqrt((signs**2).sum(axis=0) * t)
+    if not sizes.all():
         return Tau(math.nan, math.nan, math.nan, math.nan, len(permuted.first))
     xz = kendall(a, z)
-    null = permuted.null(np.stack(signs, axis=1)) / np.array(sizes)
+    ab, zb = permuted.signs @ signs / sizes
+    null = permuted.null(signs) / sizes
     many = _partials(null[:, 0], xz, null[:, 1])
-    value = partial(kendall(a, b), xz, kendall(z, b))
-    return _judged(value, many[np.isfinite(many)], len(permuted.first), centred=False)
+    known = many[np.isfinite(many)]
+    return _judged(partial(float(ab), xz, float(zb)), known, len(permuted.first), centred=False)
 
 
 def _judged(value: float, null: FloatArray, pairs: int, centred: bool = True) -> Tau:

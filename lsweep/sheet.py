@@ -87,9 +87,10 @@ def _shared(rows: Sequence[Measured]) -> dict[str, Any]:
     """What the rows agree on, or most of them begin with: the first value of each."""
     out: dict[str, Any] = {}
     for key in SHARED:
-        found = [r.context[key] for r in rows if key in r.context]
-        if found:
-            out[key] = found[0]
+        # What is said of the samples is of one row: another's may be fewer of as many.
+        known = [r for r in rows if ("samples" if key == "of" else key) in r.context]
+        if known and key in known[0].context:
+            out[key] = known[0].context[key]
     return out
 
 
@@ -134,7 +135,7 @@ def _replicates(row: Measured) -> str:
 def _note(row: Measured, shared: Mapping[str, Any]) -> str:
     """What is said of a row, with what of its context is not that of the others."""
     differs = {
-        k: row.context[k] for k in SHARED if k in row.context and row.context[k] != shared[k]
+        k: row.context[k] for k in SHARED if k in row.context and row.context[k] != shared.get(k)
     }
     own = {k: row.context[k] for k in OWN if k in row.context}
     if row.replicate == "samples":

@@ -125,11 +125,13 @@ def _relations(c: Comparison) -> Iterator[str]:
         yield (f"  partial τ, {control} held: (τ_mg - τ_mc τ_gc) / √((1-τ_mc²)(1-τ_gc²)), m the "
                "measure, g the gap, c what is held; null: gaps permuted among networks "
                "of about the same c, p around its mean")  # fmt: skip
-        yield from _indented(table(["", "partial τ"], [[n, t.text] for n, t in taus.items()]))
+        told = [[n, t.text] for n, t in taus.items() if n in c.shown]
+        yield from _indented(table(["", "partial τ"], told))
 
 
 def _legend(c: Comparison) -> list[str]:
     tests = len(c.all.relations)
+    hidden = tests - len(c.all.relations.keys() & c.shown)
     words = [
         "τ: Kendall's τ-b, -1 to 1: how much more often two networks stand in the same order by "
         "both numbers than not",
@@ -145,8 +147,10 @@ def _legend(c: Comparison) -> list[str]:
         f"[a, b]: null interval: the middle {INSIDE:.0%} when the gaps are permuted over the "
         f"networks {c.question.permutations} times (Philox, seed {c.question.seed})",
         f"p: share of permutations at least as far from 0; {tests} measures, not corrected for "
-        "their number",
-    ]
+        "their number"
+        + (f"; of each family one, its middle, is shown, --only shows the {hidden} others, --json "
+           "and --csv have all" if hidden else ""),
+    ]  # fmt: skip
 
 
 def _related(c: Comparison, related: Related, title: str) -> Iterator[str]:
@@ -155,19 +159,23 @@ def _related(c: Comparison, related: Related, title: str) -> Iterator[str]:
     head = ["", "networks", "τ", *(f"ψ {a}" for a in axes), *(["Ψ", "worst"] if axes else [])]
     rows = []
     for name, r in related.relations.items():
+        if name not in c.shown:
+            continue
         cells = [name, str(r.networks), r.tau.text]
         cells += [r.axes[a].text if a in r.axes else "-" for a in axes]
         if axes:
             cells += [r.psi.text if r.psi else "-", _worst(r.worst, r.axes)]
         rows.append(cells)
     yield from _indented(table(head, rows))
-    if related.too_few:
-        few = ", ".join(f"{n} ({k})" for n, k in related.too_few.items())
+    few = ", ".join(f"{n} ({k})" for n, k in related.too_few.items() if n in c.shown)
+    if few:
         yield f"    too few networks: {few}"
 
 
 def _worst(worst: str, axes: Any) -> str:
-    return f"{worst} {round(axes[worst].value, 2) + 0.0:+.2f}" if worst else "-"
+    if not worst or not math.isfinite(axes[worst].value):
+        return "-"
+    return f"{worst} {round(axes[worst].value, 2) + 0.0:+.2f}"
 
 
 def _indented(text: Iterator[str]) -> Iterator[str]:
@@ -197,12 +205,17 @@ def _responses(c: Comparison) -> Iterator[str]:
             _ratio(r),
         ]
         for r in c.responses
-        if r.networks or r.groups
+        if (r.networks or r.groups) and _first(r.name) in c.shown
     ]
     yield from _indented(table(["", "channel", "slope", "networks", "ratio"], rows))
-    left = [f"{r.name} ({r.left_out})" for r in c.responses if r.left_out]
+    left = [f"{r.name} ({r.left_out})" for r in c.responses
+            if r.left_out and _first(r.name) in c.shown]  # fmt: skip
     if left:
         yield f"    left out, not positive or not known (networks): {', '.join(left)}"
+
+
+def _first(name: str) -> str:
+    return name.partition(" / ")[0]
 
 
 def _slope(r: Response) -> str:

@@ -38,6 +38,12 @@ def over_starts(values: FloatArray) -> Estimate:
     return Estimate(values.mean(axis=0), spread / np.sqrt(k))
 
 
+def _known(weights: FloatArray, values: FloatArray) -> FloatArray:
+    """Return values by start vector, NaN for one that has no weight: its Hessian was not finite."""
+    there = weights.sum(axis=1) > 0
+    return np.where(there.reshape(-1, *[1] * (values.ndim - 1)), values, np.nan)
+
+
 def width(ritz: FloatArray, weights: FloatArray) -> float:
     """Return the default width of a Gaussian: 1% of the range of the Ritz values.
 
@@ -51,7 +57,7 @@ def width(ritz: FloatArray, weights: FloatArray) -> float:
 
 def grid(ritz: FloatArray, weights: FloatArray, sigma: float, count: int = 0) -> FloatArray:
     """Return where to draw a density: five widths beyond the Ritz values, four points per width."""
-    there = ritz[weights > 0]
+    there = ritz[weights > 0] if (weights > 0).any() else np.zeros(1)
     low, high = there.min() - 5 * sigma, there.max() + 5 * sigma
     return np.linspace(low, high, count or int(np.ceil(4 * (high - low) / sigma)) + 1)
 
@@ -76,7 +82,7 @@ def density(ritz: FloatArray, weights: FloatArray, at: FloatArray, sigma: float)
     out = np.zeros((len(ritz), len(at)))
     for k, i in zip(*np.nonzero(weights > 0), strict=True):  # memory for one Gaussian at a time
         out[k] += weights[k, i] * np.exp(-0.5 * ((at - ritz[k, i]) / sigma) ** 2)
-    return over_starts(out / (sigma * np.sqrt(2 * np.pi)))
+    return over_starts(_known(weights, out / (sigma * np.sqrt(2 * np.pi))))
 
 
 def negative_mass(ritz: FloatArray, weights: FloatArray, tau: float | None = None) -> Estimate:
@@ -92,7 +98,7 @@ def negative_mass(ritz: FloatArray, weights: FloatArray, tau: float | None = Non
     np.float64(0.25)
     """
     limit = threshold(ritz, weights) if tau is None else tau
-    return over_starts(np.where(ritz < -limit, weights, 0.0).sum(axis=1))
+    return over_starts(_known(weights, np.where(ritz < -limit, weights, 0.0).sum(axis=1)))
 
 
 def threshold(ritz: FloatArray, weights: FloatArray) -> float:
@@ -109,5 +115,7 @@ def moment(ritz: FloatArray, weights: FloatArray, order: int = 1) -> Estimate:
 
     >>> moment(np.array([[1.0, 3.0]]), np.array([[0.5, 0.5]])).value
     np.float64(2.0)
+    >>> moment(np.zeros((1, 2)), np.zeros((1, 2))).value  # no Ritz value was finite
+    np.float64(nan)
     """
-    return over_starts((weights * ritz**order).sum(axis=1))
+    return over_starts(_known(weights, (weights * ritz**order).sum(axis=1)))

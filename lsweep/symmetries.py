@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -219,6 +219,9 @@ def _grouped(found: Following) -> Discovered:
         for i, group in enumerate(parts):
             part = _part(places, marks, ties) + (f" {i}" if len(parts) > 1 else "")
             units = _units(ties, group, members, bits, marks, part, not pinned)
+            taken = sum(re.sub(r" \(\d+\)$", "", u.name) == units.name for u in out)
+            if taken:  # another part of the same layer, which is used in another way
+                units = replace(units, name=f"{units.name} ({taken + 1})")
             numbers |= dict.fromkeys(group, units.name)
             out.append(units)
     attention = []

@@ -150,7 +150,8 @@ def test_asked_again_it_is_the_same_run_and_another_network_is_another(tmp_path,
     assert tiny.lsweep("verify", toml.with_suffix(".run") / "measures" / "barrier-aligned") == 0
     capfd.readouterr()
     assert tiny.lsweep("measure", toml.with_suffix(".run"), "--json") == 0
-    found = {row["name"] for row in json.loads(capfd.readouterr().out)}
+    (report,) = json.loads(capfd.readouterr().out)
+    found = {row["name"] for row in report["measures"]}
     assert {"barrier@train_loss", "barrier_aligned@test_error"} <= found
 
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -44,3 +46,29 @@ def test_resolution_sweeps_to_the_tolerance(tmp_path):
     assert seconds > 0 and 0 < evaluated <= 289
     assert stated <= 1 and error <= 1
     assert re.search(r"peak memory, .+: \d+ MiB above the \d+", text)
+
+
+def claims(*options: str) -> list[list[str]]:
+    """The rows of the paper's table, in its quick form: every statistic, no verdict asserted."""
+    command = [sys.executable, "-m", "benchmarks.paper", "--quick", *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = done.stdout.split("| claim |")[1].split("\n\n")[0]
+    return [re.split(r" (?<!\\)\| ", line.strip("| ")) for line in table.splitlines()[2:]]
+
+
+def rows_of_the_table(rows: list[list[str]], least: int) -> None:
+    assert len(rows) >= least
+    for _claim, _paper, _statistic, threshold, measured, seeds, agrees in rows:
+        assert threshold and re.search(r"\d", measured) and "nan" not in measured
+        assert seeds == "1" and agrees in ("**yes**", "**no**", "cannot tell")
+
+
+def test_the_papers_claims_are_all_judged(tmp_path):
+    rows_of_the_table(claims("--figure", str(tmp_path / "figure.png")), 27)
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+@pytest.mark.full
+def test_what_the_paper_does_not_have_is_judged():
+    rows_of_the_table(claims("--beyond"), 3)

@@ -73,6 +73,8 @@ def test_all_float_inputs_count_and_whole_numbers_do_not():
     )
     with pytest.raises(LsweepError, match="token ids"):
         values(only)
+    with pytest.raises(LsweepError, match="token ids"):
+        values(lsweep.Problem(only.model, {"train": ids}, forward=lsweep.causal_lm))
 
 
 def test_a_rescaling_by_powers_of_two_changes_no_bit():

@@ -20,11 +20,12 @@ import tiny
 import torch
 
 import lsweep
+from lsweep import sheet
 from lsweep.children import CHILDREN, settings_for
 from lsweep.folder import RunFolder
 from lsweep.from_surface import rows_of_plane
 from lsweep.measured import Measured, mean_of, read_measures
-from lsweep.measures import measure_run
+from lsweep.measures import Report, compared, measure_run
 from lsweep.noise import random_tensor
 from lsweep.plan import Plan
 from lsweep.rounds import Rounds
@@ -324,6 +325,14 @@ def test_the_table_the_json_and_the_csv_hold_the_same(run, capfd):
         assert f"  {row.name} " in out and row.text in out
 
 
+def test_a_number_of_fewer_samples_says_so_beside_it():
+    rows = [Measured("a", 1.0, context={"split": "train", "samples": 9}),
+            Measured("b", 1.0, context={"split": "train", "samples": 4, "of": 9})]  # fmt: skip
+    head, first, second = sheet.text(Report("net.run", "", rows, [])).splitlines()
+    assert head == "net.run: 9 train samples"
+    assert first.split() == ["a", "1"] and second.split(maxsplit=2)[2] == "4 of 9 samples"
+
+
 def test_only_some(run, capfd):
     assert tiny.lsweep("measure", run, "--only", "sharpness,hessian_max") == 0
     lines = capfd.readouterr().out.splitlines()
@@ -443,6 +452,27 @@ def test_random_directions_of_a_child_are_those_of_its_parent():
     other = Settings.from_text(SWEEP + "[directions]\nkind = 'to'\ncheckpoint = 'b.pt'\n")
     recipe = settings_for(CHILDREN["sharpness"], other).directions["x"]
     assert (recipe.kind, recipe.normalize, recipe.ignore) == ("random", "filter", "bias+norm")
+
+
+def test_all_is_all_that_this_network_has(tmp_path):
+    toml = cases.sweep_file(tmp_path, x=5, low="-1")
+    done = cases.command("plan", toml, "--measures", "all")
+    assert done.code == 0, done.err
+    assert "no layers: grid.z: the network has one layer" in done.out
+    assert "no jacobian: input_jacobian needs the network's output" in done.out
+    children = RunFolder(tmp_path / "sweep.run").all_children()
+    assert set(children) == {"sharpness", "curvature", "trace", "hessian", "worst", "spectrum"}
+    done = cases.command("plan", toml, "--measures", "jacobian,trace")
+    assert done.code == 1 and "input_jacobian needs" in done.err  # asked for by name
+
+
+def test_two_routes_that_agree_to_the_last_digits_need_no_error_to_agree():
+    a = Measured("direction_curvature@0.1", 2.0, 0.0, "directions")
+    b = Measured("filter_hessian_trace", 2.0001, 0.0, "probes")
+    assert compared([a, b])[0].note == "agrees with filter_hessian_trace (to 5e-05)"
+    c = Measured("direction_curvature@0.1", 2.1, 0.01, "directions", {"radius": 0.1})
+    found = compared([c, b])[0].note
+    assert found.startswith("differs from filter_hessian_trace by 10.0 standard errors: within r =")
 
 
 # -- from values alone -----------------------------------------------------------------------------

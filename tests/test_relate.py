@@ -21,6 +21,7 @@ from lsweep.relate import (
     partial,
     relate,
     relate_partially,
+    strata_of,
 )
 
 
@@ -159,7 +160,7 @@ def test_partial_tau_is_the_correlation_of_agreements_with_what_is_held():
         wanted = np.corrcoef(with_z)[0, 1]
         xy, xz, yz = (stats.kendalltau(p, q).statistic for p, q in ((x, y), (x, z), (y, z)))
         assert partial(xy, xz, yz) == pytest.approx(wanted, abs=1e-12)
-        found = relate_partially(x, y, z, 100)
+        found = relate_partially(x, z, Permuted.of(y, 100, strata=strata_of(z)))
         assert found.value == pytest.approx(wanted, abs=1e-12)
 
 
@@ -171,7 +172,7 @@ def test_a_partial_tau_of_numbers_that_follow_the_held_one_alone_lies_in_its_nul
         for kind in inside:
             z = np.repeat(np.arange(4.0), 6) if kind == "repeated" else 1.1 * random.normal(size=24)
             x, y = (z + 0.5 * random.normal(size=24) for _ in range(2))
-            found = relate_partially(x, y, z, 100, seed)
+            found = relate_partially(x, z, Permuted.of(y, 100, seed, strata_of(z)))
             inside[kind] += found.low <= found.value <= found.high
             values.append(found.value)
     assert np.mean(values) > 0.1
@@ -181,7 +182,7 @@ def test_a_partial_tau_of_numbers_that_follow_the_held_one_alone_lies_in_its_nul
 
 def test_what_orders_the_networks_as_the_held_number_does_keeps_nothing():
     z = np.arange(12.0)
-    assert math.isnan(relate_partially(z**3, numbers(0, 12), z).value)
+    assert math.isnan(relate_partially(z**3, z, Permuted.of(numbers(0, 12), 100)).value)
 
 
 # -- matched losses --------------------------------------------------------------------------------

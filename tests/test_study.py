@@ -358,6 +358,12 @@ def test_the_figure_shows_key_measures_and_the_null_beside():
     assert labels[-1].startswith("same order as the gap")
     assert panels[0].get_xscale() == "log" and len(panels[0].containers) == 12
     assert next(t.get_text() for t in panels[-1].get_yticklabels()) == "sharpness@0.5"
+    told = "\n".join(lines(compare(runs))).partition("Relations")[2]
+    assert "sharpness@0.5" in told and "sharpness@1" not in told  # of a curve its middle
+    assert "6 measures, not corrected" in told and "--only shows the 2 others" in told
+    told = "\n".join(lines(compare(runs, only={"sharpness@0.1", "sharpness@1"})))
+    told = told.partition("Relations")[2]
+    assert "sharpness@0.1" in told and "sharpness@1" in told and "shows the" not in told
     few = study_figure(compare(runs[:3]))
     assert "too few" in few.subfigs[1].axes[0].texts[0].get_text()
     with pytest.raises(LsweepError, match="at least two networks"):

@@ -138,6 +138,19 @@ def convolutional() -> nn.Module:
     )  # fmt: skip
 
 
+class Parted(nn.Module):
+    """One layer whose halves go two ways, and a stream that is cast on its way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = nn.Linear(3, 8)
+        self.one, self.two = nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.both(x).split(4, -1)
+        return self.one(F.relu(a).float().double()) + self.two(torch.tanh(b))
+
+
 def images(n: int, channels: int = 1, size: int = 8) -> Tensor:
     return torch.randn(n, channels, size, size).double()
 
@@ -193,6 +206,10 @@ FOUND = {
     "dense": (
         Dense, lambda: images(3),
         {"a": (3, "relu"), "b": (4, "relu"), "c": (5, "relu")},
+    ),
+    "parted": (
+        Parted, lambda: torch.randn(3, 3).double(),
+        {"both": (4, "relu"), "both (2)": (4, "tanh")},
     ),
     "tied": (
         Tied, lambda: torch.randint(0, 7, (3, 5)),

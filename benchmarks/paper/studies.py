@@ -289,7 +289,10 @@ def beyond(name: str, seed: int, size: Size, cache: Path) -> Records:
     record = fitted(spec, network) | sweeping.plane(of, seed, size.plane)
     record |= sweeping.sharpness(of, count=size.directions)
     record |= sweeping.error_rise(of, ERROR_RADIUS, size.directions)
-    return {name: record | sweeping.extremes(of, size.curved)}
+    record |= sweeping.extremes(of, size.curved)
+    if seed == size.seeds[0]:
+        record["certificate"] = sweeping.certificate(spec, network, samples=min(64, size.train))
+    return {name: record}
 
 
 Study = Callable[[int, Size, Path], Records]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import io
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,11 +16,12 @@ import torch
 from torch import nn
 
 import lsweep
+from lsweep.cli import main
 from lsweep.convexity import nonconvex_fraction, plane_hessian_extremes
 from lsweep.surface import Surface
 
 from .claims import DIRECTIONS, PLANE, RADIUS, SADDLE_STEP
-from .training import Spec, problem, save
+from .training import Spec, problem, remade, save
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -241,3 +246,24 @@ def hessian_plane(of: lsweep.Problem) -> dict[str, float]:
     low = smallest_curvatures(surface["train_loss"][None], SADDLE_STEP)
     norm = float(surface.attributes["y"]["norm"])
     return {"hessian_plane_curvature": float(low[0]) / norm**2}
+
+
+def certificate(spec: Spec, network: nn.Module, samples: int) -> dict[str, Any]:
+    """Return what `lsweep invariance` says: which rescalings the directions follow, the defect."""
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint, sweep = Path(scratch) / "net.pt", Path(scratch) / "sweep.toml"
+        save(network, checkpoint)
+        options = {"checkpoint": str(checkpoint), "spec": json.dumps(dataclasses.asdict(spec))}
+        table = ", ".join(f"{key} = {json.dumps(value)}" for key, value in options.items())
+        axis = "{ range = [-1, 1], count = 5 }"
+        sweep.write_text(
+            f'[problem]\nfactory = "{remade.__module__}:{remade.__name__}"\n'
+            f"options = {{ {table} }}\n[grid]\nx = {axis}\ny = {axis}\n"
+        )
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+            code = main(["invariance", str(sweep), "--json", f"--samples={samples}"])
+        if code:
+            raise RuntimeError(f"lsweep invariance: {code}")
+    found = json.loads(printed.getvalue())
+    return {"summary": found["summary"], "words": found["words"], "defect": found["defect"]}

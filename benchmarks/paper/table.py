@@ -115,6 +115,17 @@ def networks_table(measured: Measured, study: str) -> str:
     return "\n".join(lines)
 
 
+def certificates(measured: Measured, study: str) -> list[str]:
+    """Return what `lsweep invariance` says of the first seed's networks, where it was asked."""
+    lines = [
+        f"* **{name}**: {record['certificate']['summary']}. {record['certificate']['words']}"
+        for name, record in measured[study][0].items()
+        if "certificate" in record
+    ]
+    text = "What leaves each network unchanged, and does the picture know (`lsweep invariance`):"
+    return [text, "\n".join(lines)] if lines else []
+
+
 def report(
     title: str, head: str, claims: Sequence[Claim], found: Sequence[Found], measured: Measured
 ) -> str:
@@ -123,6 +134,7 @@ def report(
     for study in STUDIED:
         if study in measured:
             parts += [f"## {STUDIED[study]}", networks_table(measured, study)]
+            parts += certificates(measured, study)
     seeds = max(f.seeds for f in found)
     parts += [
         f"Numbers are means ± standard deviations over {seeds} training seeds. Batch norm in "

@@ -157,3 +157,11 @@ def problem(spec: Spec, network: nn.Module) -> lsweep.Problem:
         loss=LOSSES[spec.loss],
         metrics={"accuracy": lsweep.accuracy},
     )
+
+
+def remade(checkpoint: str, spec: str) -> lsweep.Problem:
+    """Return the same from a checkpoint and a spec in JSON: a factory for commands of lsweep."""
+    made = Spec(**json.loads(spec))
+    network = build(made.kind, made.depth, made.width, made.seed)
+    network.load_state_dict(lsweep.load_state(Path(checkpoint)))
+    return problem(made, network.eval())
