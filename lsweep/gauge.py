@@ -22,6 +22,7 @@ from lsweep.certificate import SAME, certify
 from lsweep.certified import Trial
 from lsweep.equivalences import BATCH, CARRIED, GAUGEABLE, WHOLE, candidates
 from lsweep.errors import LsweepError, PlanChanged
+from lsweep.noise import dtype_of
 from lsweep.problem import Problem
 from lsweep.rescaling import Slab, Transform, acted
 from lsweep.settings import Settings
@@ -165,7 +166,7 @@ def gauged(origin: Origin, factors: Factors) -> Origin:
             shape = [1] * t.dim()
             shape[dim] = -1
             t = t * along[dim].reshape(shape)
-        parameters[name] = t.to(parameters[name].dtype)
+        parameters[name] = t.to(dtype_of(parameters[name]))  # half precision would round it away
     return replace(origin, parameters=parameters)
 
 
