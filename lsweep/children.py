@@ -89,7 +89,7 @@ CHILDREN: dict[str, Child] = {
         Child("worst", "the highest loss within a radius", ("worst_case",),
               (Along("radius", "0.005", "0.02", 4), REPLICATE), 2, "start vectors", 170.0),
         Child("spectrum", "the density of the Hessian's eigenvalues", ("spectrum",), (REPLICATE,),
-              5, "start vectors", 700.0),
+              10, "start vectors", 700.0),
         Child("keskar", "the highest loss in Keskar's box", ("keskar",), (REPLICATE,),
               2, "start vectors", 200.0, usual=False),
         Child("convexity", "|λmin/λmax| over the parent's plane", ("hessian_extremes",),
