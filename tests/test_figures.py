@@ -154,7 +154,7 @@ def test_the_density_is_normalised_and_its_negative_part_has_the_mass_of_the_tab
     assert ax.get_yscale() == "log" and ax.get_ylim()[0] == pytest.approx(0.3 * single)
     (ritz,) = lines(ax, "Ritz")
     assert sorted(ritz.get_xdata()) == pytest.approx(sorted(places[weights > 0]))
-    assert "5 of 5 start vectors" in caption(figure)
+    assert "10 of 10 start vectors" in caption(figure)
 
 
 def test_a_start_vector_that_is_pending_is_left_out(run):
@@ -164,7 +164,7 @@ def test_a_start_vector_that_is_pending_is_left_out(run):
         value[1] = np.nan
     half = Finished("spectrum", replace(done.surface, values=values), {})
     ax = Figure().add_subplot()
-    assert spectra([half], ["a"], ["#000000"], ax)[0].startswith("4 of 5 start vectors")
+    assert spectra([half], ["a"], ["#000000"], ax)[0].startswith("9 of 10 start vectors")
     for value in values.values():
         value[:] = np.nan
     assert spectra([half], ["a"], ["#000000"], ax) == ["no start vector is there yet"]
