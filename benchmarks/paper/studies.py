@@ -51,10 +51,15 @@ class Size:
     units: int = 64  # in a layer
     curved: int = TRAIN  # samples of the Hessian beyond the paper
 
+    @property
+    def middle(self) -> int:
+        """The depth of what is not about depth."""
+        return self.depths[len(self.depths) // 2]
+
 
 FULL = Size(curved=500)
 QUICK = Size(
-    (4, 6),
+    (4,),
     (8, 16),
     epochs=1,
     most=1,
@@ -186,7 +191,7 @@ def width(seed: int, size: Size, cache: Path) -> Records:
     """Plain networks of several widths, stopped at the same training loss."""
     out: Records = {}
     for units in size.widths:
-        spec = Spec("plain", size.depths[1], units, seed=seed, train=size.train, epochs=size.most)
+        spec = Spec("plain", size.middle, units, seed=seed, train=size.train, epochs=size.most)
         network = trained(spec, cache)
         of = problem(spec, network)
         record = fitted(spec, network) | sweeping.plane(of, seed, size.plane)
@@ -223,7 +228,7 @@ def trajectory(seed: int, size: Size, cache: Path) -> Records:
             named = "plain" if kind == "walk" else kind
             spec = Spec(
                 named,
-                size.depths[1],
+                size.middle,
                 seed=seed,
                 width=size.units,
                 train=size.train,
