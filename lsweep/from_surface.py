@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ def context_of(surface: Surface, split: str) -> dict[str, Any]:
 
     Returns:
         ``samples``, ``of`` (where it is a subset), ``batch_norm``, ``precision``; of a random
-        direction ``seed``, ``normalize``, ``ignore``, ``parameters`` (where not all).
+        direction ``seed``, ``normalize``, ``ignore``, ``gauge``, ``parameters`` (where not all).
     """
     plan = surface.provenance.get("plan")
     if not plan or split not in plan["data"]:
@@ -47,9 +47,15 @@ def context_of(surface: Surface, split: str) -> dict[str, Any]:
     if recipe["kind"] == "random":
         out["normalize"] = recipe["normalize"]
     out["ignore"] = recipe["ignore"]
+    out["gauge"] = _gauge(plan)
     if list(recipe["parameters"]) != ["*"]:
         out["parameters"] = list(recipe["parameters"])
     return out
+
+
+def _gauge(plan: Mapping[str, Any]) -> str:
+    """Return the gauge of all axes, which start from one origin."""
+    return next((r["gauge"] for r in plan["directions"].values() if "gauge" in r), "none")
 
 
 def split_of(surface: Surface, name: str) -> str:
@@ -92,8 +98,10 @@ def rows_at_centre(surface: Surface) -> list[Measured]:
     if not math.isfinite(square) and plan and plan["facts"].get("weight_sq"):
         square = float(plan["facts"]["weight_sq"]["origin"])
     if math.isfinite(square):
-        count = {"weights": plan["facts"]["parameters"]} if plan else {}
-        out.append(Measured("weight_norm", math.sqrt(square), context=count, note="‖θ‖₂"))
+        about: dict[str, Any] = {}
+        if plan:
+            about = {"weights": plan["facts"]["parameters"], "gauge": _gauge(plan)}
+        out.append(Measured("weight_norm", math.sqrt(square), context=about, note="‖θ‖₂"))
     return out
 
 
