@@ -129,7 +129,7 @@ def _sharpness(child: Finished) -> list[Measured]:
             pairs = errors[:, np.isclose(np.abs(child.surface.x), radius)]
             more["samples_se"] = float(np.median(pairs))
         out.append(child.mean(f"sharpness@{radius:g}", rise[:, i], "directions", **more))
-    return [*out, *_curvature(child)]
+    return out
 
 
 def _curvature(child: Finished) -> list[Measured]:
