@@ -311,8 +311,7 @@ def test_children_of_other_samples_are_not_compared_without_a_word():
     where = [{"samples": 64, "batch_norm": "eval"}, {"samples": 256, "batch_norm": "recalibrate"}]
     runs = [
         RunMeasures(str(i), sibling({"wd": 0.1 * i}, {}).plan, [
-            Measured("trace", 1.0, context=context), Measured("sharpness@0.5", 1.0, context=context),
-            Measured("sharpness@1", 1.0, context=context),
+            *(Measured(n, 1.0, context=context) for n in ("trace", "sharpness@0.5", "sharpness@1")),
             Measured("basins", 1.0, context={**where[0], "seed": i})])
         for i, context in enumerate(where)
     ]  # fmt: skip
