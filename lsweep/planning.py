@@ -187,7 +187,8 @@ def plan_run(
     text: str | None = None,
     unit_points: int | None = None,
     code: Path | None = None,
-    gauge: dict[str, Any] | None = None,
+    known: dict[str, Any] | None = None,
+    stored: dict[str, State] | None = None,
 ) -> Planned:
     """Freeze the plan of a run and publish the round that its grid asks for.
 
@@ -201,7 +202,9 @@ def plan_run(
         text: of the sweep.toml, to be kept in the run.
         unit_points: points of a unit.
         code: the factory's file, where it is not the one below ``base``.
-        gauge: factors of another plan with the same origin, as its facts hold them.
+        known: facts of another plan with the same origin that this one shares with it: ``gauge``,
+            and ``axes`` where its directions are the same.
+        stored: axis -> tensors of derived directions that are shared, too.
 
     Raises:
         PlanChanged: the run holds another plan; the field is named.
@@ -209,8 +212,8 @@ def plan_run(
     """
     existing = Plan.read(folder) if folder.exists else None
     try:
-        stored = read_derived(folder, existing, settings) if existing else None
-        known = existing.facts if existing else {"gauge": gauge}
+        if existing:
+            known, stored = existing.facts, read_derived(folder, existing, settings)
         plan, directions = make_plan(settings, problem, base, known, code, stored)
     except LsweepError as e:
         if existing is not None and not isinstance(e, PlanChanged):
