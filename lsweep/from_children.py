@@ -283,9 +283,10 @@ def _spectrum(child: Finished) -> list[Measured]:
 
 
 def _jacobian(child: Finished) -> list[Measured]:
-    value = float(child.values("input_jacobian")[0])
+    value = float(child.values("input_jacobian").mean())
     errors = child.surface.values.get(f"{child.split}_input_jacobian_se")
-    se = None if errors is None else float(errors[0])
+    # Where there are probes their noise is part of each error; the samples are the same.
+    se = None if errors is None else float(errors.mean())
     note = "Frobenius norm of d output / d input, mean over samples"
     replicate = "" if se is None else "samples"
     return [child.row("input_jacobian", value, se, replicate, note)]
