@@ -244,12 +244,14 @@ def student_95(degrees: int) -> float:
 
 def _trace(child: Finished) -> list[Measured]:
     out = []
+    layer = child.surface.provenance["plan"]["facts"].get("last_layer")
     for name in ("hessian_trace", "filter_hessian_trace", "relative_flatness"):
-        found = child.mean(name, child.values(name), "probes")
+        note = f"of {layer}" if layer and name == "relative_flatness" else ""
+        found = child.mean(name, child.values(name), "probes", note)
         if found.se is not None and math.isfinite(found.se):
             half = student_95(len(child.surface.x) - 1) * found.se
             interval = [found.value - half, found.value + half]
-            found = child.mean(name, child.values(name), "probes", ci95=interval)
+            found = child.mean(name, child.values(name), "probes", note, ci95=interval)
         out.append(found)
     return out
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lsweep.asking import ask_grid
+from lsweep.curvature import last_layer
 from lsweep.derived import as_arrays, derive, read_derived, store_derived
 from lsweep.differentiating import check_pointwise
 from lsweep.direction_file import write_directions
@@ -144,7 +145,7 @@ def make_plan(
             },
             "layers": list(directions.layers),
             "curvature": str(directions.curved),
-            "curved": _curved_weights(origin, directions),
+            **_curved_weights(origin, directions),
             "gram": directions.gram.tolist(),
             "cosines": directions.cosines().tolist(),
             "projections": projections,
@@ -157,10 +158,11 @@ def make_plan(
     return plan, directions
 
 
-def _curved_weights(origin: Origin, directions: Directions) -> int:
-    """How many weights derivatives are taken over: the size of the Hessian."""
+def _curved_weights(origin: Origin, directions: Directions) -> dict[str, Any]:
+    """How many weights derivatives are taken over, the size of the Hessian; and the last layer."""
     names = directions.curved.names if directions.curved else ()
-    return sum(origin.parameters[n].numel() for n in names)
+    shapes = {n: origin.parameters[n].shape for n in names}
+    return {"curved": sum(s.numel() for s in shapes.values()), "last_layer": last_layer(shapes)}
 
 
 def _weight_products(origin: Origin, directions: Directions) -> dict[str, Any]:
