@@ -99,7 +99,8 @@ def ascend(
 
     Returns:
         L(θ+d) - L(θ) after the first step, and the largest at any point on the way, the centre
-        included: a lower bound of the maximum over the ball, never below 0.
+        included: a lower bound of the maximum over the ball, never below 0. NaN where nothing rose
+        but some loss on the way was not finite.
     """
     here = objective.here
     start, gradient = objective.with_gradient()
@@ -109,6 +110,7 @@ def ascend(
         value, gradient = objective.with_gradient(here + best_d)
         best = value - start
     first, length = math.nan, 1.0
+    known = math.isfinite(start) and math.isfinite(best)
     for step in range(steps):
         d = torch.lerp(best_d, support(gradient), length)
         if step + 1 < steps:
@@ -117,11 +119,12 @@ def ascend(
             value, g = objective.value(here + d), gradient
         rise = value - start
         first = rise if step == 0 else first
+        known = known and math.isfinite(rise)
         if rise > best:
             best, best_d, gradient = rise, d, g
         else:
             length /= 2
-    return Rise(first, max(best, 0.0) if math.isfinite(start) else math.nan)
+    return Rise(first, best if best > 0 else 0.0 if known else math.nan)
 
 
 def keskar(
@@ -139,19 +142,21 @@ def keskar(
         replicate: which start within the box; 0 is θ itself.
 
     Returns:
-        The largest rise that was evaluated, in per cent of 1 + L; NaN where L is not finite.
+        The largest rise that was evaluated, in per cent of 1 + L; NaN where L is not finite, or
+        where nothing rose but some loss in the box was not finite.
     """
     here = objective.here
     reach = eps * (here.abs() + 1)
     start = objective.value()
     if not math.isfinite(start):
         return math.nan
-    best = start
+    best, known = start, True
 
     def fall(d: np.ndarray) -> tuple[float, np.ndarray]:
-        nonlocal best
+        nonlocal best, known
         value, g = objective.with_gradient(here + torch.from_numpy(d.copy()).to(here))
         if not math.isfinite(value):
+            known = False
             return math.inf, np.zeros_like(d)
         best = max(best, value)
         return -value, -g.double().cpu().numpy()
@@ -170,4 +175,4 @@ def keskar(
         bounds=optimize.Bounds(-limit, limit),
         options={"maxiter": 10, "maxfun": 60},
     )
-    return 100 * (best - start) / (1 + start)
+    return 100 * (best - start) / (1 + start) if known or best > start else math.nan

@@ -309,6 +309,32 @@ def test_what_no_plane_changes_keeps_its_own_error():
     assert "1.25 ± 0.5" in told and "± 0\n" not in told
 
 
+def test_what_did_not_converge_is_marked_also_among_others():
+    runs = [sibling({"wd": 0.1 * i}, {"hessian_max": 1.0 + i, "test_loss": 2.0 + i * i,
+                                      "train_loss": 0.1}) for i in range(9)]  # fmt: skip
+    loose = Measured("hessian_max", 3.0, context={"doubtful": True}, note="did not converge: …")
+    runs[2] = RunMeasures("loose", runs[2].plan, [*runs[2].rows[1:], loose])
+    found = compare(runs)
+    assert [n.measures["hessian_max"].doubtful for n in found.networks] == [0, 0, 1] + [0] * 6
+    text = "\n".join(lines(found))
+    assert text.count("3*") == 1 and "* 1 of these did not converge" in text
+    assert "hessian_max (1 in doubt)" in text  # where its τ stands
+    assert "*" not in "\n".join(lines(compare([r for r in runs if r.name != "loose"])))
+
+
+def test_children_of_other_samples_are_not_compared_without_a_word():
+    """A child's samples and batch norm need not be its parent's: no parent's plan tells."""
+    where = [{"samples": 64, "batch_norm": "eval"}, {"samples": 256, "batch_norm": "recalibrate"}]
+    runs = [
+        RunMeasures(str(i), sibling({"wd": 0.1 * i}, {}).plan, [
+            *(Measured(n, 1.0, context=context) for n in ("trace", "sharpness@0.5", "sharpness@1")),
+            Measured("basins", 1.0, context={**where[0], "seed": i})])
+        for i, context in enumerate(where)
+    ]  # fmt: skip
+    assert compare(runs).unlike == ("samples of trace and 1 more", "batch norm of trace and 1 more")
+    assert compare(runs[:1] * 2).unlike == ()
+
+
 def test_the_gap_is_named_and_is_the_error_where_there_is_one():
     rows = {"train_loss": 0.1, "test_loss": 0.5, "train_accuracy": 99.0, "test_accuracy": 95.0}
     runs = [sibling({"wd": w}, rows) for w in (0.0, 0.1)]
