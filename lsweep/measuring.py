@@ -13,11 +13,11 @@ from lsweep.children import Child, settings_for
 from lsweep.errors import LsweepError, PlanChanged
 from lsweep.factory import factory_file
 from lsweep.folder import RunFolder
-from lsweep.plan import Plan
+from lsweep.plan import LIVE, Plan
 from lsweep.planning import Planned, plan_run
 from lsweep.pointwise import POINTWISE
 from lsweep.problem import Problem
-from lsweep.restoring import LIVE, base_of, load_problem, settings_of
+from lsweep.restoring import base_of, load_problem, settings_of
 from lsweep.rounds import Rounds
 from lsweep.settings import Settings
 
