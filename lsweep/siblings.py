@@ -1,7 +1,8 @@
 """Siblings: the measures of several runs, brought together network by network, over their planes.
 
 Runs of one network that differ in the seed of their directions are its planes: measures are
-averaged over them and their spread is told. What else differs between runs is said.
+averaged over them and the spread is told of those that depend on the plane; the others keep their
+own standard error. What else differs between runs is said.
 """
 
 from __future__ import annotations
@@ -61,9 +62,9 @@ class Spread:
 
     Attributes:
         mean: over planes.
-        sd: standard deviation over planes, or None with one.
+        sd: standard deviation over planes; None with one, or where it does not depend on the plane.
         planes: how many had it.
-        se: of one plane's own value, or None.
+        se: its own standard error where ``sd`` is None, the largest of them; or None.
         replicate: of what ``se`` is the error.
         doubtful: on how many planes it did not converge, or lies within its own error.
     """
@@ -77,7 +78,7 @@ class Spread:
 
     @property
     def error(self) -> float:
-        """What an error bar shows: over planes where there are several, else its own; or NaN."""
+        """What an error bar shows: over planes where it depends on them, else its own; or NaN."""
         if self.sd is not None:
             return self.sd
         return math.nan if self.se is None else self.se
@@ -146,17 +147,26 @@ def _names(planes: Sequence[RunMeasures]) -> list[str]:
 def _spread(name: str, planes: Sequence[RunMeasures]) -> Spread:
     rows = [r for p in planes for r in p.rows if r.name == name]
     values = [r.value for r in rows]
-    sd = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
-    mean = math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan
-    own = rows[0] if len(rows) == 1 else None
-    return Spread(
-        mean,
-        sd,
-        len(rows),
-        own.se if own else None,
-        own.replicate if own else "",
-        sum(r.doubtful for r in rows),
-    )
+    known = all(map(math.isfinite, values))
+    mean = math.fsum(values) / len(values) if known else math.nan
+    doubtful = sum(r.doubtful for r in rows)
+    if len(rows) > 1 and any(map(depends_on_plane, rows)):
+        sd = statistics.stdev(values) if known else None
+        return Spread(mean, sd, len(rows), doubtful=doubtful)
+    own = max((r for r in rows if r.se is not None), key=lambda r: r.se or 0.0, default=None)
+    se, replicate = (own.se, own.replicate) if own else (None, "")
+    return Spread(mean, None, len(rows), se, replicate, doubtful)
+
+
+def depends_on_plane(row: Measured) -> bool:
+    """Return whether a number is another one along other random directions.
+
+    >>> depends_on_plane(Measured("basins", 1.0, context={"grid": "51 x 51"}))
+    True
+    >>> depends_on_plane(Measured("input_jacobian", 1.0, 0.1, "samples"))
+    False
+    """
+    return bool({"grid", "range"} & row.context.keys()) or row.replicate == "directions"
 
 
 def _gaps(

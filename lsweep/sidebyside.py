@@ -32,10 +32,8 @@ def _networks(c: Comparison) -> Iterator[str]:
     planes = sorted({len(n.planes) for n in c.networks})
     many = f"{planes[0]}" if len(planes) == 1 else f"{planes[0]} to {planes[-1]}"
     yield (f"{len(c.networks)} networks, {many} plane{'s' if planes != [1] else ''} each"
-           + ("; ± is the standard deviation over planes" if planes != [1] else "")
-           + ("; of a network with one plane, its own standard error"
-              if 1 in planes else "")
-           + "; of a gap, the standard error over samples")  # fmt: skip
+           + ("; ±: its own standard error" if planes == [1] else "; ±: standard deviation over "
+              "planes; of one plane, and of what does not depend on it, its own standard error"))  # fmt: skip
     if c.unlike:
         shown = ", ".join(c.unlike[:6]) + (", …" if len(c.unlike) > 6 else "")
         yield f"  not measured alike, so compare with care: they differ in {shown}"
@@ -72,8 +70,9 @@ def _spread(spread: Spread | None) -> str:
     if spread is None:
         return "-"
     error = spread.error
-    text = f"{spread.mean:.4g} ± {error:.2g}" if math.isfinite(error) else _number(spread.mean)
-    return text + "*" * (spread.doubtful > 0)
+    # "± 0" would read as certainty.
+    more = f" ± {error:.2g}" if math.isfinite(error) and error > 0 else ""
+    return _number(spread.mean) + more + "*" * (spread.doubtful > 0)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int = WIDTH) -> Iterator[str]:
@@ -268,6 +267,8 @@ def as_json(c: Comparison) -> dict[str, Any]:
                         "mean": _finite(s.mean),
                         "sd": _finite(s.sd),
                         "planes": s.planes,
+                        "se": _finite(s.se),
+                        "replicate": s.replicate,
                         "doubtful": s.doubtful,
                     }
                     for k, s in n.measures.items()

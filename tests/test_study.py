@@ -269,7 +269,8 @@ def sibling(
         "data": {},
         "evaluate": evaluate,
     }
-    return RunMeasures(f"{options} {seed}", plan, [Measured(k, v) for k, v in rows.items()])
+    along = [Measured(k, v, context={"grid": "5"}) for k, v in rows.items()]
+    return RunMeasures(f"{options} {seed}", plan, along)
 
 
 def test_planes_are_averaged_and_their_spread_is_told():
@@ -291,6 +292,21 @@ def test_planes_are_averaged_and_their_spread_is_told():
     text = "\n".join(lines(compare([*runs, other])))
     assert "not measured alike" in text and "evaluate.samples" in text
     assert "no generalisation gap is known" in text
+
+
+def test_what_no_plane_changes_keeps_its_own_error():
+    def plane(seed: int, a: float, se: float) -> RunMeasures:
+        rows = [Measured("a", a, se, "samples"), Measured("norm", 2.0),
+                Measured("basins", 1.0, context={"grid": "5"})]  # fmt: skip
+        return RunMeasures(str(seed), sibling({"wd": 0.0}, {}, seed).plan, rows)
+
+    found = compare([plane(0, 1.0, 0.25), plane(1, 1.5, 0.5)])
+    (network,) = found.networks
+    a, norm, basins = (network.measures[n] for n in ("a", "norm", "basins"))
+    assert (a.mean, a.sd, a.error, a.replicate) == (1.25, None, 0.5, "samples")
+    assert norm.sd is None and norm.se is None and basins.sd == 0.0
+    told = "\n".join(lines(found))
+    assert "1.25 ± 0.5" in told and "± 0\n" not in told
 
 
 def test_what_did_not_converge_is_marked_also_among_others():
