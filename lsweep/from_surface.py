@@ -128,7 +128,7 @@ def rows_of_plane(surface: Surface, name: str) -> tuple[list[Measured], list[str
             continue
         rows += [row for row in found if not math.isnan(row.value)]
         refused += [f"{r.name}: {r.note or 'no value'}" for r in found if math.isnan(r.value)]
-    rest = _on_interpolated(surface, name)
+    rest = on_interpolated(surface, name)
     return [
         dataclasses.replace(
             row,
@@ -139,7 +139,7 @@ def rows_of_plane(surface: Surface, name: str) -> tuple[list[Measured], list[str
     ], refused
 
 
-def _on_interpolated(surface: Surface, name: str) -> str:
+def on_interpolated(surface: Surface, name: str) -> str:
     """Say that numbers rest on interpolated values, how far those may be off, and who checked."""
     if not (surface.status == Status.INTERPOLATED).any():
         return ""

@@ -16,6 +16,7 @@ from lsweep.marks import (
     BLUE,
     SMALL,
     VERMILLION,
+    Z,
     default_name,
     describe,
     join,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 _TWIN = "lsweep accuracy"
-_Z = 1.96
 _STYLE = "#505050"  # of lines in the legend that explain a style, whatever the run
 _GREY, _BAD = "#DDDDDD", "not finite or failed"
 
@@ -204,7 +204,7 @@ def _plot(surface: Surface, name: str, ax: Axes, text: str, style: dict[str, Any
     found = [n for n in (f"{name}_diff_se", f"{name}_se") if n in surface.values]
     if not found:
         return
-    width = _Z * np.clip(surface[found[0]], 0.0, 1e300)
+    width = Z * np.clip(surface[found[0]], 0.0, 1e300)
     where = good & np.isfinite(width)
     if where.any():
         width = np.where(where, width, 0.0)
@@ -214,7 +214,7 @@ def _plot(surface: Surface, name: str, ax: Axes, text: str, style: dict[str, Any
         against = " vs centre" if found[0].endswith("_diff_se") else ""
         ax.fill_between(
             x, low, high, where=where.tolist(), color=style["color"], alpha=0.2, lw=0, zorder=1,
-            label=f"±1.96 s.e.{against}",
+            label=f"±{Z} s.e.{against}",
         )  # fmt: skip
 
 

@@ -23,17 +23,22 @@ from lsweep.errors import LsweepError
 from lsweep.field import CERTAIN
 from lsweep.folder import RunFolder
 from lsweep.from_children import Finished, rows_of
-from lsweep.from_surface import centre_of, context_of, rows_at_centre, rows_of_plane
+from lsweep.from_surface import (
+    centre_of,
+    context_of,
+    on_interpolated,
+    rows_at_centre,
+    rows_of_plane,
+)
 from lsweep.measured import Measured
 from lsweep.merge import merge
 from lsweep.opening import open_surface
 from lsweep.penalty import with_l2
-from lsweep.plan import Plan
-from lsweep.surface import Status, Surface
+from lsweep.plan import LIVE, Plan
+from lsweep.surface import Surface
 
 ALIKE = 1e-3  # relative; what one direction tells exactly, as in one dimension, has no error
 VAGUE = 0.2  # of a number: two that are known no better than this cannot be told apart
-LIVE = "live:"  # how the factory of a live model begins
 ROUTES = {"direction_curvature": "filter_hessian_trace", "spectral_trace": "hessian_trace"}
 COMPARABLE = {
     "split": "split",
@@ -149,7 +154,7 @@ def measure_path(
 
 def _is_live(surface: Surface) -> bool:
     plan = surface.provenance.get("plan") or {}
-    return str(plan.get("problem", {}).get("factory", "")).startswith(LIVE)
+    return bool(plan.get("problem", {}).get("factory", "") == LIVE)
 
 
 def _child_rows(folder: RunFolder, name: str, origin: object) -> tuple[list[Measured], list[str]]:
@@ -279,17 +284,10 @@ def _summary(surface: Surface, name: str) -> dict[str, Any]:
     out |= {"minimum": least, "minimum_at": where}
     if len(surface.axes) == 2 and min(surface.shape) >= 3:
         out["nonconvex_fraction"] = nonconvex_fraction(surface, name)
-    if (surface.status == Status.INTERPOLATED).any():
-        out |= _on_what(surface, name, where)
+    if on_what := on_interpolated(surface, name):
+        out |= {
+            "evaluated": int(surface.evaluated.sum()),
+            "values": on_what,
+            "minimum_is": "evaluated" if surface.evaluated_at(where) else "interpolated",
+        }
     return out
-
-
-def _on_what(surface: Surface, name: str, where: dict[str, float]) -> dict[str, Any]:
-    """Say that numbers rest on interpolated values, and how far those may be off."""
-    error = surface.values.get(f"{name}_error")
-    largest = float(np.nanmax(error)) if error is not None else float("nan")
-    return {
-        "evaluated": int(surface.evaluated.sum()),
-        "values": f"mostly interpolated, stated error at most {largest:.2%} of the log range",
-        "minimum_is": "evaluated" if surface.evaluated_at(where) else "interpolated",
-    }

@@ -89,16 +89,23 @@ def toml(base: Path, count: int = 5) -> Path:
     return base / "sweep.toml"
 
 
+def state(folder: RunFolder) -> dict[str, tuple[int, bytes]]:
+    arrays = folder.arrays.glob("*.h5")
+    return {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in arrays}
+
+
 def test_workers_read_what_was_computed_once(tmp_path: Path):
     folder = cases.planned(toml(tmp_path))
-    stored = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.all_arrays()}
+    stored = state(folder)
     assert [n[0] for n in sorted(stored)] == ["x", "y"]
     for child in [cases.start(folder, index=i, of=2) for i in range(2)]:
         assert os.waitpid(child, 0)[1] == 0
     first = cases.merged(folder)[0]
     done = cases.command("plan", toml(tmp_path, 9), "--run", folder.root)
     assert done.code == 0 and "eigenvalue" in done.out and "norm of the gradient" in done.out
-    assert {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.all_arrays()} == stored
+    assert {
+        p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.arrays.glob("*.h5")
+    } == stored
     cases.worked(folder)
     s = cases.merged(folder)[0]
     assert s["train_loss"][:, ::2].tobytes() == first["train_loss"].tobytes()
@@ -126,7 +133,7 @@ def test_of_two_that_plan_at_once_the_first_ones_vectors_count(tmp_path: Path, m
     monkeypatch.setattr(planning, "derive", slowly)
     planned = planning.plan_run(settings, problem, tmp_path, folder)
     assert len(calls) == 2 and planned.plan.digest == Plan.read(folder).digest
-    assert len([p for p in folder.all_arrays() if p.name.startswith("x-")]) == 2
+    assert len([p for p in folder.arrays.glob("*.h5") if p.name.startswith("x-")]) == 2
     found = read_arrays(folder, "x", planned.plan.directions["x"]["stored"])["0.weight"]
     assert np.array_equal(found, -calls[0])
 
@@ -145,7 +152,7 @@ def test_a_map_of_the_curvature_lies_in_the_plane_of_its_parent(tmp_path: Path):
 @pytest.mark.parametrize("trouble", ["missing", "damaged", "another"])
 def test_stored_directions_that_are_not_there_are_one_line(tmp_path: Path, trouble: str):
     folder = cases.planned(toml(tmp_path))
-    x, y = sorted(folder.all_arrays())
+    x, y = sorted(folder.arrays.glob("*.h5"))
     if trouble == "missing":
         x.unlink()
     elif trouble == "damaged":
