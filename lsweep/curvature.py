@@ -21,11 +21,11 @@ from lsweep.filters import filter_rows
 from lsweep.lanczos import FloatArray, lanczos
 from lsweep.noise import random_signs, random_tensor
 from lsweep.objective import Objective
+from lsweep.pointwise import CONVERGED
 
 Product = Callable[[Tensor], Tensor]
 
 TOLERANCE = 1e-3  # at which ARPACK stops, relative to half the range of eigenvalues
-CONVERGED = 1e-2  # the residual beyond which an eigenvalue is said not to have converged
 RESTARTS = 20  # of ARPACK, about 19 products each
 GLANCE = 6  # steps of Lanczos, to see where the spectrum lies
 DENSE = 32  # parameters: the whole matrix is cheaper than a Krylov space

@@ -20,6 +20,7 @@ from lsweep.children import CHILDREN, Child, names_of
 from lsweep.committed import read_run
 from lsweep.convexity import nonconvex_fraction
 from lsweep.errors import LsweepError
+from lsweep.field import CERTAIN
 from lsweep.folder import RunFolder
 from lsweep.from_children import Finished, rows_of
 from lsweep.from_surface import centre_of, context_of, rows_at_centre, rows_of_plane
@@ -30,10 +31,21 @@ from lsweep.penalty import with_l2
 from lsweep.plan import Plan
 from lsweep.surface import Status, Surface
 
-CERTAIN = 3.0  # standard errors within which two routes to one number agree
-SAME = 1e-3  # relative; what one direction tells exactly, as in one dimension, has no error
+ALIKE = 1e-3  # relative; what one direction tells exactly, as in one dimension, has no error
+VAGUE = 0.2  # of a number: two that are known no better than this cannot be told apart
 LIVE = "live:"  # how the factory of a live model begins
 ROUTES = {"direction_curvature": "filter_hessian_trace", "spectral_trace": "hessian_trace"}
+COMPARABLE = {
+    "split": "split",
+    "samples": "samples",
+    "of": "samples",
+    "batch_norm": "batch norm",
+    "precision": "precision",
+    "ignore": "weights",
+    "parameters": "weights",
+    "gauge": "gauge",
+}
+"""What two routes must have in common to lead to one number: key of the context -> in words."""
 
 
 @dataclass(frozen=True)
@@ -185,8 +197,8 @@ def _how_to_get(folder: RunFolder, absent: Sequence[Child], live: bool) -> list[
 def compared(rows: list[Measured]) -> list[Measured]:
     """Return rows, with a note where two routes lead to one number: whether they agree.
 
-    >>> a = Measured("direction_curvature", 2.0, 0.3, "directions", {"normalize": "filter"})
-    >>> b = Measured("filter_hessian_trace", 1.0, 0.4, "probes")
+    >>> a = Measured("direction_curvature", 2.0, 0.1, "directions", {"normalize": "filter"})
+    >>> b = Measured("filter_hessian_trace", 1.8, 0.0, "probes")
     >>> compared([a, b])[0].note
     'agrees with filter_hessian_trace (2.0 standard errors apart)'
     """
@@ -202,19 +214,25 @@ def compared(rows: list[Measured]) -> list[Measured]:
 
 
 def _agreement(a: Measured, b: Measured) -> str:
+    other = [w for k, w in COMPARABLE.items() if a.context.get(k) != b.context.get(k)]
+    if other:
+        return f"not compared with {b.name}: other {', '.join(dict.fromkeys(other))}"
     error = math.hypot(a.se or 0.0, b.se or 0.0)
     gap = abs(a.value - b.value)
     if not math.isfinite(gap) or not math.isfinite(error):
         return ""
     apart = gap / error if error else math.inf if gap else 0.0
     size = max(abs(a.value), abs(b.value))
+    if apart <= CERTAIN and error > VAGUE * size:
+        share = error / size if size else math.inf
+        return f"cannot be told from {b.name}: the error of their difference is {share:.0%}"
     if apart <= CERTAIN:
         return f"agrees with {b.name} ({apart:.1f} standard errors apart)"
-    if gap <= SAME * size:
+    if gap <= ALIKE * size:
         return f"agrees with {b.name} (to {gap / size:.1g})"
     radius = a.context.get("radius")
-    why = f": within r = {radius:g} the loss is no quadratic" if radius else ""
-    return f"differs from {b.name} by {apart:.1f} standard errors{why}"
+    where = f": at r = {radius:g} it is another number" if radius else ""
+    return f"differs from {b.name} by {apart:.1f} standard errors{where}"
 
 
 def measure(surface: Surface | str | os.PathLike[str], name: str = "train_loss") -> dict[str, Any]:

@@ -106,6 +106,15 @@ def test_where_the_loss_only_falls_the_worst_case_is_to_stay():
     assert keskar(objective) == 0
 
 
+def test_where_no_loss_on_the_way_is_a_number_there_is_no_worst_case():
+    """Not 0, which would say that the loss cannot rise."""
+    objective = of_weights(W, lambda w: w.sum() + (1e-30 - ((w - W) ** 2).sum()).log())
+    assert math.isfinite(objective.value())
+    rise = ascend(objective, filter_ball(objective, 0.1))
+    assert math.isnan(rise.first) and math.isnan(rise.best)
+    assert math.isnan(keskar(objective))
+
+
 def test_at_a_minimum_the_climb_begins_at_the_edge():
     objective = of_weights(W, lambda w: ((w - W) ** 2).sum())
     rise = ascend(objective, filter_ball(objective, 0.1))
