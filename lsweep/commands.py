@@ -72,6 +72,21 @@ def planned(options: Namespace) -> tuple[RunFolder, Problem | None]:
     return folder, problem
 
 
+def along_eigenvectors(folder: RunFolder) -> dict[str, list[str]]:
+    """Return for each axis along an eigenvector what its curvature says of the range asked last."""
+    from lsweep.plan import Plan
+    from lsweep.quadratic import quadratic_lines
+    from lsweep.rounds import Rounds
+
+    plan = Plan.read(folder)
+    grid, facts = Rounds.read(folder, plan).last.grid, plan.facts["axes"]
+    return {
+        axis: quadratic_lines(axis, facts[axis], [float(bound) for bound in grid[axis][:2]])
+        for axis in plan.axes
+        if "eigenvalue" in facts[axis]
+    }
+
+
 def wanted_children(options: Namespace) -> list[Child]:
     """Return the children that ``--measures`` names; the cheap ones first.
 
@@ -187,6 +202,8 @@ def do_plan(options: Namespace) -> int:
             doubt = "" if facts["converged"] else ": it did not converge"
             print(f"     eigenvalue {facts['eigenvalue']:.4g}, residual {facts['residual']:.1e}"
                   + doubt + "".join(f"; {n}" for n in [facts.get("note")] if n))  # fmt: skip
+            for line in along_eigenvectors(folder)[axis]:
+                print(f"     {line}")
         if "slope" in facts:
             print(f"     norm of the gradient {facts['slope']:.4g}")
     vectors = [v for along in plan.facts.get("gauge", {}).values() for v in along.values()]

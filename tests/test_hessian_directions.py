@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 
 import cases
@@ -64,6 +65,34 @@ def test_a_gradient_points_uphill_and_is_as_long_as_a_random_direction():
     facts = s.provenance["plan"]["facts"]["axes"]
     np.testing.assert_allclose(facts["x"]["slope"], slope, rtol=1e-12)
     np.testing.assert_allclose([facts["x"]["norm"], facts["y"]["norm"]], length, rtol=1e-8)
+
+
+def test_the_plan_says_how_far_the_quadratic_goes(tmp_path: Path):
+    (tmp_path / "sweep.toml").write_text(
+        f'[problem]\nfactory = "{problems.factory_file(tmp_path, "quadratic")}"\n'
+        "[grid.x]\nrange = [-50, 50]\ncount = 3\n[grid.y]\nrange = [-0.1, 0.1]\ncount = 3\n"
+        '[directions]\nkind = "hessian"\n[evaluate]\nprecision = "float64"\n'
+    )
+    done = cases.command("plan", tmp_path / "sweep.toml")
+    assert done.code == 0, done.err
+    said = [line.strip() for line in done.out.splitlines() if "quadratic" in line]
+    advice = [line.strip() for line in done.out.splitlines() if "take one near" in line]
+    problem = problems.quadratic()
+    h, theta, values, vectors = exact(problem)
+    centre, length = 0.5 * theta @ h @ theta, np.linalg.norm(theta)
+    for line, word, k in zip(said, ("rises", "falls"), (-1, 0), strict=True):
+        bend = 0.5 * values[k] * length**2
+        far = float(re.search(r"by ([^ ]+) at . = 1,", line)[1])
+        assert word in line and far == pytest.approx(abs(bend), rel=0.01)
+        there = float(line.rpartition(" = ")[2])
+        # Halfway between both sides, where the slope cancels.
+        ends = [theta + s * there * length * vectors[:, k] for s in (1, -1)]
+        moved = np.mean([0.5 * t @ h @ t for t in ends]) - centre
+        goal = -centre if word == "falls" and centre > 0 else max(1, centre) * np.sign(bend)
+        assert moved == pytest.approx(goal, rel=0.1)
+    assert len(advice) == 1 and advice[0].startswith("the range [-50, 50] goes ")
+    again = cases.command("run", tmp_path / "sweep.toml", "--on", "inline", "--no-picture")
+    assert f"x: {said[0]}\nx: {advice[0]}\ny: {said[1]}\n" in again.out
 
 
 def test_a_subset_of_the_samples_is_what_derivatives_are_taken_over():
