@@ -126,10 +126,7 @@ def check_pointwise(metrics: tuple[str, ...], problem: Problem) -> None:
         if metric == "input_jacobian":
             require_output(problem)
         if POINTWISE[metric].scipy:
-            try:
-                scipy("sparse.linalg")
-            except LsweepError as e:
-                raise LsweepError(f"metric {metric!r} {e}") from None
+            scipy("sparse.linalg", f"metric {metric!r}")
 
 
 def _sums(found: float | Sampled) -> FloatArray:

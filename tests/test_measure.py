@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -281,6 +282,30 @@ def test_interrupted_children_go_on_where_they_were(tmp_path):
     assert cases.differences(cases.merged(child)[0], cases.merged(other)[0]) == []
     s, _ = cases.samples()  # x moves a weight of length 1 by ±r in every direction: L = s r² + t
     assert measured(run.root)["sharpness@0.5"].value == pytest.approx(s.mean() / 4, rel=1e-5)
+
+
+def test_planning_that_stopped_before_the_first_round_goes_on(tmp_path):
+    toml = cases.sweep_file(tmp_path, x=3, low="-1")
+    names = ("--measures", "sharpness,curvature", "--replicates", "3")
+    assert cases.command("plan", toml, *names).code == 0
+    run = RunFolder(tmp_path / "sweep.run")
+    asked = {n: run.child(n).round(0).read_bytes() for n in run.all_children()}
+    for folder in (run, *map(run.child, asked)):
+        for path in folder.root.iterdir():  # a plan alone is what an interruption leaves
+            if path not in (folder.plan, folder.measures):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert (
+        f"'lsweep plan SWEEP.toml --run {run.root}' goes on" in cases.command("work", run.root).err
+    )
+    assert cases.command("plan", toml).code == 0
+    for name in asked:
+        goes_on = f"lsweep plan {run.root} --measures {name}"
+        assert f"'{goes_on}' goes on" in cases.command("run", run.child(name).root).err
+        assert any(
+            f"'{goes_on}'" in line for line in cases.command("status", run.root).out.splitlines()
+        )
+    assert cases.command("plan", run.root, *names).code == 0
+    assert asked == {n: run.child(n).round(0).read_bytes() for n in asked}
 
 
 def test_more_replicates_are_one_more_round_and_stay(run, toml):
