@@ -36,7 +36,8 @@ class Basin:
         share: A(c), of the plane or line that was swept.
         share_se: half the change of ``share`` when the values' differences to the centre move by
             one standard error all together, which is how errors of the same samples move; None
-            where these errors are not known at every point.
+            where these errors are not known at every point, or where that moves no point of the
+            lattice across the edge, as when the whole plane is basin.
         area: the same in squared offsets (in offsets on a line).
         cells: points of the component.
         border: the component reaches the border: ``share`` is a lower bound.
@@ -148,8 +149,10 @@ def _share_error(field: Field, height: FloatArray, rise: float, weight: FloatArr
     error = field.diff_se
     if error is None or np.isnan(error[np.isfinite(height)]).any():
         return None
-    ends = [weight[_component(field, height + s * error <= rise)].sum() for s in (-1, 1)]
-    return float(abs(ends[0] - ends[1]) / 2)
+    least, most = (_component(field, height + s * error <= rise) for s in (1, -1))
+    if np.array_equal(least, most):
+        return None  # it is finer than the lattice, or beyond the border: not known to be 0
+    return float(abs(weight[most].sum() - weight[least].sum()) / 2)
 
 
 def _reaches_border(inside: npt.NDArray[np.bool_]) -> bool:

@@ -20,9 +20,10 @@ from matplotlib.patches import Patch
 
 from lsweep.cells import edges
 from lsweep.convexity import THRESHOLD, convexity_ratio
-from lsweep.from_children import CONVERGED, Finished
+from lsweep.from_children import Finished
 from lsweep.maps import COLORS, NONFINITE
 from lsweep.marks import SMALL, equal_aspect, label_axes, put_legend, put_title
+from lsweep.pointwise import CONVERGED
 from lsweep.scales import FloatArray
 from lsweep.surface import Status, Surface
 

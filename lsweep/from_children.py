@@ -16,18 +16,20 @@ import numpy as np
 import numpy.typing as npt
 
 from lsweep.barrier import barriers
+from lsweep.convexity import THRESHOLD
 from lsweep.from_surface import context_of
 from lsweep.measured import Measured, mean_of
+from lsweep.pointwise import CONVERGED
 from lsweep.spectrum import moment, negative_mass, threshold
 from lsweep.surface import Surface
 
 FloatArray = npt.NDArray[np.float64]
-CONVERGED = 1e-2  # largest |Hv - λv| / max|λ| of an eigenvalue that counts as found
 AGREED = 1e-2  # largest relative difference between start vectors of one eigenvalue
 CLIMBED = 0.1  # the same of climbs, which end on different hills
 PRECISIONS = {"float64": 2.2e-16, "float32": 1.2e-7}  # unit roundoff; others are coarser
 ROUNDED = 10.0  # times the rounding of a loss below which a rise may be nothing else
-BENT = 0.1  # |λ_min/λ_max| above which a point counts as not convex, as in the paper
+VAGUE = 0.1  # of an eigenvalue: an error beyond which it is said
+STUDENT = (12.7062, 4.3027, 3.1824)  # 97.5 % quantiles of Student's t for 1, 2, 3 degrees
 
 
 @dataclass(frozen=True)
@@ -138,13 +140,15 @@ def _curvature(child: Finished) -> list[Measured]:
     radii, rise = rises(values, child.surface.x)
     radius, nearest = float(radii[0]), rise[:, 0]
     note = "2·rise/r²"
+    more: dict[str, Any] = {"radius": radius}
     precision = child.context.get("precision", "float64")
     rounding = PRECISIONS.get(str(precision), 1e-3) * float(np.abs(values).max())
     if np.abs(nearest).mean() < ROUNDED * rounding:
         note += f"; near the rounding of {precision}: sweep in float64"
+        more["doubtful"] = True
     found = 2 * nearest / radius**2
     name = f"direction_curvature@{radius:g}"
-    return [child.mean(name, found, "directions", note, radius=radius)]
+    return [child.mean(name, found, "directions", note, **more)]
 
 
 def _layers(child: Finished) -> list[Measured]:
@@ -159,6 +163,7 @@ def _layers(child: Finished) -> list[Measured]:
 
 # -- the worst case --------------------------------------------------------------------------------
 
+LOWER = "a lower bound of the highest"
 WORST = ("worst_filter_1", "worst_filter_20", "worst_adaptive_1", "worst_adaptive_20")
 
 
@@ -166,6 +171,8 @@ def _worst(child: Finished) -> list[Measured]:
     out = []
     for name in WORST:
         values = child.values(name)
+        if name.endswith("_1"):  # one step from the weights; others begin at the ball's edge
+            values = values[:1]
         for i, radius in enumerate(child.surface.x):
             place = f"{name}@{radius:g}"
             out.append(_highest(child, name, place, values[:, i], radius=float(radius)))
@@ -178,15 +185,23 @@ def _highest(
     """The highest of several climbs: each is a lower bound of the maximum."""
     known = values[np.isfinite(values)]
     value = float(known.max()) if len(known) else math.nan
-    note = [child.about(variable), *_disagreement(values, CLIMBED)]
-    return child.row(name, value, note="; ".join(note), replicates=len(values), **context)
+    trouble = _disagreement(values, CLIMBED)
+    note = [child.about(variable), LOWER, *trouble]
+    more = context | ({"replicates": len(values)} if len(values) > 1 else {}) | doubts(trouble)
+    return child.row(name, value, note="; ".join(note), **more)
+
+
+def doubts(trouble: Sequence[str]) -> dict[str, Any]:
+    """Return the context of a number that is not to be relied upon; its note says why."""
+    return {"doubtful": True} if trouble else {}
 
 
 def _disagreement(values: FloatArray, most: float = AGREED) -> list[str]:
     """Say so when replicates of one number do not agree."""
     if not np.isfinite(values).all():
         bad = int(np.count_nonzero(~np.isfinite(values)))
-        return [f"did not converge: {bad} of {len(values)} start vectors gave no number"]
+        of = f"{bad} of {len(values)} start vectors" if len(values) > 1 else "it"
+        return [f"did not converge: {of} gave no number"]
     size = float(np.abs(values).max())
     gap = float(np.ptp(values)) / size if size else 0.0
     return [f"start vectors differ by {gap:.1%}"] if gap > most else []
@@ -205,22 +220,29 @@ def _hessian(child: Finished) -> list[Measured]:
     for prefix in ("", "filter_"):
         high, low = (child.values(f"{prefix}hessian_{end}") for end in ("max", "min"))
         # A Ritz value lies inside the spectrum: the outermost of several is the closest.
-        for end, values in (("max", high), ("min", low)):
-            known = values[np.isfinite(values)]
-            best = math.nan if not len(known) else known.max() if end == "max" else known.min()
-            residual = float(child.values(f"{prefix}hessian_{end}_residual").max())
-            note = _disagreement(values) + _unconverged(residual)
-            out.append(
-                child.row(f"{prefix}hessian_{end}", float(best), note="; ".join(note),
-                          residual=residual, replicates=len(values))
-            )  # fmt: skip
-        top, bottom = out[-2].value, out[-1].value
+        top, bottom = _outermost(high, max), _outermost(low, min)
         largest = max(abs(top), abs(bottom))
+        said: list[str] = []
+        for end, values, value in (("max", high, top), ("min", low, bottom)):
+            residual = float(child.values(f"{prefix}hessian_{end}_residual").max())
+            trouble = _disagreement(values) + _unconverged(residual)
+            said += [f"λ{end}: {t}" for t in trouble]
+            if unsure := residual * largest > VAGUE * abs(value):
+                trouble.append(f"known to ± {residual * largest:.2g}")
+            out.append(
+                child.row(f"{prefix}hessian_{end}", value, note="; ".join(trouble),
+                          residual=residual, replicates=len(values), **doubts(trouble))
+            )  # fmt: skip
+        # Of a residual |Hv - λv| some eigenvalue lies no farther from λ; here in units of max|λ|.
+        said += [f"known to ± {residual:.2g}"] * unsure
         ratio = abs(min(bottom, 0.0)) / largest if largest else 0.0
-        note = list(dict.fromkeys(r.note for r in out[-2:] if r.note))
-        out.append(child.row(f"{prefix}hessian_ratio", ratio, note="; ".join(note),
-                             replicates=len(high)))  # fmt: skip
+        out.append(child.row(f"{prefix}hessian_ratio", ratio, note="; ".join(said), **doubts(said)))
     return out
+
+
+def _outermost(values: FloatArray, of: Callable[[FloatArray], float]) -> float:
+    known = values[np.isfinite(values)]
+    return float(of(known)) if len(known) else math.nan
 
 
 def _unconverged(residual: float) -> list[str]:
@@ -230,11 +252,13 @@ def _unconverged(residual: float) -> list[str]:
 
 
 def student_95(degrees: int) -> float:
-    """Return the 97.5 % quantile of Student's t, by Cornish and Fisher's expansion (to 1 %).
+    """Return the 97.5 % quantile of Student's t; from 4 on by Cornish and Fisher (to 1 %).
 
-    >>> [round(student_95(n), 2) for n in (4, 9, 29)]
-    [2.77, 2.26, 2.05]
+    >>> [round(student_95(n), 2) for n in (1, 2, 3, 4, 9, 29)]
+    [12.71, 4.3, 3.18, 2.77, 2.26, 2.05]
     """
+    if degrees <= len(STUDENT):
+        return STUDENT[degrees - 1]
     z, n = 1.959963984540054, float(degrees)
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
@@ -244,12 +268,14 @@ def student_95(degrees: int) -> float:
 
 def _trace(child: Finished) -> list[Measured]:
     out = []
+    layer = child.surface.provenance["plan"]["facts"].get("last_layer")
     for name in ("hessian_trace", "filter_hessian_trace", "relative_flatness"):
-        found = child.mean(name, child.values(name), "probes")
+        note = f"of {layer}" if layer and name == "relative_flatness" else ""
+        found = child.mean(name, child.values(name), "probes", note)
         if found.se is not None and math.isfinite(found.se):
             half = student_95(len(child.surface.x) - 1) * found.se
             interval = [found.value - half, found.value + half]
-            found = child.mean(name, child.values(name), "probes", ci95=interval)
+            found = child.mean(name, child.values(name), "probes", note, ci95=interval)
         out.append(found)
     return out
 
@@ -283,9 +309,10 @@ def _spectrum(child: Finished) -> list[Measured]:
 
 
 def _jacobian(child: Finished) -> list[Measured]:
-    value = float(child.values("input_jacobian")[0])
+    value = float(child.values("input_jacobian").mean())
     errors = child.surface.values.get(f"{child.split}_input_jacobian_se")
-    se = None if errors is None else float(errors[0])
+    # Where there are probes their noise is part of each error; the samples are the same.
+    se = None if errors is None else float(errors.mean())
     note = "Frobenius norm of d output / d input, mean over samples"
     replicate = "" if se is None else "samples"
     return [child.row("input_jacobian", value, se, replicate, note)]
@@ -300,10 +327,10 @@ def _convexity(child: Finished) -> list[Measured]:
     note = lost if not known.all() else []
     note += [f"{loose} of {ratio.size} points did not converge"] if loose else []
     grid = " x ".join(str(n) for n in reversed(ratio.shape))
-    more: dict[str, Any] = {"grid": grid, "threshold": BENT}
-    share = float((ratio[known] > BENT).mean()) if known.any() else math.nan
+    more: dict[str, Any] = {"grid": grid, "threshold": THRESHOLD} | doubts(note)
+    share = float((ratio[known] > THRESHOLD).mean()) if known.any() else math.nan
     most = float(ratio[known].max()) if known.any() else math.nan
-    text = f"share of {grid} points where the whole Hessian has |λmin/λmax| > {BENT:g}"
+    text = f"share of {grid} points where the whole Hessian has |λmin/λmax| > {THRESHOLD:g}"
     return [
         child.row("map_nonconvex_fraction", share, note="; ".join([text, *note]), **more),
         child.row("map_largest_ratio", most, note="; ".join(note), **more),

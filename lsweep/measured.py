@@ -27,7 +27,7 @@ class Measured:
         se: one standard error, or None where nothing was repeated.
         replicate: of what ``se`` is the error: one of `REPLICATES`, or "".
         context: ``samples``, ``seed``, ``radius``, ``normalize``, ``batch_norm``, ``train_loss``,
-            ``replicates`` (how many), ….
+            ``replicates`` (how many), ``doubtful`` (only where it is, see the note), ….
         note: what did not converge, what it was computed from.
 
     >>> m = Measured("sharpness@0.5", 0.25, 0.0125, "directions", {"radius": 0.5})
@@ -54,6 +54,11 @@ class Measured:
     def family(self) -> str:
         """The name without what follows ``@``."""
         return self.name.partition("@")[0]
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether it did not converge, or lies within its own error; the note says which."""
+        return bool(self.context.get("doubtful", False))
 
     @property
     def text(self) -> str:

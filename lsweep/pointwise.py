@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 LANCZOS_STEPS = 64
+CONVERGED = 1e-2  # largest |Hv - λv| / max|λ| of an eigenvalue that counts as found
 WORST_STEPS = 20
 KESKAR_EPS = 1e-3
 

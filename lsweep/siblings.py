@@ -1,7 +1,8 @@
 """Siblings: the measures of several runs, brought together network by network, over their planes.
 
 Runs of one network that differ in the seed of their directions are its planes: measures are
-averaged over them and their spread is told. What else differs between runs is said.
+averaged over them and the spread is told of those that depend on the plane; the others keep their
+own standard error. What else differs between runs is said.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from lsweep.origins import label
 
 SEEDS = ("seed", "training_seed", "train_seed")
 """Options that repeat a training: held equal in a comparison, never a hyper-parameter."""
+ROW_KEYS = ("samples", "batch_norm", "precision")
+"""What a child may take otherwise than its parent, so that no parent's plan tells."""
 GAPS = {"error": "test error - train error, per cent", "loss": "test loss - train loss"}
 
 
@@ -59,10 +62,11 @@ class Spread:
 
     Attributes:
         mean: over planes.
-        sd: standard deviation over planes, or None with one.
+        sd: standard deviation over planes; None with one, or where it does not depend on the plane.
         planes: how many had it.
-        se: of one plane's own value, or None.
+        se: its own standard error where ``sd`` is None, the largest of them; or None.
         replicate: of what ``se`` is the error.
+        doubtful: on how many planes it did not converge, or lies within its own error.
     """
 
     mean: float
@@ -70,10 +74,11 @@ class Spread:
     planes: int
     se: float | None = None
     replicate: str = ""
+    doubtful: int = 0
 
     @property
     def error(self) -> float:
-        """What an error bar shows: over planes where there are several, else its own; or NaN."""
+        """What an error bar shows: over planes where it depends on them, else its own; or NaN."""
         if self.sd is not None:
             return self.sd
         return math.nan if self.se is None else self.se
@@ -142,10 +147,26 @@ def _names(planes: Sequence[RunMeasures]) -> list[str]:
 def _spread(name: str, planes: Sequence[RunMeasures]) -> Spread:
     rows = [r for p in planes for r in p.rows if r.name == name]
     values = [r.value for r in rows]
-    sd = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
-    mean = math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan
-    own = rows[0] if len(rows) == 1 else None
-    return Spread(mean, sd, len(rows), own.se if own else None, own.replicate if own else "")
+    known = all(map(math.isfinite, values))
+    mean = math.fsum(values) / len(values) if known else math.nan
+    doubtful = sum(r.doubtful for r in rows)
+    if len(rows) > 1 and any(map(depends_on_plane, rows)):
+        sd = statistics.stdev(values) if known else None
+        return Spread(mean, sd, len(rows), doubtful=doubtful)
+    own = max((r for r in rows if r.se is not None), key=lambda r: r.se or 0.0, default=None)
+    se, replicate = (own.se, own.replicate) if own else (None, "")
+    return Spread(mean, None, len(rows), se, replicate, doubtful)
+
+
+def depends_on_plane(row: Measured) -> bool:
+    """Return whether a number is another one along other random directions.
+
+    >>> depends_on_plane(Measured("basins", 1.0, context={"grid": "51 x 51"}))
+    True
+    >>> depends_on_plane(Measured("input_jacobian", 1.0, 0.1, "samples"))
+    False
+    """
+    return bool({"grid", "range"} & row.context.keys()) or row.replicate == "directions"
 
 
 def _gaps(
@@ -196,12 +217,13 @@ def sort_options(options: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[
 
 
 def unlike(runs: Sequence[RunMeasures]) -> list[str]:
-    """Return which fields of the plans differ though measures are compared.
+    """Return what differs in how runs and their children were measured, though they are compared.
 
     Expected to differ: the network, its options, the seed of its directions.
 
-    >>> unlike([RunMeasures("a", {}, []), RunMeasures("b", {}, [])])
-    []
+    >>> rows = ([Measured("trace", 1.0, context={"samples": n})] for n in (64, 256))
+    >>> unlike([RunMeasures(name, {}, r) for name, r in zip("ab", rows, strict=True)])
+    ['samples of trace']
     """
     tables = []
     for run in runs:
@@ -223,4 +245,20 @@ def unlike(runs: Sequence[RunMeasures]) -> list[str]:
             tables.append({**recipes, **data, **asked, **grid})
     if len(tables) < len(runs) and tables:
         return ["some have no plan"]
-    return varying_options(tables)
+    fields = varying_options(tables)
+    return [*fields, *_unlike_rows(runs, {f.rpartition(".")[2] for f in fields})]
+
+
+def _unlike_rows(runs: Sequence[RunMeasures], known: Collection[str]) -> list[str]:
+    """Return what differs in the context of one measure, but for the keys that plans differ in."""
+    seen: dict[tuple[str, str], set[Any]] = {}
+    for row in (r for run in runs for r in run.rows):
+        for key in ROW_KEYS:
+            if key in row.context and key not in known:
+                seen.setdefault((key, row.family), set()).add(row.context[key])
+    out = []
+    for key in ROW_KEYS:
+        names = [name for (k, name), values in seen.items() if k == key and len(values) > 1]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        out += [f"{key.replace('_', ' ')} of {names[0]}{more}"] if names else []
+    return out

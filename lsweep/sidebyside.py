@@ -32,10 +32,8 @@ def _networks(c: Comparison) -> Iterator[str]:
     planes = sorted({len(n.planes) for n in c.networks})
     many = f"{planes[0]}" if len(planes) == 1 else f"{planes[0]} to {planes[-1]}"
     yield (f"{len(c.networks)} networks, {many} plane{'s' if planes != [1] else ''} each"
-           + ("; ± is the standard deviation over planes" if planes != [1] else "")
-           + ("; of a network with one plane, its own standard error"
-              if 1 in planes else "")
-           + "; of a gap, the standard error over samples")  # fmt: skip
+           + ("; ±: its own standard error" if planes == [1] else "; ±: standard deviation over "
+              "planes; of one plane, and of what does not depend on it, its own standard error"))  # fmt: skip
     if c.unlike:
         shown = ", ".join(c.unlike[:6]) + (", …" if len(c.unlike) > 6 else "")
         yield f"  not measured alike, so compare with care: they differ in {shown}"
@@ -50,6 +48,11 @@ def _networks(c: Comparison) -> Iterator[str]:
     else:
         body = [[n.name, *(v[i] for _, v in rows)] for i, n in enumerate(c.networks)]
         yield from table(["", *(r for r, _ in rows)], body)
+    doubtful = sum(s.doubtful > 0 for n in c.networks for s in n.measures.values())
+    if doubtful:
+        yield ""
+        yield (f"* {doubtful} of these did not converge or lie within their own error: "
+               "'lsweep measure RUN' says which")  # fmt: skip
 
 
 def _number(value: float) -> str:
@@ -67,7 +70,9 @@ def _spread(spread: Spread | None) -> str:
     if spread is None:
         return "-"
     error = spread.error
-    return f"{spread.mean:.4g} ± {error:.2g}" if math.isfinite(error) else _number(spread.mean)
+    # "± 0" would read as certainty.
+    more = f" ± {error:.2g}" if math.isfinite(error) and error > 0 else ""
+    return _number(spread.mean) + more + "*" * (spread.doubtful > 0)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int = WIDTH) -> Iterator[str]:
@@ -125,7 +130,7 @@ def _relations(c: Comparison) -> Iterator[str]:
         yield (f"  partial τ, {control} held: (τ_mg - τ_mc τ_gc) / √((1-τ_mc²)(1-τ_gc²)), m the "
                "measure, g the gap, c what is held; null: gaps permuted among networks "
                "of about the same c, p around its mean")  # fmt: skip
-        told = [[n, t.text] for n, t in taus.items() if n in c.shown]
+        told = [[_marked(c, n), t.text] for n, t in taus.items() if n in c.shown]
         yield from _indented(table(["", "partial τ"], told))
 
 
@@ -161,7 +166,7 @@ def _related(c: Comparison, related: Related, title: str) -> Iterator[str]:
     for name, r in related.relations.items():
         if name not in c.shown:
             continue
-        cells = [name, str(r.networks), r.tau.text]
+        cells = [_marked(c, name), str(r.networks), r.tau.text]
         cells += [r.axes[a].text if a in r.axes else "-" for a in axes]
         if axes:
             cells += [r.psi.text if r.psi else "-", _worst(r.worst, r.axes)]
@@ -170,6 +175,12 @@ def _related(c: Comparison, related: Related, title: str) -> Iterator[str]:
     few = ", ".join(f"{n} ({k})" for n, k in related.too_few.items() if n in c.shown)
     if few:
         yield f"    too few networks: {few}"
+
+
+def _marked(c: Comparison, name: str) -> str:
+    """Return a measure's name, with how many networks' values are in doubt."""
+    count = sum(n.measures[name].doubtful > 0 for n in c.networks if name in n.measures)
+    return f"{name} ({count} in doubt)" if count else name
 
 
 def _worst(worst: str, axes: Any) -> str:
@@ -252,7 +263,14 @@ def as_json(c: Comparison) -> dict[str, Any]:
                 "train_loss": _finite(n.train_loss),
                 "gaps": {k: {"value": v, "se": _finite(se)} for k, (v, se) in n.gaps.items()},
                 "measures": {
-                    k: {"mean": _finite(s.mean), "sd": _finite(s.sd), "planes": s.planes}
+                    k: {
+                        "mean": _finite(s.mean),
+                        "sd": _finite(s.sd),
+                        "planes": s.planes,
+                        "se": _finite(s.se),
+                        "replicate": s.replicate,
+                        "doubtful": s.doubtful,
+                    }
                     for k, s in n.measures.items()
                 },
             }

@@ -19,11 +19,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from scipy import stats
 
 import lsweep
 from lsweep import sheet
 from lsweep.children import CHILDREN, settings_for
 from lsweep.folder import RunFolder
+from lsweep.from_children import Finished, rows_of, student_95
 from lsweep.from_surface import rows_of_plane
 from lsweep.measured import Measured, mean_of, read_measures
 from lsweep.measures import Report, compared, measure_run
@@ -372,6 +374,9 @@ def test_only_some(run, capfd):
     (["run", "RUN", "--measures", "hesian"], "no measure 'hesian'; did you mean 'hessian'?"),
     (["plan", "RUN", "--measures", ","], "--measures: name at least one, or all; one of: sharp"),
     (["run", "RUN", "--replicates", "4"], "--replicates goes with --measures"),
+    (["run", "RUN", "--measures", "jacobian,convexity", "--replicates", "3"],
+     "--replicates is not for jacobian,convexity: leave it out"),
+    (["run", "RUN", "--measures", "trace", "--to", "b.pt"], "--to goes with --measures barrier"),
     (["plan", "RUN", "--measures", "trace", "--samples", "4"],
      "trace was made with other data or samples: remove that folder to measure anew"),
 ])  # fmt: skip
@@ -489,6 +494,10 @@ def test_all_is_all_that_this_network_has(tmp_path):
     assert set(children) == {"sharpness", "curvature", "trace", "hessian", "worst", "spectrum"}
     done = cases.command("plan", toml, "--measures", "jacobian,trace")
     assert done.code == 1 and "input_jacobian needs" in done.err  # asked for by name
+    done = cases.command("plan", toml, "--measures", "trace, layers", "--replicates", "31")
+    assert done.code == 1 and "lsweep: layers: grid.z: the network has one layer" in done.err
+    done = cases.command("plan", toml, "--measures", "all", "--replicates", "32")
+    assert done.code == 0 and "--replicates is not for jacobian\n" in done.out
 
 
 def test_two_routes_that_agree_to_the_last_digits_need_no_error_to_agree():
@@ -513,6 +522,54 @@ def test_two_routes_are_compared_only_where_they_could_agree():
     vague = Measured(b.name, 1.0, 1.0, b.replicate, where)
     words = "cannot be told from hessian_trace: the error of their difference is 50%"
     assert compared([a, vague])[0].note == words
+
+
+def child_of(name: str, values: dict[str, list[float]], x: np.ndarray | None = None) -> Finished:
+    """A finished child of one replicate axis, or of x and one."""
+    columns = {f"train_{k}": np.asarray(v, float) for k, v in values.items()}
+    n = len(next(iter(columns.values())))
+    axes = {"x": np.arange(float(n))} if x is None else {"x": x, "y": np.arange(float(n))}
+    surface = Surface(axes, columns, provenance={"plan": {"evaluate": {"splits": ["train"]}}})
+    return Finished(name, surface, {})
+
+
+def test_an_eigenvalue_within_its_own_error_says_how_well_it_is_known():
+    """Of a residual r·max|λ| some eigenvalue lies within it: -0.3 ± 0.9 may be no -0.3."""
+    values = {"max": [100.0, 99.9], "min": [-0.3, -0.3], "max_residual": [0.002, 0.009],
+              "min_residual": [0.009, 0.001], "ratio": [0.003, 0.003]}  # fmt: skip
+    both = {f"{p}hessian_{k}": v for p in ("", "filter_") for k, v in values.items()}
+    rows = {r.name: r for r in rows_of(child_of("hessian", both))}
+    assert (rows["hessian_max"].note, rows["hessian_max"].doubtful) == ("", False)
+    assert rows["hessian_min"].note == "known to ± 0.9" and rows["hessian_min"].doubtful
+    ratio = rows["hessian_ratio"]
+    assert (ratio.value, ratio.note, ratio.doubtful) == (0.003, "known to ± 0.009", True)
+    assert "best of" not in sheet.text(Report("", "", [ratio], []))  # it is no best of several
+    assert "best of 2 start vectors" in sheet.text(Report("", "", [rows["hessian_max"]], []))
+    both["hessian_max_residual"] = [0.02, 0.0]
+    rows = {r.name: r for r in rows_of(child_of("hessian", both))}
+    assert rows["hessian_max"].doubtful and not rows["filter_hessian_max"].doubtful
+    assert rows["hessian_ratio"].note.startswith("λmax: did not converge: residual 2.0e-02")
+
+
+def test_a_climb_is_a_lower_bound_and_one_step_is_one_from_the_weights():
+    x = np.array([0.01])
+    climbs = {f"worst_{b}_{n}": [[v], [w]] for b in ("filter", "adaptive")
+              for n, v, w in ((1, 1.0, 7.0), (20, 8.0, 8.1))}  # fmt: skip
+    rows = {r.name: r for r in rows_of(child_of("worst", climbs, x))}
+    for ball in ("filter", "adaptive"):
+        one, best = (rows[f"worst_{ball}_{n}@0.01"] for n in (1, 20))
+        assert one.value == 1.0 and "replicates" not in one.context
+        assert best.value == 8.1 and best.context["replicates"] == 2
+        assert "a lower bound" in one.note and "a lower bound" in best.note
+        assert not (one.doubtful or best.doubtful)
+    climbs["worst_filter_20"] = [[8.0], [float("nan")]]
+    rows = {r.name: r for r in rows_of(child_of("worst", climbs, x))}
+    assert rows["worst_filter_20@0.01"].value == 8.0 and rows["worst_filter_20@0.01"].doubtful
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 29])
+def test_a_quantile_of_students_t_is_scipys(degrees):
+    assert student_95(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=0.01)
 
 
 # -- from values alone -----------------------------------------------------------------------------

@@ -178,6 +178,9 @@ def test_the_error_of_an_area_moves_all_values_together():
     expected = (0.27 - 0.23) * np.pi / 4 / 2
     assert basin(s, rise=0.25).share_se == pytest.approx(expected, rel=0.1)
     assert basin(plane(lambda x, y: x**2 + y**2), rise=0.25).share_se is None
+    flat = plane(lambda x, y: 0.01 * x**2, diff_se=np.full((41, 41), 0.02))
+    found = basin(flat, rise=0.5)  # all of it is basin, and how much lies beyond is not known
+    assert (found.share, found.share_se) == (1.0, None)
 
 
 def test_a_line_has_two_rays():

@@ -269,7 +269,8 @@ def sibling(
         "data": {},
         "evaluate": evaluate,
     }
-    return RunMeasures(f"{options} {seed}", plan, [Measured(k, v) for k, v in rows.items()])
+    along = [Measured(k, v, context={"grid": "5"}) for k, v in rows.items()]
+    return RunMeasures(f"{options} {seed}", plan, along)
 
 
 def test_planes_are_averaged_and_their_spread_is_told():
@@ -291,6 +292,47 @@ def test_planes_are_averaged_and_their_spread_is_told():
     text = "\n".join(lines(compare([*runs, other])))
     assert "not measured alike" in text and "evaluate.samples" in text
     assert "no generalisation gap is known" in text
+
+
+def test_what_no_plane_changes_keeps_its_own_error():
+    def plane(seed: int, a: float, se: float) -> RunMeasures:
+        rows = [Measured("a", a, se, "samples"), Measured("norm", 2.0),
+                Measured("basins", 1.0, context={"grid": "5"})]  # fmt: skip
+        return RunMeasures(str(seed), sibling({"wd": 0.0}, {}, seed).plan, rows)
+
+    found = compare([plane(0, 1.0, 0.25), plane(1, 1.5, 0.5)])
+    (network,) = found.networks
+    a, norm, basins = (network.measures[n] for n in ("a", "norm", "basins"))
+    assert (a.mean, a.sd, a.error, a.replicate) == (1.25, None, 0.5, "samples")
+    assert norm.sd is None and norm.se is None and basins.sd == 0.0
+    told = "\n".join(lines(found))
+    assert "1.25 ± 0.5" in told and "± 0\n" not in told
+
+
+def test_what_did_not_converge_is_marked_also_among_others():
+    runs = [sibling({"wd": 0.1 * i}, {"hessian_max": 1.0 + i, "test_loss": 2.0 + i * i,
+                                      "train_loss": 0.1}) for i in range(9)]  # fmt: skip
+    loose = Measured("hessian_max", 3.0, context={"doubtful": True}, note="did not converge: …")
+    runs[2] = RunMeasures("loose", runs[2].plan, [*runs[2].rows[1:], loose])
+    found = compare(runs)
+    assert [n.measures["hessian_max"].doubtful for n in found.networks] == [0, 0, 1] + [0] * 6
+    text = "\n".join(lines(found))
+    assert text.count("3*") == 1 and "* 1 of these did not converge" in text
+    assert "hessian_max (1 in doubt)" in text  # where its τ stands
+    assert "*" not in "\n".join(lines(compare([r for r in runs if r.name != "loose"])))
+
+
+def test_children_of_other_samples_are_not_compared_without_a_word():
+    """A child's samples and batch norm need not be its parent's: no parent's plan tells."""
+    where = [{"samples": 64, "batch_norm": "eval"}, {"samples": 256, "batch_norm": "recalibrate"}]
+    runs = [
+        RunMeasures(str(i), sibling({"wd": 0.1 * i}, {}).plan, [
+            *(Measured(n, 1.0, context=context) for n in ("trace", "sharpness@0.5", "sharpness@1")),
+            Measured("basins", 1.0, context={**where[0], "seed": i})])
+        for i, context in enumerate(where)
+    ]  # fmt: skip
+    assert compare(runs).unlike == ("samples of trace and 1 more", "batch norm of trace and 1 more")
+    assert compare(runs[:1] * 2).unlike == ()
 
 
 def test_the_gap_is_named_and_is_the_error_where_there_is_one():
