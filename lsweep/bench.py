@@ -22,7 +22,7 @@ from lsweep.evaluate import Evaluator
 from lsweep.factory import describe
 from lsweep.filters import is_norm
 from lsweep.pointwise import POINTWISE
-from lsweep.problem import Problem
+from lsweep.problem import Problem, logits_of
 from lsweep.rescaling import Element, Transform, acted
 from lsweep.subsets import subsampled
 from lsweep.supply import default_batch_size
@@ -69,7 +69,7 @@ class Bench:
         seen: list[Tensor] = []
 
         def note(module: nn.Module, args: Any, out: Any) -> None:
-            found = tensors_of(getattr(out, "logits", out))
+            found = tensors_of(logits_of(out))
             seen.extend(t for t in found if t.is_floating_point())
 
         metric = self._evaluator.metrics[0]

@@ -28,6 +28,7 @@ from lsweep.objective import Objective
 from lsweep.plan import Plan
 from lsweep.problem import Problem
 from lsweep.recipes import DERIVED, Recipe
+from lsweep.scientific import scipy
 from lsweep.settings import Evaluation, Settings
 from lsweep.stored import read_arrays, store_arrays
 from lsweep.tables import plain
@@ -70,6 +71,8 @@ def derive(
     asked = {a: r for a, r in settings.directions.items() if r.kind in DERIVED}
     if not asked:
         return {}
+    for axis in (a for a, r in asked.items() if r.kind == "hessian"):
+        scipy("sparse.linalg", f'directions.{axis}: kind = "hessian"')
     device = choose_device("auto")
     nowhere = Directions({}, (), {}, origin=start)
     with Evaluator(problem, _plainly(settings.evaluate), nowhere, device) as ev:

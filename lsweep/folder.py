@@ -183,6 +183,14 @@ class RunFolder:
         return [self.devices / n for n in names(self.devices) if n.endswith(".json")]
 
     @property
+    def planned_by(self) -> str:
+        """The command that plans this run; of a child, its parent's."""
+        parent = RunFolder(self.root.parent.parent)
+        if parent.measures == self.root.parent and parent.exists:
+            return f"lsweep plan {parent.root} --measures {self.root.name}"
+        return f"lsweep plan SWEEP.toml --run {self.root}"
+
+    @property
     def exists(self) -> bool:
         """True when the folder holds a plan."""
         return insist(self.plan.is_file)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,9 @@ def measure_run(folder: RunFolder, name: str | None = None, l2: float | None = N
     context = {first: centre_of(surface, first)}
     rows = [dataclasses.replace(r, context={**r.context, **context}) for r in rows]
     return dataclasses.replace(
-        report, rows=compared(rows), missing=missing + _how_to_get(folder, absent, live)
+        report,
+        rows=compared(rows),
+        missing=missing + _how_to_get(folder, absent, live, plan.facts.get("refused", {})),
     )
 
 
@@ -181,17 +183,22 @@ def _child_rows(folder: RunFolder, name: str, origin: object) -> tuple[list[Meas
     return rows_of(Finished(name, surface, context_of(surface, split))), trouble
 
 
-def _how_to_get(folder: RunFolder, absent: Sequence[Child], live: bool) -> list[str]:
-    """Return one line for each measure at the centre that was never asked for."""
+def _how_to_get(
+    folder: RunFolder, absent: Sequence[Child], live: bool, refused: Mapping[str, str]
+) -> list[str]:
+    """Return one line for each measure at the centre that was never asked for, or cannot be."""
     if live and absent:
         return [
             f"not measured at the centre: {names_of(absent)}; this run was made from a live model, "
             "which no command can load: make its problem with lsweep.Problem.from_factory"
         ]
     command = f"lsweep run {folder.root} --measures"
+    never = {c.name: refused[m] for c in absent for m in c.metrics if m in refused}
+    absent = [c for c in absent if c.name not in never]
     out = [f"{c.name} ({c.about}): '{command} {c.name}'" for c in absent if c.usual]
     if len(out) > 1:
         out.append(f"all of these: '{command} all'")
+    out += [f"{name}: not of this network: {why}" for name, why in never.items()]
     rest = [c for c in absent if not c.usual and not c.beside]
     return out + [
         f"on request: {c.name} ({c.about}): '{command} {' '.join([c.name, c.needs]).strip()}'"

@@ -11,7 +11,7 @@ from typing import Any
 from lsweep.asking import ask_grid
 from lsweep.curvature import last_layer
 from lsweep.derived import as_arrays, derive, read_derived, store_derived
-from lsweep.differentiating import check_pointwise
+from lsweep.differentiating import check_pointwise, refused
 from lsweep.direction_file import write_directions
 from lsweep.directions import Directions, make_directions
 from lsweep.errors import LsweepError, PlanChanged, nearest
@@ -149,6 +149,7 @@ def make_plan(
             "cosines": directions.cosines().tolist(),
             "projections": projections,
             "probe": probe(problem, table),
+            "refused": refused(problem),
             "large": any(problem.splits[s].bytes > LARGE for s in evaluate.splits),
             "weight_sq": _weight_products(origin, directions),
             **({"gauge": as_lists(factors)} if factors else {}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import sys
 from pathlib import Path
 
 import cases
@@ -212,6 +213,22 @@ def test_directions_that_have_no_derivative_are_refused(recipe, words):
     with pytest.raises(LsweepError, match=r"^[^\n]*$") as caught:
         lsweep.sweep(problems.classifier(), x=(-1, 1, 3), directions=recipe)
     assert words in str(caught.value)
+
+
+def test_two_axes_are_not_one_gradient():
+    uphill, other = {"kind": "gradient"}, {"kind": "gradient", "parameters": ["0.*"]}
+    with pytest.raises(LsweepError, match="but there is one gradient: sweep a line, or give"):
+        lsweep.sweep(problems.classifier(), x=(-1, 1, 3), y=(-1, 1, 3), directions=uphill)
+    recipes = {"x": uphill, "y": other}  # of fewer weights it is another
+    s = lsweep.sweep(problems.classifier(), x=(-1, 1, 3), y=(-1, 1, 3), directions=recipes)
+    assert np.isfinite(s["train_loss"]).all()
+
+
+def test_without_scipy_the_kind_that_needs_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
+    words = r'^directions\.x: kind = "hessian" needs scipy: pip install'
+    with pytest.raises(LsweepError, match=words):
+        lsweep.sweep(problems.classifier(), x=(-1, 1, 3), directions={"kind": "hessian"})
 
 
 def test_at_a_stationary_point_the_gradient_gives_no_direction():

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -286,6 +287,30 @@ def test_interrupted_children_go_on_where_they_were(tmp_path):
     assert measured(run.root)["sharpness@0.5"].value == pytest.approx(s.mean() / 4, rel=1e-5)
 
 
+def test_planning_that_stopped_before_the_first_round_goes_on(tmp_path):
+    toml = cases.sweep_file(tmp_path, x=3, low="-1")
+    names = ("--measures", "sharpness,curvature", "--replicates", "3")
+    assert cases.command("plan", toml, *names).code == 0
+    run = RunFolder(tmp_path / "sweep.run")
+    asked = {n: run.child(n).round(0).read_bytes() for n in run.all_children()}
+    for folder in (run, *map(run.child, asked)):
+        for path in folder.root.iterdir():  # a plan alone is what an interruption leaves
+            if path not in (folder.plan, folder.measures):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert (
+        f"'lsweep plan SWEEP.toml --run {run.root}' goes on" in cases.command("work", run.root).err
+    )
+    assert cases.command("plan", toml).code == 0
+    for name in asked:
+        goes_on = f"lsweep plan {run.root} --measures {name}"
+        assert f"'{goes_on}' goes on" in cases.command("run", run.child(name).root).err
+        assert any(
+            f"'{goes_on}'" in line for line in cases.command("status", run.root).out.splitlines()
+        )
+    assert cases.command("plan", run.root, *names).code == 0
+    assert asked == {n: run.child(n).round(0).read_bytes() for n in asked}
+
+
 def test_more_replicates_are_one_more_round_and_stay(run, toml):
     plan = Plan.read(RunFolder(run).child("layers"))
     arguments = ("--on", "inline", "--no-picture", "--measures")
@@ -408,7 +433,9 @@ def test_a_child_of_other_weights_is_not_taken_for_this_run(tmp_path):
 def test_missing_children_name_the_command_that_computes_them(tmp_path):
     run = cases.finished(cases.sweep_file(tmp_path, x=5))
     missing = measure_run(run).missing
-    for child in (c for c in CHILDREN.values() if not c.beside):
+    (line,) = (m for m in missing if m.startswith("jacobian: "))
+    assert line.startswith("jacobian: not of this network: input_jacobian needs the network's out")
+    for child in (c for c in CHILDREN.values() if not c.beside and c.name != "jacobian"):
         words = f"'lsweep run {run.root} --measures {child.name} {child.needs}".rstrip() + "'"
         (line,) = (m for m in missing if words in m)
         assert line.startswith("on request") is not child.usual
