@@ -217,8 +217,8 @@ def _caption(c: Comparison, figure: Figure) -> None:
     planes = sorted({len(n.planes) for n in c.networks})
     many = f"{planes[0]}" if len(planes) == 1 else f"{planes[0]} to {planes[-1]}"
     words = [f"{len(c.networks)} networks, {many} plane{'s' if planes != [1] else ''} each",
-             "bars: standard deviation over planes (of one plane, and of what does not depend on it, "
-             "its own standard error), and the standard error of the gap over samples"]  # fmt: skip
+             "bars: standard deviation over planes (of one plane, and of what does not depend on "
+             "it, its own standard error), and of the gap its standard error"]  # fmt: skip
     if c.all.relations:
         words.append(f"grey: the middle {INSIDE:.0%} of {c.question.permutations} permutations of "
                      "the gaps; τ counts equal orders and names no cause")  # fmt: skip

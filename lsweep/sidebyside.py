@@ -31,9 +31,10 @@ def lines(c: Comparison) -> Iterator[str]:
 def _networks(c: Comparison) -> Iterator[str]:
     planes = sorted({len(n.planes) for n in c.networks})
     many = f"{planes[0]}" if len(planes) == 1 else f"{planes[0]} to {planes[-1]}"
-    yield (f"{len(c.networks)} networks, {many} plane{'s' if planes != [1] else ''} each"
-           + ("; ±: its own standard error" if planes == [1] else "; ±: standard deviation over "
-              "planes; of one plane, and of what does not depend on it, its own standard error"))  # fmt: skip
+    own = "" if planes == [1] else "standard deviation over planes; of one plane, and of what does "
+    own += "not depend on it, " if own else ""
+    yield (f"{len(c.networks)} networks, {many} plane{'s' if planes != [1] else ''} each; ±: {own}"
+           "its own standard error")  # fmt: skip
     if c.unlike:
         shown = ", ".join(c.unlike[:6]) + (", …" if len(c.unlike) > 6 else "")
         yield f"  not measured alike, so compare with care: they differ in {shown}"
