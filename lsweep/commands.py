@@ -156,13 +156,16 @@ def do_plan(options: Namespace) -> int:
     drawn = f"{samples or 'all'} of {whole}" if whole > samples else f"{samples or 'all'}"
     grid = " x ".join(str(c) for _, (_, _, c) in sorted(last.grid.items()))
     print(f"{folder.root}: plan {plan.digest[:12]}, grid {grid}, {rounds.total} points in "
-          f"{len(rounds.all)} rounds")  # fmt: skip
+          f"{len(rounds.all)} round{'s' * (len(rounds.all) != 1)}")  # fmt: skip
     if last.refine is not None:
         more = f"; at most all {len(last.lattice)} points" if rounds.refining else ""
         print(f"  refinement: {describe_refining(last.refine)}{more}")
     print(f"  each point: {drawn} samples in {', '.join(plan.evaluate['splits'])}; "
           f"metrics {', '.join(plan.evaluate['metrics'])}")  # fmt: skip
-    print(f"  {units} units of {last.unit_points} points, {leases} leases; {plan.slices} slices")
+    print(
+        f"  {units} units of {last.unit_points} points, {leases} leases; {plan.slices} slice"
+        f"{'s' * (plan.slices != 1)}"
+    )
     print(f"  on disk: about {rounds.total * row * plan.slices / 2**20:.1f} MiB of rows, at most "
           f"{leases + 20} files and 2 more a worker")  # fmt: skip
     for axis in plan.axes:

@@ -90,7 +90,12 @@ def text(report: Report, width: int | None = None) -> str:
     shared = _shared(report.rows)
     head = report.source or "surface"
     lines = [f"{head}: {', '.join(_words(shared))}" if shared else f"{head}:"]
-    cells = [(r.name, r.text, _replicates(r), _note(r, shared)) for r in report.rows]
+    told = [_note(r, shared) for r in report.rows]
+    for i in range(len(told) - 1, 0, -1):  # a curve in the radius says it at its first point
+        if report.rows[i].family == report.rows[i - 1].family:
+            before = told[i - 1].split("; ")
+            told[i] = "; ".join(part for part in told[i].split("; ") if part not in before)
+    cells = [(r.name, r.text, _replicates(r), n) for r, n in zip(report.rows, told, strict=True)]
     widths = [max((len(c[i]) for c in cells), default=0) for i in range(3)]
     for *columns, note in cells:
         start = "  " + "  ".join(f"{c:<{w}}" for c, w in zip(columns, widths, strict=True))
