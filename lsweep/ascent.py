@@ -100,31 +100,37 @@ def ascend(
     Returns:
         L(θ+d) - L(θ) after the first step, and the largest at any point on the way, the centre
         included: a lower bound of the maximum over the ball, never below 0. NaN where nothing rose
-        but some loss on the way was not finite.
+        and some point had no loss or no gradient: what is higher may lie there.
     """
     here = objective.here
     start, gradient = objective.with_gradient()
     best, best_d = 0.0, torch.zeros_like(here)
+    blind = not _is_known(start, gradient)
     if replicate or not bool(gradient.any()):
         best_d = support(random_vector(objective, seed, "ascent", replicate))
         value, gradient = objective.with_gradient(here + best_d)
-        best = value - start
+        blind |= not _is_known(value, gradient)
+        best = -math.inf if math.isnan(value) else value - start
     first, length = math.nan, 1.0
-    known = math.isfinite(start) and math.isfinite(best)
     for step in range(steps):
         d = torch.lerp(best_d, support(gradient), length)
         if step + 1 < steps:
             value, g = objective.with_gradient(here + d)
         else:
             value, g = objective.value(here + d), gradient
+        blind |= not _is_known(value, g)
         rise = value - start
         first = rise if step == 0 else first
-        known = known and math.isfinite(rise)
         if rise > best:
             best, best_d, gradient = rise, d, g
         else:
             length /= 2
-    return Rise(first, best if best > 0 else 0.0 if known else math.nan)
+    hidden = not math.isfinite(start) or (blind and best <= 0)
+    return Rise(first, math.nan if hidden else max(best, 0.0))
+
+
+def _is_known(value: float, gradient: Tensor) -> bool:
+    return math.isfinite(value) and bool(torch.isfinite(gradient).all())
 
 
 def keskar(
@@ -143,22 +149,23 @@ def keskar(
 
     Returns:
         The largest rise that was evaluated, in per cent of 1 + L; NaN where L is not finite, or
-        where nothing rose but some loss in the box was not finite.
+        where nothing rose and some point had no loss.
     """
     here = objective.here
     reach = eps * (here.abs() + 1)
     start = objective.value()
     if not math.isfinite(start):
         return math.nan
-    best, known = start, True
+    best, blind = start, False
 
     def fall(d: np.ndarray) -> tuple[float, np.ndarray]:
-        nonlocal best, known
+        nonlocal best, blind
         value, g = objective.with_gradient(here + torch.from_numpy(d.copy()).to(here))
-        if not math.isfinite(value):
-            known = False
+        if math.isfinite(value):
+            best = max(best, value)
+        if not _is_known(value, g):
+            blind = True
             return math.inf, np.zeros_like(d)
-        best = max(best, value)
         return -value, -g.double().cpu().numpy()
 
     optimize = scientific.scipy("optimize")
@@ -175,4 +182,4 @@ def keskar(
         bounds=optimize.Bounds(-limit, limit),
         options={"maxiter": 10, "maxfun": 60},
     )
-    return 100 * (best - start) / (1 + start) if known or best > start else math.nan
+    return math.nan if blind and best == start else 100 * (best - start) / (1 + start)

@@ -80,7 +80,8 @@ CHILDREN: dict[str, Child] = {
         Child("layers", "the rise of the loss when one layer moves", ("loss",),
               (Along("random", "-0.5", "0.5", 3), REPLICATE, Along("layer")), 5, "directions"),
         Child("jacobian", "how far outputs follow inputs", ("input_jacobian",),
-              (Along("replicate", count=2),), cost=30.0, split="test"),
+              (Along("replicate", count=2),),  # the fewest of a line; probes are averaged over both
+              cost=30.0, split="test"),
         Child("trace", "the mean curvature, by random probes", TRACES, (REPLICATE,),
               30, "probes", 40.0),
         Child("hessian", "the largest and the least curvature", CURVATURE, (REPLICATE,),

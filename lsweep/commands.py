@@ -78,12 +78,14 @@ def wanted_children(options: Namespace) -> list[Child]:
     Raises:
         LsweepError: there is no such measure, or its options are given without it.
     """
-    from lsweep.children import chosen
+    from lsweep.children import chosen, names_of
 
     if options.measures is not None:
         found = chosen(options.measures)
         if options.to is not None and not any(c.needs for c in found):
             raise LsweepError("--to goes with --measures barrier")
+        if options.replicates is not None and not any(c.replicates for c in found):
+            raise LsweepError(f"--replicates is not for {names_of(found)}: leave it out")
         return found
     for name in ("replicates", "samples", "to"):
         if getattr(options, name) is not None:
@@ -104,8 +106,13 @@ def planned_children(
     """
     if not wanted:
         return [], problem
+    from lsweep.children import names_of
     from lsweep.measuring import Parent, cost_lines, passes
 
+    alone = [c for c in wanted if not c.replicates]
+    if options.replicates is not None and alone:
+        say(f"--replicates is not for {names_of(alone)}")
+    named = {n.strip() for n in options.measures.split(",")}
     parent = Parent.of(folder, problem, options.trust)
     found = []
     for child in wanted:
@@ -114,8 +121,10 @@ def planned_children(
                 child, options.replicates or 0, options.samples, options.to, say
             )
         except LsweepError as e:
-            if child.name in options.measures.split(","):
-                raise
+            if child.name in named:
+                if child.name in str(e):
+                    raise
+                raise LsweepError(f"{child.name}: {e}") from None
             say(f"no {child.name}: {e}")  # all that this network has
             continue
         found.append((child, run))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -257,31 +257,40 @@ def trace_probe(
     return float(v @ metric_product(objective, scales)(v))
 
 
+def last_layer(shapes: Mapping[str, Sequence[int]]) -> str | None:
+    """Return the last tensor of two or more dimensions: the head, unless its weights are tied.
+
+    >>> last_layer({"0.weight": (3, 4), "2.weight": (2, 3), "2.bias": (2,)})
+    '2.weight'
+    """
+    return next((n for n in reversed(list(shapes)) if len(shapes[n]) > 1), None)
+
+
 def relative_flatness(objective: Objective, *, seed: int = 0, replicate: int = 0) -> float:
     """Return one probe of the relative flatness Σ_{s,s'} ⟨w_s, w_s'⟩ tr H_{s,s'} of the last layer.
 
     H. Petzka et al., *Relative Flatness and Generalization*, NeurIPS 2021; w_s are the rows of the
-    layer's weights W and H_{s,s'} the block of the Hessian between two rows. With G of random signs
-    and v = vec(W G), E[vᵀHv] is that sum, as E[G_ij G_i'j'] = δ_ii' δ_jj'.
+    layer's weights W and H_{s,s'} the block of the Hessian between two rows. With vectors u and z
+    of random signs and v = vec(W u zᵀ), E[vᵀHv] is that sum, as E[u_i u_i'] = δ_ii', and so of z.
 
     Args:
-        objective: the loss; its last tensor of two or more dimensions is the layer.
+        objective: the loss; the layer is its `last_layer`.
         seed: of the probe.
         replicate: which probe.
 
     Returns:
         An unbiased estimate, in units of the loss; NaN where no tensor has two dimensions.
     """
-    layers = [n for n, s in zip(objective.names, objective.shapes, strict=True) if len(s) > 1]
-    if not layers:
+    layer = last_layer(dict(zip(objective.names, objective.shapes, strict=True)))
+    if layer is None:
         return math.nan
     probe = torch.zeros(objective.size, dtype=objective.dtype, device=objective.device)
-    layer, module = layers[-1], objective.owners[layers[-1]]
+    module = objective.owners[layer]
     rows = filter_rows(objective.split(objective.here)[layer], module)
-    n = rows.shape[1]
-    signs = random_signs(seed, keyed("probe", replicate), layer, torch.empty(n, n)).to(rows)
+    key, like = keyed("probe", replicate), torch.empty(2, rows.shape[1])
+    u, z = random_signs(seed, key, layer, like).to(rows)
     part = objective.split(probe)[layer]
     # Where each number of a filter lies in the tensor: not all tensors have their filters in rows.
     places = filter_rows(torch.arange(part.numel()).view(part.shape), module)
-    part.view(-1)[places.to(part.device)] = rows @ signs
+    part.view(-1)[places.to(part.device)] = torch.outer(rows @ u, z)
     return float(probe @ objective.hessian_product(probe))

@@ -94,6 +94,14 @@ def free_memory(device: torch.device) -> float:
     return float(machine.available_memory() or 2**30)
 
 
+def room(device: torch.device) -> float:
+    """Return the bytes that a tensor may take: free memory, and what torch keeps for reuse."""
+    kept = 0
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free_memory(device) + kept
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until all that was started on a device is done."""
     if device.type == "cuda":

@@ -20,7 +20,7 @@ from lsweep.computing import compute
 from lsweep.data import Batch
 from lsweep.errors import LsweepError
 from lsweep.families import Curved, layer_of
-from lsweep.jacobian import require_output
+from lsweep.jacobian import input_jacobian, require_output
 from lsweep.objective import Objective, filter_scales
 from lsweep.packed import Spot
 from lsweep.pointwise import POINTWISE
@@ -71,17 +71,21 @@ class Differentiating:
         return np.stack([_sums(found[v]) for v in POINTWISE[metric].variables])
 
     def note(self, metrics: tuple[str, ...], split: str) -> str:
-        """Return how second derivatives are computed, where that is not plain autograd.
+        """Return how derivatives are computed, where that is not plain autograd.
 
         Tried on the first batch at the present weights, so that what cannot be differentiated is
         refused before any point is.
         """
-        if all(POINTWISE[m].sampled for m in metrics):
-            return ""
-        first = list(itertools.islice(self._batches(split), 1))
-        objective = self.objective(split, self._curved.names, lambda: iter(first))
-        objective.hessian_product(torch.ones(objective.size, device=objective.device))
-        return objective.note
+        first = list(itertools.islice(self._batches(split), 1)) if metrics else []
+        found = []
+        for sampled in {POINTWISE[m].sampled for m in metrics}:
+            objective = self.objective(split, self._curved.names, lambda: iter(first))
+            if sampled:
+                input_jacobian(objective)
+            else:
+                objective.hessian_product(torch.ones(objective.size, device=objective.device))
+            found.append(objective.note)
+        return "; ".join(filter(None, sorted(found)))
 
     @property
     def _curved(self) -> Curved:

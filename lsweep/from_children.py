@@ -275,12 +275,14 @@ def student_95(degrees: int) -> float:
 
 def _trace(child: Finished) -> list[Measured]:
     out = []
+    layer = child.surface.provenance["plan"]["facts"].get("last_layer")
     for name in ("hessian_trace", "filter_hessian_trace", "relative_flatness"):
-        found = child.mean(name, child.values(name), "probes")
+        note = f"of {layer}" if layer and name == "relative_flatness" else ""
+        found = child.mean(name, child.values(name), "probes", note)
         if found.se is not None and math.isfinite(found.se):
             half = student_95(len(child.surface.x) - 1) * found.se
             interval = [found.value - half, found.value + half]
-            found = child.mean(name, child.values(name), "probes", ci95=interval)
+            found = child.mean(name, child.values(name), "probes", note, ci95=interval)
         out.append(found)
     return out
 
@@ -314,9 +316,10 @@ def _spectrum(child: Finished) -> list[Measured]:
 
 
 def _jacobian(child: Finished) -> list[Measured]:
-    value = float(child.values("input_jacobian")[0])
+    value = float(child.values("input_jacobian").mean())
     errors = child.surface.values.get(f"{child.split}_input_jacobian_se")
-    se = None if errors is None else float(errors[0])
+    # Where there are probes their noise is part of each error; the samples are the same.
+    se = None if errors is None else float(errors.mean())
     note = "Frobenius norm of d output / d input, mean over samples"
     replicate = "" if se is None else "samples"
     return [child.row("input_jacobian", value, se, replicate, note)]

@@ -10,6 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lsweep.device import room
+from lsweep.errors import LsweepError
+
 FloatArray = npt.NDArray[np.float64]
 
 
@@ -52,11 +55,15 @@ def lanczos(
     Returns:
         The Ritz values, their weights and vectors. NaN where the product is not finite.
 
+    Raises:
+        LsweepError: the basis, m·P numbers, is larger than the device's free memory.
+
     >>> A = torch.diag(torch.tensor([1.0, 2.0, 4.0]).double())
     >>> lanczos(lambda v: A @ v, torch.ones(3).double(), 9).values.round(9).tolist()
     [1.0, 2.0, 4.0]
     """
     steps = min(steps, start.numel())
+    _require_room(steps, start)
     basis = start.new_empty(steps, start.numel())
     alphas: list[float] = []
     betas: list[float] = []
@@ -80,3 +87,14 @@ def lanczos(
         return Ritz(nothing, nothing, np.full((m, m), np.nan), basis[:m])
     values, vectors = np.linalg.eigh(np.diag(alphas) + np.diag(betas, 1) + np.diag(betas, -1))
     return Ritz(values, vectors[0] ** 2, vectors, basis[:m])
+
+
+def _require_room(steps: int, start: Tensor) -> None:
+    """Refuse what no smaller batch would make fit."""
+    size, free = steps * start.numel() * start.element_size(), room(start.device)
+    if size > free:
+        raise LsweepError(
+            f"{steps} steps of Lanczos over {start.numel()} weights need {size / 1e9:.3g} GB on "
+            f"{start.device}, where {free / 1e9:.3g} are free: let fewer move, by parameters = "
+            "[…] in [directions] (fewer samples do not help)"
+        )

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lsweep import batchnorm
-from lsweep.children import Child, settings_for
+from lsweep.children import PARENT, Child, settings_for
+from lsweep.derived import read_derived
 from lsweep.errors import LsweepError, PlanChanged
 from lsweep.factory import factory_file
 from lsweep.folder import RunFolder
@@ -20,6 +21,7 @@ from lsweep.problem import Problem
 from lsweep.restoring import LIVE, base_of, load_problem, settings_of
 from lsweep.rounds import Rounds
 from lsweep.settings import Settings
+from lsweep.weights import State
 
 LIVE_PARENT = (
     "was made from a live model, which no command can load: make its problem with "
@@ -37,7 +39,7 @@ class Parent:
         problem: with all its data.
         base: the folder that relative paths refer to.
         code: the run's copy of its factory's file; None for an importable module.
-        gauge: the factors of its plan, where it has a gauge.
+        plan: what it holds.
     """
 
     folder: RunFolder
@@ -45,7 +47,7 @@ class Parent:
     problem: Problem
     base: Path
     code: Path | None
-    gauge: dict[str, Any] | None = None
+    plan: Plan
 
     @classmethod
     def of(cls, folder: RunFolder, problem: Problem | None = None, trust: bool = False) -> Parent:
@@ -70,7 +72,7 @@ class Parent:
             problem, _ = load_problem(folder, plan, trust=trust)
             whole = {name: split.whole or split for name, split in problem.splits.items()}
             problem = dataclasses.replace(problem, data=whole)  # a child may take other samples
-        return cls(folder, settings, problem, base_of(folder), code, plan.facts.get("gauge"))
+        return cls(folder, settings, problem, base_of(folder), code, plan)
 
     def plan_child(
         self,
@@ -103,9 +105,11 @@ class Parent:
         normalized = bool(batchnorm.layers(self.problem.model))
         settings = settings_for(child, self.settings, replicates, samples, checkpoint, normalized)
         try:
+            known, stored = self._shared(child, settings)
             return plan_run(
-                settings, self.problem, self.base, folder, code=self.code, gauge=self.gauge
-            )
+                settings, self.problem, self.base, folder,
+                code=self.code, known=known, stored=stored,
+            )  # fmt: skip
         except PlanChanged as e:
             what = "other data or samples" if e.field[:4] == "data" else f"another {e.field}"
             raise PlanChanged(
@@ -113,6 +117,22 @@ class Parent:
                 "anew, or leave the option out",
                 e.field,
             ) from None
+
+    def _shared(
+        self, child: Child, settings: Settings
+    ) -> tuple[dict[str, Any], dict[str, State] | None]:
+        """Return the facts and the derived directions that a child takes over from this run.
+
+        On the parent's own axes a child moves along the parent's own vectors: an eigenvector of
+        other samples would be another plane.
+        """
+        facts = self.plan.facts
+        gauge = {"gauge": facts.get("gauge")}
+        if all(along.kind != PARENT for along in child.axes):
+            return gauge, None
+        axes = {a: facts["axes"][a] for a in settings.directions}
+        derived = read_derived(self.folder, self.plan)
+        return {**gauge, "axes": axes}, {a: t for a, t in derived.items() if a in axes}
 
     def _other(self, child: Child, to: Path | None, say: Callable[[str], None]) -> str:
         """Return the checkpoint at the other end, aligned where the child wants it so."""

@@ -14,6 +14,17 @@ def dtype_of(like: Tensor) -> torch.dtype:
     return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
+def random_stream(seed: int, axis: str, name: str) -> np.random.Generator:
+    """Return numbers from Philox keyed by (seed, axis, name), one after the other.
+
+    >>> a, b = random_stream(0, "x", "w"), random_stream(0, "x", "w")
+    >>> [*a.standard_normal(1), *a.standard_normal(2)] == [*b.standard_normal(3)]
+    True
+    """
+    key = hashlib.sha256(f"{seed}\0{axis}\0{name}".encode()).digest()[:16]
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(key, "<u8").astype(np.uint64)))
+
+
 def random_tensor(seed: int, axis: str, name: str, like: Tensor) -> Tensor:
     """Return N(0,1) noise from Philox keyed by (seed, axis, name), never from global state.
 
@@ -21,9 +32,7 @@ def random_tensor(seed: int, axis: str, name: str, like: Tensor) -> Tensor:
     >>> bool((a == random_tensor(0, "x", "w", torch.zeros(2))).all())
     True
     """
-    key = hashlib.sha256(f"{seed}\0{axis}\0{name}".encode()).digest()[:16]
-    bits = np.random.Philox(key=np.frombuffer(key, "<u8").astype(np.uint64))
-    noise = np.random.Generator(bits).standard_normal(tuple(like.shape))
+    noise = random_stream(seed, axis, name).standard_normal(tuple(like.shape))
     return torch.from_numpy(np.asarray(noise)).to(dtype_of(like))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lsweep.asking import ask_grid
+from lsweep.curvature import last_layer
 from lsweep.derived import as_arrays, derive, read_derived, store_derived
 from lsweep.differentiating import check_pointwise
 from lsweep.direction_file import write_directions
@@ -144,7 +145,7 @@ def make_plan(
             },
             "layers": list(directions.layers),
             "curvature": str(directions.curved),
-            "curved": _curved_weights(origin, directions),
+            **_curved_weights(origin, directions),
             "gram": directions.gram.tolist(),
             "cosines": directions.cosines().tolist(),
             "projections": projections,
@@ -157,10 +158,11 @@ def make_plan(
     return plan, directions
 
 
-def _curved_weights(origin: Origin, directions: Directions) -> int:
-    """How many weights derivatives are taken over: the size of the Hessian."""
+def _curved_weights(origin: Origin, directions: Directions) -> dict[str, Any]:
+    """How many weights derivatives are taken over, the size of the Hessian; and the last layer."""
     names = directions.curved.names if directions.curved else ()
-    return sum(origin.parameters[n].numel() for n in names)
+    shapes = {n: origin.parameters[n].shape for n in names}
+    return {"curved": sum(s.numel() for s in shapes.values()), "last_layer": last_layer(shapes)}
 
 
 def _weight_products(origin: Origin, directions: Directions) -> dict[str, Any]:
@@ -187,7 +189,8 @@ def plan_run(
     text: str | None = None,
     unit_points: int | None = None,
     code: Path | None = None,
-    gauge: dict[str, Any] | None = None,
+    known: dict[str, Any] | None = None,
+    stored: dict[str, State] | None = None,
 ) -> Planned:
     """Freeze the plan of a run and publish the round that its grid asks for.
 
@@ -201,7 +204,9 @@ def plan_run(
         text: of the sweep.toml, to be kept in the run.
         unit_points: points of a unit.
         code: the factory's file, where it is not the one below ``base``.
-        gauge: factors of another plan with the same origin, as its facts hold them.
+        known: facts of another plan with the same origin that this one shares with it: ``gauge``,
+            and ``axes`` where its directions are the same.
+        stored: axis -> tensors of derived directions that are shared, too.
 
     Raises:
         PlanChanged: the run holds another plan; the field is named.
@@ -209,8 +214,8 @@ def plan_run(
     """
     existing = Plan.read(folder) if folder.exists else None
     try:
-        stored = read_derived(folder, existing, settings) if existing else None
-        known = existing.facts if existing else {"gauge": gauge}
+        if existing:
+            known, stored = existing.facts, read_derived(folder, existing, settings)
         plan, directions = make_plan(settings, problem, base, known, code, stored)
     except LsweepError as e:
         if existing is not None and not isinstance(e, PlanChanged):

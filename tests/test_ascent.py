@@ -141,6 +141,27 @@ def test_replicates_are_starts_and_the_network_stays():
     assert max(random) < found[0]["worst_filter_20"]
 
 
+def test_where_no_step_has_a_loss_the_worst_case_is_not_known():
+    slope = torch.tensor([[1.0, 2.0], [-3.0, 0.0], [0.0, 0.0]]).double()
+
+    def fenced(width: float) -> Objective:
+        """Linear up to so far from the weights, and without a value beyond."""
+        return of_weights(
+            W, lambda w: (slope * w).sum() + 0 * (width**2 - ((w - W) ** 2).sum()).sqrt()
+        )
+
+    objective = fenced(1e-9)
+    rise = ascend(objective, filter_ball(objective, 0.1))
+    assert math.isnan(rise.first) and math.isnan(rise.best) and math.isnan(keskar(objective))
+    objective = fenced(0.3)
+    rise = ascend(objective, filter_ball(objective, 0.1))  # towards a point √0.26 away
+    assert math.isnan(rise.first)
+    assert rise.best == pytest.approx(0.1 * (5 * 5**0.5 + 3) * 0.3 / 0.26**0.5, rel=1e-3)
+    blunt = of_weights(W, lambda w: (w - W).abs().sum().sqrt())  # of no slope at the centre
+    assert math.isnan(ascend(blunt, filter_ball(blunt, 0.1)).best)
+    assert ascend(blunt, filter_ball(blunt, 0.1), replicate=1).best > 0
+
+
 def test_a_loss_that_overflows_is_not_hidden():
     objective = of_weights(W, lambda w: torch.exp(200 * ((w * W).sum() - 26.25)))
     rise = ascend(objective, filter_ball(objective, 1.0))

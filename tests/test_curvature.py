@@ -257,7 +257,26 @@ def test_relative_flatness_is_its_double_sum():
     assert within(sample, exact)
 
 
+def test_relative_flatness_of_a_wide_layer_needs_no_more_than_its_weights():
+    n = 2**18  # a matrix of n x n signs would have 550 GB
+    data = (numbers(2, n), numbers(2, 1))
+    problem = lsweep.Problem(
+        nn.Linear(n, 1, bias=False).double(), {"train": data}, loss=nn.MSELoss()
+    )
+    objective = Objective(problem, lambda: iter([data]), ["weight"])
+    w = problem.model.weight.detach()
+    exact = float((w**2).sum() * (data[0] ** 2).sum())  # ‖w‖² tr H, H = 2 mean of x xᵀ
+    found = [curvature.relative_flatness(objective, replicate=k) for k in range(20)]
+    assert within(found, exact)
+
+
 # -- the spectrum ----------------------------------------------------------------------------------
+
+
+def test_a_basis_beyond_all_memory_is_one_line_before_any_product():
+    start = torch.ones(1).expand(2**46)  # one number in memory
+    with pytest.raises(LsweepError, match=r"^64 steps of Lanczos .* need 1.8e\+07 GB on cpu.*$"):
+        lanczos(lambda v: pytest.fail("a product"), start, 64)
 
 
 def starts(case: Case, matrix: Tensor, name: str, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -131,6 +131,17 @@ def test_of_two_that_plan_at_once_the_first_ones_vectors_count(tmp_path: Path, m
     assert np.array_equal(found, -calls[0])
 
 
+def test_a_map_of_the_curvature_lies_in_the_plane_of_its_parent(tmp_path: Path):
+    folder = cases.planned(toml(tmp_path))
+    done = cases.command("plan", folder.root, "--measures", "convexity", "--samples", 12)
+    assert done.code == 0, done.err
+    parent, child = (Plan.read(f) for f in (folder, folder.child("convexity")))
+    assert (child.evaluate["samples"], parent.evaluate["samples"]) == (12, None)
+    assert child.directions == parent.directions
+    for axis in "xy":
+        assert child.facts["axes"][axis] == parent.facts["axes"][axis]
+
+
 @pytest.mark.parametrize("trouble", ["missing", "damaged", "another"])
 def test_stored_directions_that_are_not_there_are_one_line(tmp_path: Path, trouble: str):
     folder = cases.planned(toml(tmp_path))

@@ -90,19 +90,27 @@ def test_a_rescaling_by_powers_of_two_changes_no_bit():
     assert torch.equal(values(problem), before)
 
 
-def test_many_outputs_are_probed(monkeypatch):
+def test_many_outputs_are_probed():
     model = fixed(nn.Linear(4, 200).double())
     problem = lsweep.Problem(
         model, {"train": (numbers(64, 4), numbers(64, 200))}, loss=nn.MSELoss()
     )
     problem.model.eval()
-    objective = Objective(problem, lambda: problem.splits["train"].batches(16), ["weight"])
+    objective, by_sevens = (
+        Objective(problem, lambda n=n: problem.splits["train"].batches(n), ["weight"])
+        for n in (16, 7)
+    )
     found = compute("input_jacobian", objective, objective.filter_scales())["input_jacobian"]
     square, exact = found.values**2, model.weight.detach().norm().item() ** 2
     assert "200 outputs by 16 random probes" in objective.note
     assert abs(square.mean().item() - exact) < 4 * square.std().item() / 8
     assert 0 < square.std().item() < 0.5 * exact
     assert torch.equal(jacobian.input_jacobian(objective).values, found.values)
+    others = jacobian.input_jacobian(by_sevens).values  # each sample has its own signs
+    assert torch.allclose(others, found.values, rtol=1e-12)
+    assert (jacobian.input_jacobian(objective, replicate=1).values != found.values).all()
+    s = lsweep.sweep(problem, x=(0, 1, 2), metrics=["input_jacobian"], precision="float64")
+    assert [d["derivatives"] for d in s.provenance["devices"].values()] == [objective.note]
 
 
 def test_samples_that_depend_on_each_other_are_refused():

@@ -361,6 +361,9 @@ def test_only_takes_what_measures_takes(run, capfd, asked, names):
     (["run", "RUN", "--measures", "hesian"], "no measure 'hesian'; did you mean 'hessian'?"),
     (["plan", "RUN", "--measures", ","], "--measures: name at least one, or all; one of: sharp"),
     (["run", "RUN", "--replicates", "4"], "--replicates goes with --measures"),
+    (["run", "RUN", "--measures", "jacobian,convexity", "--replicates", "3"],
+     "--replicates is not for jacobian,convexity: leave it out"),
+    (["run", "RUN", "--measures", "trace", "--to", "b.pt"], "--to goes with --measures barrier"),
     (["plan", "RUN", "--measures", "trace", "--samples", "4"],
      "trace was made with other data or samples: remove that folder to measure anew"),
 ])  # fmt: skip
@@ -478,6 +481,10 @@ def test_all_is_all_that_this_network_has(tmp_path):
     assert set(children) == {"sharpness", "curvature", "trace", "hessian", "worst", "spectrum"}
     done = cases.command("plan", toml, "--measures", "jacobian,trace")
     assert done.code == 1 and "input_jacobian needs" in done.err  # asked for by name
+    done = cases.command("plan", toml, "--measures", "trace, layers", "--replicates", "31")
+    assert done.code == 1 and "lsweep: layers: grid.z: the network has one layer" in done.err
+    done = cases.command("plan", toml, "--measures", "all", "--replicates", "32")
+    assert done.code == 0 and "--replicates is not for jacobian\n" in done.out
 
 
 def test_two_routes_that_agree_to_the_last_digits_need_no_error_to_agree():
