@@ -95,7 +95,8 @@ def basin(surface: Surface, name: str = "train_loss", rise: float = RISE) -> Bas
     if border:
         notes.append("the basin reaches the border: its area is a lower bound; widen the range")
     if cells < FEWEST and len(field.offsets) == 2:
-        notes.append(f"the basin has {cells} points, too coarse below {FEWEST}: refine the grid")
+        many = f"{cells} point{'s' * (cells != 1)}"
+        notes.append(f"the basin has {many}, too coarse below {FEWEST}: refine the grid")
     if not bounded:
         notes.append(f"{int(is_open.sum())} of {len(lengths)} rays end before the loss has risen: "
                      "widths are lower bounds")  # fmt: skip

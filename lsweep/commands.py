@@ -93,14 +93,16 @@ def wanted_children(options: Namespace) -> list[Child]:
     Raises:
         LsweepError: there is no such measure, or its options are given without it.
     """
-    from lsweep.children import chosen, names_of
+    from lsweep.children import chosen
 
     if options.measures is not None:
         found = chosen(options.measures)
         if options.to is not None and not any(c.needs for c in found):
             raise LsweepError("--to goes with --measures barrier")
         if options.replicates is not None and not any(c.replicates for c in found):
-            raise LsweepError(f"--replicates is not for {names_of(found)}: leave it out")
+            raise LsweepError(
+                f"--replicates is not for {', '.join(c.name for c in found)}: leave it out"
+            )
         return found
     for name in ("replicates", "samples", "to"):
         if getattr(options, name) is not None:
@@ -121,12 +123,11 @@ def planned_children(
     """
     if not wanted:
         return [], problem
-    from lsweep.children import names_of
     from lsweep.measuring import Parent, cost_lines, passes
 
     alone = [c for c in wanted if not c.replicates]
     if options.replicates is not None and alone:
-        say(f"--replicates is not for {names_of(alone)}")
+        say(f"--replicates is not for {', '.join(c.name for c in alone)}")
     named = {n.strip() for n in options.measures.split(",")}
     parent = Parent.of(folder, problem, options.trust)
     found = []
@@ -180,13 +181,16 @@ def do_plan(options: Namespace) -> int:
     drawn = f"{samples or 'all'} of {whole}" if whole > samples else f"{samples or 'all'}"
     grid = " x ".join(str(c) for _, (_, _, c) in sorted(last.grid.items()))
     print(f"{folder.root}: plan {plan.digest[:12]}, grid {grid}, {rounds.total} points in "
-          f"{len(rounds.all)} rounds")  # fmt: skip
+          f"{len(rounds.all)} round{'s' * (len(rounds.all) != 1)}")  # fmt: skip
     if last.refine is not None:
         more = f"; at most all {len(last.lattice)} points" if rounds.refining else ""
         print(f"  refinement: {describe_refining(last.refine)}{more}")
     print(f"  each point: {drawn} samples in {', '.join(plan.evaluate['splits'])}; "
           f"metrics {', '.join(plan.evaluate['metrics'])}")  # fmt: skip
-    print(f"  {units} units of {last.unit_points} points, {leases} leases; {plan.slices} slices")
+    print(
+        f"  {units} units of {last.unit_points} points, {leases} leases; {plan.slices} slice"
+        f"{'s' * (plan.slices != 1)}"
+    )
     print(f"  on disk: about {rounds.total * row * plan.slices / 2**20:.1f} MiB of rows, at most "
           f"{leases + 20} files and 2 more a worker")  # fmt: skip
     for axis in plan.axes:

@@ -19,6 +19,8 @@ from lsweep.persistence import persistence
 from lsweep.roughness import roughness
 from lsweep.surface import Status, Surface
 
+RESIDUAL = "_residual"
+
 
 def context_of(surface: Surface, split: str) -> dict[str, Any]:
     """Return what a number of a surface must be read with, from its provenance.
@@ -28,16 +30,18 @@ def context_of(surface: Surface, split: str) -> dict[str, Any]:
         split: the data split that the number is of.
 
     Returns:
-        ``samples``, ``of`` (where it is a subset), ``batch_norm``, ``precision``; of a random
-        direction ``seed``, ``normalize``, ``ignore``, ``gauge``, ``parameters`` (where not all).
+        ``samples``, ``of`` (where it is a subset), ``batch_norm``, ``precision``, ``l2`` (where a
+        penalty was added to the losses); of a random direction ``seed``, ``normalize``,
+        ``ignore``, ``gauge``, ``parameters`` (where not all).
     """
     plan = surface.provenance.get("plan")
+    penalty = {"l2": surface.provenance["l2"]} if "l2" in surface.provenance else {}
     if not plan or split not in plan["data"]:
-        return {}
+        return penalty
     evaluate, data = plan["evaluate"], plan["data"][split]
     devices = surface.provenance.get("devices", {}).values()
     counted = next((d["samples"].get(split) for d in devices), None)
-    out = {"split": split, "samples": counted or data["samples"]}
+    out = {"split": split, "samples": counted or data["samples"], **penalty}
     if "of" in data:
         out["of"] = data["of"]
     out |= {key: evaluate[key] for key in ("batch_norm", "precision")}
@@ -70,7 +74,7 @@ def centre_of(surface: Surface, name: str) -> float:
     The workers did so before all else, also where the lattice has no point there.
     """
     value = surface.center(name)
-    if math.isfinite(value):
+    if math.isfinite(value) or "l2" in surface.provenance:  # workers know of no penalty
         return value
     devices = surface.provenance.get("devices", {})
     found = (devices[d]["centre"].get(name) for d in sorted(devices))
@@ -82,13 +86,17 @@ def rows_at_centre(surface: Surface) -> list[Measured]:
     out = []
     for name in surface.metrics:
         value, split = centre_of(surface, name), split_of(surface, name)
-        if math.isnan(value) and not surface.complete:
+        if math.isnan(value) and (not surface.complete or "l2" in surface.provenance):
             continue
+        if name.removesuffix(RESIDUAL) in surface.metrics and name.endswith(RESIDUAL):
+            continue  # it stands beside what it is of
         errors = surface.values.get(f"{name}_se")
         se = None if errors is None else surface.center(f"{name}_se")
         known = se is not None and math.isfinite(se)
         units = surface.attributes.get(name, {}).get("units", "1")
         context = context_of(surface, split) | ({"units": units} if units != "1" else {})
+        if f"{name}{RESIDUAL}" in surface.metrics:
+            context["residual"] = centre_of(surface, f"{name}{RESIDUAL}")
         out.append(
             Measured(name, value, se if known else None, "samples" if known else "", context,
                      "at the trained weights")

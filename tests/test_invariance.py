@@ -409,6 +409,7 @@ def test_a_run_keeps_its_certificate_and_its_caption_tells(tmp_path, capsys):
     row = next(s for s in out.splitlines() if "neuron rescaling" in s)
     assert row.split()[:6] == ["0", "->", "2", "neuron", "rescaling", "exact"]
     assert "justified for 1 of 2 layers" in out and 'gauge = "equi" would' in out
+    assert "c: factor with" in out and max(map(len, out.splitlines())) <= 110
     assert err.startswith("lsweep: plane invariance defect") and err.count("\n") == 1
     assert lsweep("run", toml, "--on", "inline", "--no-picture") == 0
     plan = Plan.read(folder).digest
@@ -425,10 +426,11 @@ def test_a_run_keeps_its_certificate_and_its_caption_tells(tmp_path, capsys):
     whole, *parts, share = invariance_measures(folder, plan)
     assert (whole.name, whole.value) == ("plane_invariance_defect", found.defect)
     assert {p.name for p in parts} == {
-        "plane_invariance_defect@neuron rescaling",
-        "plane_invariance_defect@layer rescaling",
+        "plane_invariance_defect@neuron_rescaling",
+        "plane_invariance_defect@layer_rescaling",
     }
     assert (share.name, share.value) == ("layers_followed", 0.5)
+    assert share.note == "1 of 2 layers; see 'lsweep invariance'"
     assert {"samples", "seed", "normalize", "batch_norm", "train_loss"} <= set(whole.context)
     assert read(folder, "another plan") is None
     damaged = folder.invariance.read_bytes().replace(b"neuron", b"neutron")

@@ -23,7 +23,7 @@ from scipy import stats
 
 import lsweep
 from lsweep import sheet
-from lsweep.children import CHILDREN, settings_for
+from lsweep.children import CHILDREN, TRACES, settings_for
 from lsweep.files import read_json
 from lsweep.folder import RunFolder
 from lsweep.from_children import Finished, rows_of, student_95
@@ -367,6 +367,18 @@ def test_only_some(run, capfd):
     lines = capfd.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == [
         *(f"sharpness@{r:g}" for r in RADII), "hessian_max"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [("layers", ["layer_sharpness"] * 2), ("trace,basins", ["basins", *TRACES]),
+     ("basin", ["basin_share", "basin_area", "basin_width_least", "basin_width_median",
+                "basin_depths"])],
+)  # fmt: skip
+def test_only_takes_what_measures_takes(run, capfd, asked, names):
+    assert tiny.lsweep("measure", run, "--only", asked) == 0
+    shown = [line.split()[0] for line in capfd.readouterr().out.splitlines()[1:]]
+    assert [name.partition("@")[0] for name in shown] == names
 
 
 @pytest.mark.parametrize("words, message", [
