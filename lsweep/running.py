@@ -56,8 +56,9 @@ def do_run(options: Namespace) -> int:
         except LsweepError as e:  # what one of them cannot, the others may
             print(f"lsweep: {child.root.name}: {e}", file=sys.stderr)
             code = max(code, e.exit_code)
-    if children:
-        print(f"next: lsweep measure {folder.root}")
+    then = getattr(options, "then", folder.root)  # of a study's runs, the last tells what is next
+    if children and then:
+        print(f"next: lsweep measure {then}")
     return code
 
 
