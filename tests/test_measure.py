@@ -389,7 +389,7 @@ def test_only_takes_what_measures_takes(run, capfd, asked, names):
     (["plan", "RUN", "--measures", ","], "--measures: name at least one, or all; one of: sharp"),
     (["run", "RUN", "--replicates", "4"], "--replicates goes with --measures"),
     (["run", "RUN", "--measures", "jacobian,convexity", "--replicates", "3"],
-     "--replicates is not for jacobian,convexity: leave it out"),
+     "--replicates is not for jacobian, convexity: leave it out"),
     (["run", "RUN", "--measures", "trace", "--to", "b.pt"], "--to goes with --measures barrier"),
     (["plan", "RUN", "--measures", "trace", "--samples", "4"],
      "trace was made with other data or samples: remove that folder to measure anew"),
