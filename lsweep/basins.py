@@ -20,6 +20,7 @@ from lsweep.errors import LsweepError
 from lsweep.field import Field, FloatArray
 from lsweep.rays import rays
 from lsweep.surface import Surface
+from lsweep.wording import counted
 
 RISE = 0.5
 FEWEST = 30
@@ -95,7 +96,9 @@ def basin(surface: Surface, name: str = "train_loss", rise: float = RISE) -> Bas
     if border:
         notes.append("the basin reaches the border: its area is a lower bound; widen the range")
     if cells < FEWEST and len(field.offsets) == 2:
-        notes.append(f"the basin has {cells} points, too coarse below {FEWEST}: refine the grid")
+        notes.append(
+            f"the basin has {counted(cells, 'point')}, too coarse below {FEWEST}: refine the grid"
+        )
     if not bounded:
         notes.append(f"{int(is_open.sum())} of {len(lengths)} rays end before the loss has risen: "
                      "widths are lower bounds")  # fmt: skip
