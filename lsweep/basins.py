@@ -96,9 +96,8 @@ def basin(surface: Surface, name: str = "train_loss", rise: float = RISE) -> Bas
     if border:
         notes.append("the basin reaches the border: its area is a lower bound; widen the range")
     if cells < FEWEST and len(field.offsets) == 2:
-        notes.append(
-            f"the basin has {counted(cells, 'point')}, too coarse below {FEWEST}: refine the grid"
-        )
+        many = counted(cells, "point")
+        notes.append(f"the basin has {many}, too coarse below {FEWEST}: refine the grid")
     if not bounded:
         notes.append(f"{int(is_open.sum())} of {len(lengths)} rays end before the loss has risen: "
                      "widths are lower bounds")  # fmt: skip

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +24,12 @@ SCHEMA = 1
 HOLDS = ("exact", "up to eps")
 GAUGED = ("neuron rescaling", "up/down rescaling", "query-key scale", "value-output scale")
 PASS = 1e-3  # of a picture's range: a smaller plane invariance defect is none
+WIDTH = 100  # characters of a line
+LEGEND = (
+    "c: factor with the largest error; error: max|Δf| / rms f; noise: the same of sums in "
+    "another order;\ngradient: of f, its share along the rescaling, 0 where that changes nothing; "
+    "float32: the error at c = 3"
+)
 COLUMNS = (
     "layer", "transform", "verdict", "factor", "error", "noise", "residual", "error32",
     "loss_error", "units", "precision", "note",
@@ -201,16 +209,17 @@ def words(certificate: Certificate) -> str:
 def conclusion(certificate: Certificate) -> list[str]:
     """Return what follows from the rows: for how many layers, and what the picture does."""
     c = certificate.context
-    out = ["", summary(certificate)]
+    out = [LEGEND, "", *textwrap.wrap(summary(certificate), WIDTH, break_on_hyphens=False)]
     if not certificate.defects:
         why = c.get("not_compared") or "no rescaling was certified"
         return [*out, f"{why}, so no equivalent network was compared"]
     out += [
         "",
-        f"plane invariance defect: max|ΔL| / range over {c['points']} points for "
-        f"{c['elements']} random equivalent networks each ({c['samples']} {c['split']} "
-        f"samples, {c['precision']}, batch norm {c['batch_norm']}; {PASS:g} passes)",
-    ]
+        *textwrap.wrap(
+            f"plane invariance defect: max|ΔL| / range over {c['points']} points for "
+            f"{c['elements']} random equivalent networks each ({c['samples']} {c['split']} "
+            f"samples, {c['precision']}, batch norm {c['batch_norm']}; {PASS:g} passes)", WIDTH),
+    ]  # fmt: skip
     kinds = max(len(d.transform) for d in certificate.defects)
     for d in certificate.defects:
         values = "  ".join("  not finite" if v is None else f"{v:.1e}" for v in d.values)
@@ -306,11 +315,23 @@ def invariance_measures(folder: RunFolder, plan: str) -> list[Measured]:
         worst = max(found.defects, key=lambda d: d.largest).transform
         out.append(Measured(name, found.defect, context=context, note=f"largest: {worst}"))
         out += [
-            Measured(f"{name}@{d.transform}", d.largest, context={**context, "groups": d.groups})
+            Measured(
+                f"{name}@{slug(d.transform)}", d.largest, context={**context, "groups": d.groups}
+            )
             for d in found.defects
         ]
     kinds = [v for v, _ in found.layers.values()]
     if kinds:
         share = kinds.count("followed") / len(kinds)
-        out.append(Measured("layers_followed", share, context=context, note=summary(found)))
+        few = f"{kinds.count('followed')} of {len(kinds)} layers; see 'lsweep invariance'"
+        out.append(Measured("layers_followed", share, context=context, note=few))
     return out
+
+
+def slug(words: str) -> str:
+    """Return words as a part of a name, which holds no space and no comma.
+
+    >>> slug("filter scale, statistics carried")
+    'filter_scale_statistics_carried'
+    """
+    return re.sub(r"\W+", "_", words)

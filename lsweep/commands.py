@@ -73,20 +73,37 @@ def planned(options: Namespace) -> tuple[RunFolder, Problem | None]:
     return folder, problem
 
 
+def along_eigenvectors(folder: RunFolder) -> dict[str, list[str]]:
+    """Return for each axis along an eigenvector what its curvature says of the range asked last."""
+    from lsweep.plan import Plan
+    from lsweep.quadratic import quadratic_lines
+    from lsweep.rounds import Rounds
+
+    plan = Plan.read(folder)
+    grid, facts = Rounds.read(folder, plan).last.grid, plan.facts["axes"]
+    return {
+        axis: quadratic_lines(axis, facts[axis], [float(bound) for bound in grid[axis][:2]])
+        for axis in plan.axes
+        if "eigenvalue" in facts[axis]
+    }
+
+
 def wanted_children(options: Namespace) -> list[Child]:
     """Return the children that ``--measures`` names; the cheap ones first.
 
     Raises:
         LsweepError: there is no such measure, or its options are given without it.
     """
-    from lsweep.children import chosen, names_of
+    from lsweep.children import chosen
 
     if options.measures is not None:
         found = chosen(options.measures)
         if options.to is not None and not any(c.needs for c in found):
             raise LsweepError("--to goes with --measures barrier")
         if options.replicates is not None and not any(c.replicates for c in found):
-            raise LsweepError(f"--replicates is not for {names_of(found)}: leave it out")
+            raise LsweepError(
+                f"--replicates is not for {', '.join(c.name for c in found)}: leave it out"
+            )
         return found
     for name in ("replicates", "samples", "to"):
         if getattr(options, name) is not None:
@@ -107,12 +124,11 @@ def planned_children(
     """
     if not wanted:
         return [], problem
-    from lsweep.children import names_of
     from lsweep.measuring import Parent, cost_lines, passes
 
     alone = [c for c in wanted if not c.replicates]
     if options.replicates is not None and alone:
-        say(f"--replicates is not for {names_of(alone)}")
+        say(f"--replicates is not for {', '.join(c.name for c in alone)}")
     named = {n.strip() for n in options.measures.split(",")}
     parent = Parent.of(folder, problem, options.trust)
     found = []
@@ -188,6 +204,8 @@ def do_plan(options: Namespace) -> int:
             doubt = "" if facts["converged"] else ": it did not converge"
             print(f"     eigenvalue {facts['eigenvalue']:.4g}, residual {facts['residual']:.1e}"
                   + doubt + "".join(f"; {n}" for n in [facts.get("note")] if n))  # fmt: skip
+            for line in along_eigenvectors(folder)[axis]:
+                print(f"     {line}")
         if "slope" in facts:
             print(f"     norm of the gradient {facts['slope']:.4g}")
     vectors = [v for along in plan.facts.get("gauge", {}).values() for v in along.values()]

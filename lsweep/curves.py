@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from lsweep.from_children import Finished, rises
-from lsweep.marks import SMALL, put_legend, put_title
+from lsweep.marks import SMALL, Z, put_legend, put_title
 from lsweep.scales import FloatArray, log_scale, number, round_ticks
 from lsweep.surface import Status
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
-Z = 1.96
+FEW = 5  # radii that are ticks themselves
 LN = log_scale([1.0])
 _UNITS = {
     "filter": ", relative to each filter's norm",
@@ -142,6 +142,7 @@ def worst(
         lost = sunk = 0
         for steps, dash in _CLIMBS.items():
             found = child.values(f"worst_{unit}_{steps}")
+            found = found[:1] if steps == "1" else found  # the others begin at the ball's edge
             lost += int(np.count_nonzero(~np.isfinite(found)))
             known = np.isfinite(found).any(axis=0)
             best = np.max(np.where(np.isfinite(found), found, -np.inf), axis=0)
@@ -185,7 +186,11 @@ def frame(children: Sequence[Finished], ax: Axes, text: str, *, log: bool) -> No
         radii = np.concatenate([c.surface.x for c in children])
         tick, written = round_ticks(float(radii[radii > 0].min()), float(radii.max()), LN)
         ax.xaxis.set_minor_locator(NullLocator())
+        if len(np.unique(radii)) <= FEW:
+            tick = np.unique(radii)
+            written = [number(r) for r in tick]
         ax.set_xticks(tick, written)
+        ax.tick_params(which="both", labelsize=SMALL + 1)
     else:
         ax.axhline(0.0, color="#808080", lw=0.8, ls=(0, (1, 2)), zorder=0)
         ax.set_xlim(left=0.0)

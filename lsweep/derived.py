@@ -62,7 +62,8 @@ def derive(
 
     Returns:
         Axis -> tensors, with ``eigenvalue`` and ``residual`` (‖Hv - λv‖ / max|λ|) of an
-        eigenvector, or ``slope``, the norm of the gradient; nothing for axes of other kinds.
+        eigenvector and the ``loss`` at the centre, or ``slope``, the norm of the gradient; nothing
+        for axes of other kinds.
 
     Raises:
         LsweepError: the loss cannot be differentiated, scipy is missing, or the gradient is zero.
@@ -161,5 +162,6 @@ def _gradient(objective: Objective) -> tuple[Tensor, dict[str, Any]]:
 
 
 def _facts(pair: Eigenpair, objective: Objective) -> dict[str, Any]:
-    facts = {"eigenvalue": pair.value, "residual": pair.residual, "converged": pair.converged}
+    facts = {"eigenvalue": pair.value, "residual": pair.residual, "converged": pair.converged,
+             "loss": objective.value()}  # fmt: skip
     return {**facts, "note": objective.note} if objective.note else facts

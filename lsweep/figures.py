@@ -24,7 +24,7 @@ from lsweep.folder import RunFolder
 from lsweep.from_children import Finished
 from lsweep.lines import line
 from lsweep.maps import filled
-from lsweep.marks import BLUE, LINE_COLORS, default_name, lengths
+from lsweep.marks import BLUE, default_name, lengths, palette_of
 from lsweep.opening import open_surface
 from lsweep.persistence import persistence
 from lsweep.pictures import save, write_caption
@@ -136,8 +136,7 @@ def _page(widths: Sequence[float], high: float) -> tuple[Figure, list[Axes]]:
 
 def _several(sources: Sequence[Source], name: str) -> tuple[list[Finished], list[str], list[str]]:
     children = [s.child(name) for s in sources]
-    colors = [LINE_COLORS[i % len(LINE_COLORS)] for i in range(len(children))]
-    return children, [s.label for s in sources], colors
+    return children, [s.label for s in sources], palette_of(len(children))
 
 
 def _sharpness(sources: Sequence[Source], options: Options) -> _Layout:

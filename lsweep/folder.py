@@ -125,10 +125,6 @@ class RunFolder:
         """Stored arrays, named by what they hold."""
         return self.arrays / f"{name}-{sha256[:16]}.h5"
 
-    def all_arrays(self) -> list[Path]:
-        """All stored arrays, by name."""
-        return [self.arrays / n for n in names(self.arrays) if n.endswith(".h5")]
-
     def round(self, number: int) -> Path:
         """One published round."""
         return self.rounds / f"{number:04d}.json"

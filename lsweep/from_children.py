@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,8 @@ class Finished:
         """Return a number with what is the same for all numbers of this child."""
         how = [d.get("derivatives") for d in self.surface.provenance.get("devices", {}).values()]
         said = "; ".join(dict.fromkeys(filter(None, [note, *how])))
-        return Measured(name, value, se, replicate, {**self.context, **context}, said)
+        whole = {**self.context, "measure": self.name, **context}
+        return Measured(name, value, se, replicate, whole, said)
 
     def mean(
         self, name: str, values: FloatArray, replicate: str, note: str = "", **context: Any
@@ -156,7 +157,13 @@ def _layers(child: Finished) -> list[Measured]:
     radii, rise = rises(child.values("loss"), child.surface.x)
     radius = float(radii[-1])
     return [
-        child.mean(f"layer_sharpness@{name}", rise[i, :, -1], "directions", radius=radius)
+        child.mean(
+            f"layer_sharpness@{name}",
+            rise[i, :, -1],
+            "directions",
+            f"at r = {radius:g}",
+            radius=radius,
+        )
         for i, name in enumerate(names)
     ]
 
@@ -340,7 +347,8 @@ def _convexity(child: Finished) -> list[Measured]:
 def _barrier(child: Finished) -> list[Measured]:
     splits = child.surface.provenance["plan"]["evaluate"]["splits"]
     contexts = {s: context_of(child.surface, s) for s in splits}
-    return barriers(child.surface, child.name.replace("-", "_"), contexts)
+    found = barriers(child.surface, child.name.replace("-", "_"), contexts)
+    return [replace(r, context={**r.context, "measure": child.name}) for r in found]
 
 
 _READERS: dict[str, Callable[[Finished], list[Measured]]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from lsweep.persistence import persistence
 from lsweep.roughness import roughness
 from lsweep.surface import Status, Surface
 
+RESIDUAL = "_residual"
+
 
 def context_of(surface: Surface, split: str) -> dict[str, Any]:
     """Return what a number of a surface must be read with, from its provenance.
@@ -28,16 +30,18 @@ def context_of(surface: Surface, split: str) -> dict[str, Any]:
         split: the data split that the number is of.
 
     Returns:
-        ``samples``, ``of`` (where it is a subset), ``batch_norm``, ``precision``; of a random
-        direction ``seed``, ``normalize``, ``ignore``, ``parameters`` (where not all).
+        ``samples``, ``of`` (where it is a subset), ``batch_norm``, ``precision``, ``l2`` (where a
+        penalty was added to the losses); of a random direction ``seed``, ``normalize``,
+        ``ignore``, ``gauge``, ``parameters`` (where not all).
     """
     plan = surface.provenance.get("plan")
+    penalty = {"l2": surface.provenance["l2"]} if "l2" in surface.provenance else {}
     if not plan or split not in plan["data"]:
-        return {}
+        return penalty
     evaluate, data = plan["evaluate"], plan["data"][split]
     devices = surface.provenance.get("devices", {}).values()
     counted = next((d["samples"].get(split) for d in devices), None)
-    out = {"split": split, "samples": counted or data["samples"]}
+    out = {"split": split, "samples": counted or data["samples"], **penalty}
     if "of" in data:
         out["of"] = data["of"]
     out |= {key: evaluate[key] for key in ("batch_norm", "precision")}
@@ -47,9 +51,15 @@ def context_of(surface: Surface, split: str) -> dict[str, Any]:
     if recipe["kind"] == "random":
         out["normalize"] = recipe["normalize"]
     out["ignore"] = recipe["ignore"]
+    out["gauge"] = _gauge(plan)
     if list(recipe["parameters"]) != ["*"]:
         out["parameters"] = list(recipe["parameters"])
     return out
+
+
+def _gauge(plan: Mapping[str, Any]) -> str:
+    """Return the gauge of all axes, which start from one origin."""
+    return next((r["gauge"] for r in plan["directions"].values() if "gauge" in r), "none")
 
 
 def split_of(surface: Surface, name: str) -> str:
@@ -64,7 +74,7 @@ def centre_of(surface: Surface, name: str) -> float:
     The workers did so before all else, also where the lattice has no point there.
     """
     value = surface.center(name)
-    if math.isfinite(value):
+    if math.isfinite(value) or "l2" in surface.provenance:  # workers know of no penalty
         return value
     devices = surface.provenance.get("devices", {})
     found = (devices[d]["centre"].get(name) for d in sorted(devices))
@@ -76,13 +86,17 @@ def rows_at_centre(surface: Surface) -> list[Measured]:
     out = []
     for name in surface.metrics:
         value, split = centre_of(surface, name), split_of(surface, name)
-        if math.isnan(value) and not surface.complete:
+        if math.isnan(value) and (not surface.complete or "l2" in surface.provenance):
             continue
+        if name.removesuffix(RESIDUAL) in surface.metrics and name.endswith(RESIDUAL):
+            continue  # it stands beside what it is of
         errors = surface.values.get(f"{name}_se")
         se = None if errors is None else surface.center(f"{name}_se")
         known = se is not None and math.isfinite(se)
         units = surface.attributes.get(name, {}).get("units", "1")
         context = context_of(surface, split) | ({"units": units} if units != "1" else {})
+        if f"{name}{RESIDUAL}" in surface.metrics:
+            context["residual"] = centre_of(surface, f"{name}{RESIDUAL}")
         out.append(
             Measured(name, value, se if known else None, "samples" if known else "", context,
                      "at the trained weights")
@@ -92,8 +106,10 @@ def rows_at_centre(surface: Surface) -> list[Measured]:
     if not math.isfinite(square) and plan and plan["facts"].get("weight_sq"):
         square = float(plan["facts"]["weight_sq"]["origin"])
     if math.isfinite(square):
-        count = {"weights": plan["facts"]["parameters"]} if plan else {}
-        out.append(Measured("weight_norm", math.sqrt(square), context=count, note="‖θ‖₂"))
+        about: dict[str, Any] = {}
+        if plan:
+            about = {"weights": plan["facts"]["parameters"], "gauge": _gauge(plan)}
+        out.append(Measured("weight_norm", math.sqrt(square), context=about, note="‖θ‖₂"))
     return out
 
 
@@ -120,7 +136,7 @@ def rows_of_plane(surface: Surface, name: str) -> tuple[list[Measured], list[str
             continue
         rows += [row for row in found if not math.isnan(row.value)]
         refused += [f"{r.name}: {r.note or 'no value'}" for r in found if math.isnan(r.value)]
-    rest = _on_interpolated(surface, name)
+    rest = on_interpolated(surface, name)
     return [
         dataclasses.replace(
             row,
@@ -131,7 +147,7 @@ def rows_of_plane(surface: Surface, name: str) -> tuple[list[Measured], list[str
     ], refused
 
 
-def _on_interpolated(surface: Surface, name: str) -> str:
+def on_interpolated(surface: Surface, name: str) -> str:
     """Say that numbers rest on interpolated values, how far those may be off, and who checked."""
     if not (surface.status == Status.INTERPOLATED).any():
         return ""

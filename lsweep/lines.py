@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from lsweep.marks import (
     BLUE,
     SMALL,
     VERMILLION,
+    Z,
     default_name,
     describe,
     join,
@@ -23,7 +25,7 @@ from lsweep.marks import (
     put_legend,
     put_title,
 )
-from lsweep.scales import Scale, number, round_ticks
+from lsweep.scales import FloatArray, Scale, number, round_ticks
 from lsweep.surface import Status, Surface
 
 if TYPE_CHECKING:
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
 
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 _TWIN = "lsweep accuracy"
-_Z = 1.96
 _STYLE = "#505050"  # of lines in the legend that explain a style, whatever the run
 _GREY, _BAD = "#DDDDDD", "not finite or failed"
 
@@ -68,10 +69,30 @@ def line_scale(
     2.0
     """
     shown = [(s, loss) for s in surfaces for loss, _ in _family(s, name)]
-    values = [drawn_values(s, n) for s, n in shown]
+    values = [part for s, n in shown for part in _with_band(s, n, log)]
     centers = [c for c in (s.center(n) for s, n in shown) if np.isfinite(c)]
     center = min(centers, default=float("nan"))
     return Scale.of(values, log=log, center=center, vmin=vmin, vmax=vmax, quantile=1.0)
+
+
+def _with_band(surface: Surface, name: str, log: bool) -> list[FloatArray]:
+    """Return the values and, where it leaves no more than as much room to them, their band."""
+    value = drawn_values(surface, name)
+    found, _ = _half_width(surface, name)
+    known = value[np.isfinite(value)]
+    if found is None or not len(known):
+        return [value]
+    span = float(np.ptp(known)) or math.inf
+    most = np.clip(value + found, None, known.max() + span)
+    return [value, most] if log else [value, most, np.clip(value - found, known.min() - span, None)]
+
+
+def _half_width(surface: Surface, name: str) -> tuple[FloatArray | None, str]:
+    """Return 1.96 standard errors of a variable, and which; None where they are not known."""
+    for suffix, against in (("_diff_se", " vs centre"), ("_se", "")):
+        if f"{name}{suffix}" in surface.values:
+            return Z * np.clip(surface[f"{name}{suffix}"], 0.0, 1e300), against
+    return None, ""
 
 
 def line(
@@ -201,20 +222,18 @@ def _plot(surface: Surface, name: str, ax: Axes, text: str, style: dict[str, Any
     alone = good & ~padded[:-2] & ~padded[2:]
     if alone.any():  # a line needs two neighbours: early pictures have few
         ax.plot(x[alone], value[alone], ls="none", marker="o", ms=3.5, color=style["color"])
-    found = [n for n in (f"{name}_diff_se", f"{name}_se") if n in surface.values]
-    if not found:
+    width, against = _half_width(surface, name)
+    if width is None:
         return
-    width = _Z * np.clip(surface[found[0]], 0.0, 1e300)
     where = good & np.isfinite(width)
     if where.any():
         width = np.where(where, width, 0.0)
         low, high = (np.clip(value + s * width, -1e300, 1e300) for s in (-1, 1))
         if ax.get_yscale() == "log":
             low = np.maximum(low, min(float(ax.get_ylim()[0]), float(value[where].min())) / 10)
-        against = " vs centre" if found[0].endswith("_diff_se") else ""
         ax.fill_between(
             x, low, high, where=where.tolist(), color=style["color"], alpha=0.2, lw=0, zorder=1,
-            label=f"±1.96 s.e.{against}",
+            label=f"±{Z} s.e.{against}",
         )  # fmt: skip
 
 

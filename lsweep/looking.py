@@ -205,8 +205,9 @@ def do_measure(options: Namespace) -> int:
     whole = reports
     if options.only is not None:
         reports = sheet.only(reports, options.only)
+    study = None
     if len(paths) > 1:
-        _print_comparison(options, paths, whole, reports)
+        study = _print_comparison(options, paths, whole, reports)
     elif options.json:
         rows = [{**jsonable(r.summary), **sheet.as_json(r)} for r in reports]
         print(json.dumps(rows, allow_nan=False))
@@ -216,13 +217,24 @@ def do_measure(options: Namespace) -> int:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
         print("\n\n".join(sheet.text(r, width) for r in reports))
     if options.figures:
-        _draw_measures(paths)
+        _draw_measures(paths, study)
     return INCOMPLETE if absent else 0
 
 
-def _draw_measures(paths: Sequence[Path]) -> None:
+def _draw_measures(paths: Sequence[Path], study: Comparison | None) -> None:
     from lsweep.figures import draw_measures
+    from lsweep.pictures import save
+    from lsweep.scatter import study_figure
 
+    if study is not None and study.gap:
+        try:
+            figure = study_figure(study)
+        except LsweepError as e:
+            print(f"lsweep: {e}", file=sys.stderr)
+        else:
+            picture = paths[0].parent / "study.png"
+            save(figure, picture)
+            print(f"wrote {picture}", file=sys.stderr)
     for path in paths:
         folder = RunFolder(path)
         if not folder.exists:
@@ -252,7 +264,7 @@ def _there(given: Sequence[Path]) -> tuple[list[Path], int]:
 
 def _print_comparison(
     options: Namespace, paths: Sequence[Path], whole: Sequence[Report], shown: Sequence[Report]
-) -> None:
+) -> Comparison:
     from lsweep import sheet, sidebyside
     from lsweep.comparing import Question
     from lsweep.measured import jsonable
@@ -271,6 +283,7 @@ def _print_comparison(
         if lacking:
             print(f"\nnot all is measured in {len(lacking)} of {len(shown)} runs: 'lsweep measure "
                   f"{lacking[0].source}' says what, and how it is")  # fmt: skip
+    return found
 
 
 def _comparison(

@@ -8,6 +8,7 @@ What lies outside the scale is hatched. All heights and colours are in units of 
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -222,7 +223,7 @@ def add_bar(axes: Sequence[Axes], scale: Scale, text: str, kind: str) -> None:
     bar.ax.minorticks_off()
     bar.ax.tick_params(labelsize=SMALL + 1)
     text += {"ln": ", log scale", "asinh": ", asinh scale"}.get(scale.transform.name, "")
-    bar.ax.set_ylabel(text, parse_math=False)
+    bar.ax.set_ylabel(textwrap.fill(text, 44), parse_math=False)
 
 
 def _bands(scale: Scale) -> BoundaryNorm:

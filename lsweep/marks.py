@@ -10,7 +10,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import matplotlib
 import numpy as np
+from matplotlib.colors import to_hex
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import ScaledTranslation
@@ -30,6 +32,7 @@ BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 LINE_COLORS = (BLUE, VERMILLION, GREEN, PURPLE, "#E69F00", "#56B4E9", "#000000")
 
 SMALL = 7.0
+Z = 1.96  # standard errors on either side that a band or a bar shows
 """Font size in points of legends, captions and contour labels."""
 
 _SLIVER = 8.0  # above this ratio of lengths a picture with equal aspect cannot be read
@@ -197,6 +200,18 @@ def trace(surface: Surface, ax: Axes, height: Height | None = None) -> list[Arti
     return entries
 
 
+def palette_of(count: int) -> list[str]:
+    """Return a colour for each of several lines: few are distinct, many are a scale.
+
+    >>> len(set(palette_of(7))), len(set(palette_of(40)))
+    (7, 40)
+    """
+    if count <= len(LINE_COLORS):
+        return list(LINE_COLORS[:count])
+    scale = matplotlib.colormaps["turbo"]
+    return [to_hex(scale(t)) for t in np.linspace(0.03, 0.97, count)]
+
+
 def join(t: Trajectory, at: Sequence[FloatArray], ax: Axes) -> list[Artist]:
     """Join checkpoints by a line; the marker's area grows with residual / in-plane distance.
 
@@ -223,6 +238,9 @@ def join(t: Trajectory, at: Sequence[FloatArray], ax: Axes) -> list[Artist]:
     if hollow.any():
         _scatter(ax, at, hollow, area, {**style, "facecolors": "white"})
     labels = [t.labels[i] for i in np.flatnonzero(good) if i < len(t.labels)]
+    if len(t.labels) == len(t.offsets) == 1:  # the end of a line is no trajectory
+        end: dict[str, Any] = {"color": VERMILLION, "mec": "white", "ls": "none", "ms": 4.5}
+        return [Line2D([], [], marker="o", label=labels[0], **end)]
     if len(at) == 2:
         for i in sorted({0, len(labels) - 1}) if labels else []:
             ax.annotate(

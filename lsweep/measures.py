@@ -16,24 +16,30 @@ from typing import Any
 import numpy as np
 
 from lsweep.certified import invariance_measures
-from lsweep.children import CHILDREN, Child, names_of
+from lsweep.children import CHILDREN, Child
 from lsweep.committed import read_run
 from lsweep.convexity import nonconvex_fraction
 from lsweep.errors import LsweepError
 from lsweep.field import CERTAIN
 from lsweep.folder import RunFolder
 from lsweep.from_children import Finished, rows_of
-from lsweep.from_surface import centre_of, context_of, rows_at_centre, rows_of_plane
+from lsweep.from_surface import (
+    centre_of,
+    context_of,
+    on_interpolated,
+    rows_at_centre,
+    rows_of_plane,
+)
 from lsweep.measured import Measured
 from lsweep.merge import merge
 from lsweep.opening import open_surface
 from lsweep.penalty import with_l2
-from lsweep.plan import Plan
-from lsweep.surface import Status, Surface
+from lsweep.plan import LIVE, Plan
+from lsweep.surface import Surface
 
 ALIKE = 1e-3  # relative; what one direction tells exactly, as in one dimension, has no error
 VAGUE = 0.2  # of a number: two that are known no better than this cannot be told apart
-LIVE = "live:"  # how the factory of a live model begins
+MAP = "convexity"
 ROUTES = {"direction_curvature": "filter_hessian_trace", "spectral_trace": "hessian_trace"}
 COMPARABLE = {
     "split": "split",
@@ -91,11 +97,12 @@ def measure_run(folder: RunFolder, name: str | None = None, l2: float | None = N
     if l2 is not None:
         missing.append("what is measured at the centre: child runs are of the loss without --l2")
         return dataclasses.replace(report, missing=missing)
-    rows, absent, live = list(report.rows), [], _is_live(surface)
+    rows, absent, live = [*report.rows, *_map_of(surface)], [], _is_live(surface)
+    has_map = len(rows) > len(report.rows)
     known = [*CHILDREN, *(n for n in folder.all_children() if n not in CHILDREN)]
     for child in known:
         if not folder.child(child).exists:
-            absent.append(CHILDREN[child])
+            absent += [] if child == MAP and has_map else [CHILDREN[child]]
             continue
         try:
             found, trouble = _child_rows(folder, child, plan.origin)
@@ -110,8 +117,8 @@ def measure_run(folder: RunFolder, name: str | None = None, l2: float | None = N
         missing.append(str(e))
     rows += certificate
     if not certificate and not live:
-        missing.append(f"which rescalings leave network and picture unchanged: not tested: "
-                       f"'lsweep invariance {folder.root}'")  # fmt: skip
+        missing.append(f"which rescalings leave network and picture unchanged: "
+                       f"'lsweep invariance {folder.root}' tests it")  # fmt: skip
     first = name or surface.metrics[0]
     context = {first: centre_of(surface, first)}
     rows = [dataclasses.replace(r, context={**r.context, **context}) for r in rows]
@@ -149,9 +156,17 @@ def measure_path(
     return measure_surface(with_l2(open_surface(path), l2), name, str(path))
 
 
+def _map_of(surface: Surface) -> list[Measured]:
+    """Return what the child `MAP` would tell, of a plane that was itself swept with its metric."""
+    split = str(surface.provenance["plan"]["evaluate"]["splits"][0])
+    if len(surface.axes) != 2 or f"{split}_hessian_ratio" not in surface.values:
+        return []
+    return rows_of(Finished(MAP, surface, context_of(surface, split)))
+
+
 def _is_live(surface: Surface) -> bool:
     plan = surface.provenance.get("plan") or {}
-    return str(plan.get("problem", {}).get("factory", "")).startswith(LIVE)
+    return bool(plan.get("problem", {}).get("factory", "") == LIVE)
 
 
 def _child_rows(folder: RunFolder, name: str, origin: object) -> tuple[list[Measured], list[str]]:
@@ -183,8 +198,9 @@ def _how_to_get(
 ) -> list[str]:
     """Return one line for each measure at the centre that was never asked for, or cannot be."""
     if live and absent:
+        names = ", ".join(c.name for c in absent)
         return [
-            f"not measured at the centre: {names_of(absent)}; this run was made from a live model, "
+            f"not measured at the centre: {names}; this run was made from a live model, "
             "which no command can load: make its problem with lsweep.Problem.from_factory"
         ]
     command = f"lsweep run {folder.root} --measures"
@@ -286,17 +302,10 @@ def _summary(surface: Surface, name: str) -> dict[str, Any]:
     out |= {"minimum": least, "minimum_at": where}
     if len(surface.axes) == 2 and min(surface.shape) >= 3:
         out["nonconvex_fraction"] = nonconvex_fraction(surface, name)
-    if (surface.status == Status.INTERPOLATED).any():
-        out |= _on_what(surface, name, where)
+    if on_what := on_interpolated(surface, name):
+        out |= {
+            "evaluated": int(surface.evaluated.sum()),
+            "values": on_what,
+            "minimum_is": "evaluated" if surface.evaluated_at(where) else "interpolated",
+        }
     return out
-
-
-def _on_what(surface: Surface, name: str, where: dict[str, float]) -> dict[str, Any]:
-    """Say that numbers rest on interpolated values, and how far those may be off."""
-    error = surface.values.get(f"{name}_error")
-    largest = float(np.nanmax(error)) if error is not None else float("nan")
-    return {
-        "evaluated": int(surface.evaluated.sum()),
-        "values": f"mostly interpolated, stated error at most {largest:.2%} of the log range",
-        "minimum_is": "evaluated" if surface.evaluated_at(where) else "interpolated",
-    }

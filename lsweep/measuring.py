@@ -15,11 +15,11 @@ from lsweep.derived import read_derived
 from lsweep.errors import LsweepError, PlanChanged
 from lsweep.factory import factory_file
 from lsweep.folder import RunFolder
-from lsweep.plan import Plan
+from lsweep.plan import LIVE, Plan
 from lsweep.planning import Planned, plan_run
 from lsweep.pointwise import POINTWISE
 from lsweep.problem import Problem
-from lsweep.restoring import LIVE, base_of, load_problem, settings_of
+from lsweep.restoring import base_of, load_problem, settings_of
 from lsweep.settings import Settings
 from lsweep.weights import State
 

@@ -25,12 +25,12 @@ from lsweep.folder import RunFolder
 from lsweep.lines import line, line_scale
 from lsweep.maps import add_bar, contour, filled, heat
 from lsweep.marks import (
-    LINE_COLORS,
     SMALL,
     default_name,
     describe,
     dot_evaluated,
     lengths,
+    palette_of,
     put_title,
 )
 from lsweep.reliefs import relief
@@ -160,8 +160,8 @@ def render(
     figure, axes = _page(shown, kind)
     if kind == "line":
         several = len(shown) > 1
-        for i, (surface, text) in enumerate(zip(shown, texts, strict=True)):
-            color = LINE_COLORS[i % len(LINE_COLORS)] if several else None
+        for surface, text, own in zip(shown, texts, palette_of(len(shown)), strict=True):
+            color = own if several else None
             line(surface, name, axes[0], scale=scale, color=color, label=text if several else None)
         put_title(axes[0], _common_title(shown) if several else texts[0])
     else:

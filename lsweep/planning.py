@@ -20,11 +20,10 @@ from lsweep.files import publish, readable, replace, sealed
 from lsweep.folder import RunFolder
 from lsweep.gauge import as_lists, fixed_origin, moved_by
 from lsweep.insist import read
-from lsweep.plan import Plan
+from lsweep.plan import LIVE, Plan
 from lsweep.pointwise import POINTWISE
 from lsweep.preflight import check_expected, probe
 from lsweep.problem import Problem
-from lsweep.restoring import LIVE
 from lsweep.rounds import Rounds
 from lsweep.settings import Settings
 from lsweep.stored import digest_of

@@ -12,7 +12,6 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -20,7 +19,7 @@ from matplotlib.patches import Patch
 
 from lsweep.comparing import PARTS, PROFILES, Comparison
 from lsweep.errors import LsweepError
-from lsweep.marks import LINE_COLORS, SMALL
+from lsweep.marks import LINE_COLORS, SMALL, palette_of
 from lsweep.relate import FEWEST, INSIDE, Relation, Tau
 from lsweep.siblings import GAPS
 
@@ -43,10 +42,10 @@ def chosen(c: Comparison) -> list[str]:
     """Return which measures are drawn: one of each family, its middle member, the key ones first.
 
     Raises:
-        LsweepError: no measure is known in two networks beside a gap.
+        LsweepError: no measure differs between two networks that have a gap.
     """
     names = list(dict.fromkeys(name for n in c.networks for name in n.measures))
-    known = [n for n in names if n not in PARTS and _points(c, n)[2] > 1]
+    known = [n for n in names if n not in PARTS and _varies(*_points(c, n)[:2])]
     families: dict[str, list[str]] = {}
     for name in known:
         families.setdefault(name.partition("@")[0], []).append(name)
@@ -57,8 +56,8 @@ def chosen(c: Comparison) -> list[str]:
     found = [families[f][len(families[f]) // 2] for f in order][:MOST]
     if not found:
         raise LsweepError(
-            "a study's figure needs a measure and a generalisation gap (splits train and test) of "
-            "at least two networks"
+            "a study's figure needs a measure that differs between at least two networks, and "
+            "their generalisation gap (splits train and test)"
         )
     return found
 
@@ -68,6 +67,12 @@ def _points(c: Comparison, name: str) -> tuple[Any, Any, int]:
     x = c.values(name)
     y = np.array([n.gaps[c.gap][0] if c.gap in n.gaps else math.nan for n in c.networks])
     return x, y, int((np.isfinite(x) & np.isfinite(y)).sum())
+
+
+def _varies(x: Any, y: Any) -> bool:
+    """Whether a measure orders any of the networks that have a gap."""
+    known = x[np.isfinite(x) & np.isfinite(y)]
+    return len(known) > 1 and bool(np.ptp(known) > 0)
 
 
 def study_figure(c: Comparison) -> Figure:
@@ -116,7 +121,7 @@ def _styles(c: Comparison) -> tuple[list[Any], list[str], list[Line2D]]:
     if by_size:
         axis = by_size[0]
         levels = _levels(c, axis)
-        palette = _palette(levels)
+        palette = palette_of(len(levels))
         color = [palette[levels.index(_value(n.options.get(axis)))] for n in c.networks]
         entries += [_entry(f"{axis} = {v}", "o", k) for v, k in zip(levels, palette, strict=True)]
     if len(by_size) > 1:
@@ -142,14 +147,6 @@ def _levels(c: Comparison, axis: str) -> list[str]:
     numbers = all(isinstance(v, int | float) for v in values)
     ordered = sorted(values) if numbers else sorted(values, key=str)  # type: ignore[type-var]
     return list(dict.fromkeys(_value(v) for v in ordered))
-
-
-def _palette(levels: Sequence[str]) -> list[Any]:
-    """Few values take distinct colours, many a scale."""
-    if len(levels) <= len(LINE_COLORS):
-        return list(LINE_COLORS[: len(levels)])
-    scale = matplotlib.colormaps["viridis"]
-    return [scale(t) for t in np.linspace(0.0, 0.92, len(levels))]
 
 
 def _scatter(
@@ -217,8 +214,8 @@ def _caption(c: Comparison, figure: Figure) -> None:
     planes = sorted({len(n.planes) for n in c.networks})
     many = f"{planes[0]}" if len(planes) == 1 else f"{planes[0]} to {planes[-1]}"
     words = [f"{len(c.networks)} networks, {many} plane{'s' if planes != [1] else ''} each",
-             "bars: standard deviation over planes (of one plane, and of what does not depend on it, "
-             "its own standard error), and the standard error of the gap over samples"]  # fmt: skip
+             "bars: standard deviation over planes (of one plane, and of what does not depend on "
+             "it, its own standard error), and of the gap its standard error"]  # fmt: skip
     if c.all.relations:
         words.append(f"grey: the middle {INSIDE:.0%} of {c.question.permutations} permutations of "
                      "the gaps; τ counts equal orders and names no cause")  # fmt: skip

@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lsweep.children import CHILDREN
 from lsweep.errors import LsweepError, nearest
 from lsweep.files import sealed, write_whole
 from lsweep.folder import RunFolder
@@ -21,11 +22,13 @@ SHARED = (
     "split",
     "samples",
     "of",
+    "l2",
     "batch_norm",
     "precision",
     "seed",
     "normalize",
     "ignore",
+    "gauge",
     "parameters",
 )
 OWN = ("residual", "ci95", "step", "units")
@@ -34,23 +37,41 @@ NARROWEST = 40  # characters of a note in a line
 
 
 def only(reports: Sequence[Report], names: str) -> list[Report]:
-    """Return reports with the rows that ``--only`` names, by name or by what stands before ``@``.
+    """Return reports with the rows that ``--only`` names.
+
+    By name, by what stands before ``@``, by what ``--measures`` computes them with, or, where none
+    of these is one, by the words that names begin with.
 
     Raises:
         LsweepError: no report has such a row.
+
+    >>> rows = [Measured(n, 1.0) for n in ("basins", "basin_area@0.5", "basin_share@0.5")]
+    >>> [row.name for row in only([Report("a.run", "", rows, [])], "basin")[0].rows]
+    ['basin_area@0.5', 'basin_share@0.5']
     """
-    wanted = [n.strip() for n in names.split(",") if n.strip()]
-    known = {n for r in reports for row in r.rows for n in (row.name, row.family)}
-    for name in wanted or [""]:
-        if name not in known:
-            raise LsweepError(f"--only: no measure {name!r} here{nearest(name, sorted(known))}")
+    every = [row for r in reports for row in r.rows]
+    kept: set[str] = set()
+    for name in [n.strip() for n in names.split(",") if n.strip()] or [""]:
+        found = {row.name for row in every if name in _names(row)}
+        found = found or {row.name for row in every if name and row.name.startswith(f"{name}_")}
+        if not found:
+            close = nearest(name, dict.fromkeys(n for row in every for n in _names(row)))
+            if "did you mean" not in close:
+                groups = (row.context.get("measure", row.family) for row in every)
+                close = nearest(name, dict.fromkeys(groups))
+            raise LsweepError(f"--only: no measure {name!r} here{close}")
+        kept |= found
     return [
-        dataclasses.replace(
-            r, rows=[row for row in r.rows if row.name in wanted or row.family in wanted],
-            missing=[],
-        )
+        dataclasses.replace(r, rows=[row for row in r.rows if row.name in kept], missing=[])
         for r in reports
-    ]  # fmt: skip
+    ]
+
+
+def _names(row: Measured) -> list[str]:
+    """What a row may be asked for by; a child that is computed with another goes by both."""
+    child = str(row.context.get("measure", ""))
+    beside = CHILDREN[child].beside if child in CHILDREN else ""
+    return [name for name in (row.family, child, beside, row.name) if name]
 
 
 def text(report: Report, width: int | None = None) -> str:
@@ -70,7 +91,12 @@ def text(report: Report, width: int | None = None) -> str:
     shared = _shared(report.rows)
     head = report.source or "surface"
     lines = [f"{head}: {', '.join(_words(shared))}" if shared else f"{head}:"]
-    cells = [(r.name, r.text, _replicates(r), _note(r, shared)) for r in report.rows]
+    told = [_note(r, shared) for r in report.rows]
+    for i in range(len(told) - 1, 0, -1):  # a curve in the radius says it at its first point
+        if report.rows[i].family == report.rows[i - 1].family:
+            before = told[i - 1].split("; ")
+            told[i] = "; ".join(part for part in told[i].split("; ") if part not in before)
+    cells = [(r.name, r.text, _replicates(r), n) for r, n in zip(report.rows, told, strict=True)]
     widths = [max((len(c[i]) for c in cells), default=0) for i in range(3)]
     for *columns, note in cells:
         start = "  " + "  ".join(f"{c:<{w}}" for c, w in zip(columns, widths, strict=True))
@@ -103,10 +129,14 @@ def _words(context: Mapping[str, Any]) -> list[str]:
             out.append(f"{value or 'all'}{of} {split}samples")
         elif key == "split":
             out += [] if "samples" in context else [str(value)]
+        elif key == "l2":
+            out.append(f"loss + {value:g}/2·‖θ‖²")
         elif key == "ignore":
             out.append(f"{value} held still" if value != "none" else "nothing held still")
         elif key == "normalize":
             out.append(f"normalised by {value}" if value != "none" else "not normalised")
+        elif key == "gauge":
+            out += ["equi-normalised first"] if value == "equi" else []
         elif key == "parameters":
             out.append(f"only {', '.join(value)}")
         elif key in ("precision", "units"):

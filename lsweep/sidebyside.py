@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from lsweep.comparing import Comparison, Related
 from lsweep.regularizer import FILTER, Response
@@ -31,13 +34,18 @@ def lines(c: Comparison) -> Iterator[str]:
 def _networks(c: Comparison) -> Iterator[str]:
     planes = sorted({len(n.planes) for n in c.networks})
     many = f"{planes[0]}" if len(planes) == 1 else f"{planes[0]} to {planes[-1]}"
-    yield (f"{len(c.networks)} networks, {many} plane{'s' if planes != [1] else ''} each"
-           + ("; ±: its own standard error" if planes == [1] else "; ±: standard deviation over "
-              "planes; of one plane, and of what does not depend on it, its own standard error"))  # fmt: skip
+    own = "" if planes == [1] else "standard deviation over planes; of one plane, and of what does "
+    own += "not depend on it, " if own else ""
+    yield (f"{len(c.networks)} networks, {many} plane{'s' if planes != [1] else ''} each; ±: {own}"
+           "its own standard error")  # fmt: skip
     if c.unlike:
         shown = ", ".join(c.unlike[:6]) + (", …" if len(c.unlike) > 6 else "")
         yield f"  not measured alike, so compare with care: they differ in {shown}"
     names = list(dict.fromkeys(name for n in c.networks for name in n.measures))
+    alike, again = _alike(c, names), _again(c, names)
+    names = [n for n in names if n not in (*alike, *again)]
+    if len(c.networks) > FEW_COLUMNS:
+        names = [n for n in names if n in c.shown]
     rows: list[tuple[str, list[str]]] = []
     for gap, title in GAPS.items():
         if any(gap in n.gaps for n in c.networks):
@@ -48,11 +56,49 @@ def _networks(c: Comparison) -> Iterator[str]:
     else:
         body = [[n.name, *(v[i] for _, v in rows)] for i, n in enumerate(c.networks)]
         yield from table(["", *(r for r, _ in rows)], body)
+    if alike or again:
+        yield ""
+        told = [f"{n} {_number(c.networks[0].measures[n].mean)}" for n in alike]
+        yield from _wrapped("the same in all networks: ", told)
+        yield from _wrapped("equal in every network: ", [f"{n} = {m}" for n, m in again.items()])
     doubtful = sum(s.doubtful > 0 for n in c.networks for s in n.measures.values())
     if doubtful:
         yield ""
         yield (f"* {doubtful} of these did not converge or lie within their own error: "
                "'lsweep measure RUN' says which")  # fmt: skip
+
+
+def _alike(c: Comparison, names: Sequence[str]) -> list[str]:
+    """Return the measures that have one value in all of several networks, and no spread."""
+    several = [n for n in names if len(c.networks) > 1 and bool(np.ptp(c.values(n)) == 0)]
+    return [n for n in several if not any((x.measures[n].sd or 0.0) > 0 for x in c.networks)]
+
+
+def _again(c: Comparison, names: Sequence[str]) -> dict[str, str]:
+    """Return measure -> an earlier one that has its value in every network."""
+    first: dict[bytes, str] = {}
+    out = {}
+    for name in names:
+        values = c.values(name)
+        if np.isfinite(values).all() and len(c.networks) > 1:
+            before = first.setdefault(values.tobytes(), name)
+            if before != name and np.ptp(values) > 0:
+                out[name] = before
+    return out
+
+
+def _telling(c: Comparison, names: Sequence[str]) -> list[str]:
+    """Return those of measures that are told and are not the same in all networks."""
+    alike = _alike(c, names)
+    return [n for n in names if n in c.shown and n not in alike]
+
+
+def _wrapped(start: str, words: Sequence[str], indent: str = "") -> Iterator[str]:
+    """Yield words behind a beginning, in lines; nothing without words."""
+    if words:
+        more = indent + "  "
+        yield from textwrap.wrap(start + ", ".join(words), WIDTH, initial_indent=indent,
+                                 subsequent_indent=more, break_on_hyphens=False)  # fmt: skip
 
 
 def _number(value: float) -> str:
@@ -130,8 +176,12 @@ def _relations(c: Comparison) -> Iterator[str]:
         yield (f"  partial τ, {control} held: (τ_mg - τ_mc τ_gc) / √((1-τ_mc²)(1-τ_gc²)), m the "
                "measure, g the gap, c what is held; null: gaps permuted among networks "
                "of about the same c, p around its mean")  # fmt: skip
-        told = [[_marked(c, n), t.text] for n, t in taus.items() if n in c.shown]
+        again = _again(c, list(taus))
+        told = [[_marked(c, n), t.text] for n, t in taus.items()
+                if n in c.shown and n not in again and math.isfinite(t.value)]  # fmt: skip
         yield from _indented(table(["", "partial τ"], told))
+        lost = _telling(c, [n for n, t in taus.items() if not math.isfinite(t.value)])
+        yield from _wrapped("undefined: ", lost, "    ")
 
 
 def _legend(c: Comparison) -> list[str]:
@@ -144,15 +194,16 @@ def _legend(c: Comparison) -> list[str]:
     if c.axes:
         held = f" (and in the same {', '.join(c.held)})" if c.held else ""
         words.append(
-            f"ψ: the same between networks that differ in one hyper-parameter alone{held}; "
-            "Ψ: the mean of the ψ; worst: the ψ that agrees least with Ψ"
-        )
+            f"ψ: the same between networks that differ in one hyper-parameter alone{held}"
+            + ("; Ψ: the mean of the ψ; worst: the ψ that agrees least with Ψ" if len(c.axes) > 1
+               else "; of one there is, Ψ is that ψ")
+        )  # fmt: skip
     return [
         *words,
         f"[a, b]: null interval: the middle {INSIDE:.0%} when the gaps are permuted over the "
         f"networks {c.question.permutations} times (Philox, seed {c.question.seed})",
-        f"p: share of permutations at least as far from 0; {tests} measures, not corrected for "
-        "their number"
+        f"p: share of permutations at least as far from 0; {tests} measure{'s' * (tests != 1)}, "
+        "not corrected for their number"
         + (f"; of each family one, its middle, is shown, --only shows the {hidden} others, --json "
            "and --csv have all" if hidden else ""),
     ]  # fmt: skip
@@ -161,17 +212,22 @@ def _legend(c: Comparison) -> list[str]:
 def _related(c: Comparison, related: Related, title: str) -> Iterator[str]:
     yield f"  {title}"
     axes = [a for a in c.axes if any(a in r.axes for r in related.relations.values())]
-    head = ["", "networks", "τ", *(f"ψ {a}" for a in axes), *(["Ψ", "worst"] if axes else [])]
-    rows = []
+    several = len(axes) > 1  # of one, Ψ and the worst are its ψ
+    head = ["", "networks", "τ", *(f"ψ {a}" for a in axes), *(["Ψ", "worst"] if several else [])]
+    rows, lost, again = [], [], _again(c, list(related.relations))
     for name, r in related.relations.items():
-        if name not in c.shown:
+        if name not in c.shown or name in again:
+            continue
+        if not any(math.isfinite(t.value) for t in (r.tau, *r.axes.values())):
+            lost.append(name)
             continue
         cells = [_marked(c, name), str(r.networks), r.tau.text]
         cells += [r.axes[a].text if a in r.axes else "-" for a in axes]
-        if axes:
+        if several:
             cells += [r.psi.text if r.psi else "-", _worst(r.worst, r.axes)]
         rows.append(cells)
     yield from _indented(table(head, rows))
+    yield from _wrapped("undefined: ", _telling(c, lost), "    ")
     few = ", ".join(f"{n} ({k})" for n, k in related.too_few.items() if n in c.shown)
     if few:
         yield f"    too few networks: {few}"

@@ -54,7 +54,7 @@ def _submit_run(options: Namespace) -> list[tuple[RunFolder, Submission]]:
     except NoAnswer as e:
         if not options.dry_run:
             raise
-        print(f"# {e}: no limit of the site was checked")
+        print(f"# {e}, and neither the site's limits nor what sbatch says were checked")
     limit = check(site, wanted)
     children: list[RunFolder] = []
     if not options.dry_run:

@@ -23,11 +23,12 @@ from scipy import stats
 
 import lsweep
 from lsweep import sheet
-from lsweep.children import CHILDREN, settings_for
+from lsweep.children import CHILDREN, TRACES, settings_for
+from lsweep.files import read_json
 from lsweep.folder import RunFolder
 from lsweep.from_children import Finished, rows_of, student_95
 from lsweep.from_surface import rows_of_plane
-from lsweep.measured import Measured, mean_of, read_measures
+from lsweep.measured import Measured, mean_of
 from lsweep.measures import Report, compared, measure_run
 from lsweep.noise import random_tensor
 from lsweep.plan import Plan
@@ -338,8 +339,9 @@ def test_the_table_the_json_and_the_csv_hold_the_same(run, capfd):
     (table,) = json.loads(capfd.readouterr().out)
     rows = [Measured.of(r) for r in table["measures"]]
     assert (table["metric"], table["points"]) == ("train_loss", 25)
-    digest, kept = read_measures(run / "measures.json")
-    assert (digest, kept) == (Plan.read(RunFolder(run)).digest, rows)
+    kept = read_json(run / "measures.json")
+    assert kept["plan"] == Plan.read(RunFolder(run)).digest
+    assert [Measured.of(r) for r in kept["measures"]] == rows
     assert tiny.lsweep("measure", run, "--csv") == 0
     lines = list(csv.DictReader(io.StringIO(capfd.readouterr().out)))
     assert [line["name"] for line in lines] == [r.name for r in rows]
@@ -365,6 +367,18 @@ def test_only_some(run, capfd):
     lines = capfd.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == [
         *(f"sharpness@{r:g}" for r in RADII), "hessian_max"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [("layers", ["layer_sharpness"] * 2), ("trace,basins", ["basins", *TRACES]),
+     ("basin", ["basin_share", "basin_area", "basin_width_least", "basin_width_median",
+                "basin_depths"])],
+)  # fmt: skip
+def test_only_takes_what_measures_takes(run, capfd, asked, names):
+    assert tiny.lsweep("measure", run, "--only", asked) == 0
+    shown = [line.split()[0] for line in capfd.readouterr().out.splitlines()[1:]]
+    assert [name.partition("@")[0] for name in shown] == names
 
 
 @pytest.mark.parametrize("words, message", [

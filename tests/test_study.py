@@ -433,6 +433,9 @@ def test_l2_adds_half_lambda_times_the_squared_norm(finished, capfd, tmp_path):
     assert command("measure", folder, "--l2", 0.25, "--only", "train_loss", "--json") == 0
     (row,) = json.loads(capfd.readouterr().out)
     assert row["measures"][0]["value"] == pytest.approx(0.5 + 0.125 * 25)
+    assert row["measures"][0]["context"]["l2"] == 0.25
+    assert command("measure", folder, "--l2", 0.25) == 0
+    assert "loss + 0.25/2·‖θ‖²" in capfd.readouterr().out.splitlines()[0]
     assert command("render", folder, "--l2", 0.25, "-o", tmp_path / "l2.png") == 0
     capfd.readouterr()
     for arguments, words in (
