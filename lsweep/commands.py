@@ -21,6 +21,7 @@ from lsweep.requeue import another_turn, end_of_job
 from lsweep.role import Role
 from lsweep.startup import delay
 from lsweep.stopping import Stop, Stopped
+from lsweep.wording import counted
 
 if TYPE_CHECKING:
     from lsweep.children import Child
@@ -147,8 +148,7 @@ def planned_children(
         if options.retry_failed:
             _ask_again(run.folder)
     found.sort(key=lambda pair: passes(*pair))
-    count = f"{len(found)} child run{'s' if len(found) > 1 else ''}"
-    say(f"{folder.root}: {count} in {folder.measures}")
+    say(f"{folder.root}: {counted(len(found), 'child run')} in {folder.measures}")
     for line in cost_lines(found):
         say(f"  {line}")
     return [run.folder for _, run in found], parent.problem
@@ -181,16 +181,14 @@ def do_plan(options: Namespace) -> int:
     drawn = f"{samples or 'all'} of {whole}" if whole > samples else f"{samples or 'all'}"
     grid = " x ".join(str(c) for _, (_, _, c) in sorted(last.grid.items()))
     print(f"{folder.root}: plan {plan.digest[:12]}, grid {grid}, {rounds.total} points in "
-          f"{len(rounds.all)} round{'s' * (len(rounds.all) != 1)}")  # fmt: skip
+          + counted(len(rounds.all), "round"))  # fmt: skip
     if last.refine is not None:
         more = f"; at most all {len(last.lattice)} points" if rounds.refining else ""
         print(f"  refinement: {describe_refining(last.refine)}{more}")
     print(f"  each point: {drawn} samples in {', '.join(plan.evaluate['splits'])}; "
           f"metrics {', '.join(plan.evaluate['metrics'])}")  # fmt: skip
-    print(
-        f"  {units} units of {last.unit_points} points, {leases} leases; {plan.slices} slice"
-        f"{'s' * (plan.slices != 1)}"
-    )
+    print(f"  {counted(units, 'unit')} of {counted(last.unit_points, 'point')}, "
+          f"{counted(leases, 'lease')}; {counted(plan.slices, 'slice')}")  # fmt: skip
     print(f"  on disk: about {rounds.total * row * plan.slices / 2**20:.1f} MiB of rows, at most "
           f"{leases + 20} files and 2 more a worker")  # fmt: skip
     for axis in plan.axes:
