@@ -176,12 +176,13 @@ def _forest(c: Comparison, tested: dict[str, Relation], ax: Axes) -> None:
     shown: dict[str, tuple[str, Any]] = {"τ": ("o", "black")}
     if c.axes:
         shown |= {f"ψ {a}": ("s", LINE_COLORS[(i + 1) % 6]) for i, a in enumerate(c.axes)}
+    if len(c.axes) > 1:  # of one, Ψ is its ψ
         shown["Ψ"] = ("D", LINE_COLORS[0])
     places, labels, y = [], [], 0.0
     for name, relation in tested.items():
         found: dict[str, Tau] = {"τ": relation.tau}
         found |= {f"ψ {a}": t for a, t in relation.axes.items()}
-        if relation.psi is not None:
+        if relation.psi is not None and "Ψ" in shown:
             found["Ψ"] = relation.psi
         first = y
         for key, tau in found.items():
@@ -200,7 +201,8 @@ def _forest(c: Comparison, tested: dict[str, Relation], ax: Axes) -> None:
     ax.set_yticks(places, labels, size=SMALL, parse_math=False)
     ax.tick_params(axis="x", labelsize=SMALL)
     ax.tick_params(axis="y", length=0)
-    ax.set_xlabel("same order as the gap: τ, ψ, Ψ", size=SMALL + 1)
+    ax.set_xlabel(f"same order as the gap: {', '.join(dict.fromkeys(k[0] for k in shown))}",
+                  size=SMALL + 1)  # fmt: skip
     handles: list[Any] = [
         Line2D([], [], linestyle="", marker=m, color=k, label=text, markersize=4)
         for text, (m, k) in shown.items()

@@ -93,7 +93,8 @@ def text(report: Report, width: int | None = None) -> str:
     lines = [f"{head}: {', '.join(_words(shared))}" if shared else f"{head}:"]
     told = [_note(r, shared) for r in report.rows]
     for i in range(len(told) - 1, 0, -1):  # a curve in the radius says it at its first point
-        if report.rows[i].family == report.rows[i - 1].family:
+        row = report.rows[i]
+        if row.family == report.rows[i - 1].family and not row.doubtful:
             before = told[i - 1].split("; ")
             told[i] = "; ".join(part for part in told[i].split("; ") if part not in before)
     cells = [(r.name, r.text, _replicates(r), n) for r, n in zip(report.rows, told, strict=True)]

@@ -427,6 +427,21 @@ def test_a_trajectory_lies_on_the_relief():
     assert z == pytest.approx(x + 10 * y + 20)
 
 
+def test_the_end_of_a_line_is_no_trajectory_and_its_band_is_not_cut_off():
+    x = np.linspace(0.0, 1.0, 5)
+    values = {"train_loss": 1 - (2 * x - 1) ** 2, "train_loss_diff_se": 0.2 * np.sin(np.pi * x)}
+    ends = np.zeros(1)
+    t = Trajectory(np.ones((1, 1)), ends, np.ones(1), {"train_loss": ends}, ("other.pt",))
+    ax = draw(Surface({"x": x}, values, trajectory=t))
+    assert "other.pt" in legend(ax) and not any("trajectory" in e for e in legend(ax))
+    assert not [a for a in ax.texts if a.get_text() == "other.pt"]  # it would lie on the curve
+    assert ax.get_ylim()[1] > 1 + 1.96 * 0.2
+    many = [Surface({"x": x}, {"train_loss": x + k}) for k in range(9)]
+    figure = render(many, labels=[f"run {k}" for k in range(9)])
+    shown = [line for line in figure.axes[0].get_lines() if str(line.get_label())[:3] == "run"]
+    assert len({line.get_color() for line in shown}) == 9
+
+
 def test_on_a_line_the_trajectory_shows_the_values_of_the_checkpoints_themselves():
     t = path_of(0.1, 0.1)
     ax = draw(replace(run(), trajectory=replace(t, offsets=t.offsets[:, :1])))

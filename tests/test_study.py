@@ -253,7 +253,10 @@ def test_a_study_is_text_and_a_picture(finished, capfd, tmp_path):
     assert "flat" not in out
     assert command("render", finished, "--kind", "study", "-o", tmp_path / "f.png") == 0
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
-    some = sorted(finished.with_suffix(".study").iterdir())[:3]
+    some = sorted(finished.with_suffix(".study").glob("*.run"))[:3]
+    assert command("measure", *some[:2], "--figures") == 0
+    assert (some[0].parent / "study.png").read_bytes().startswith(b"\x89PNG")
+    capfd.readouterr()
     assert command("measure", *some, some[0]) == 0
     out = capfd.readouterr().out
     assert "3 networks" in out and "too few: 3 networks with a gap, at least 8" in out
@@ -337,6 +340,18 @@ def test_children_of_other_samples_are_not_compared_without_a_word():
     ]  # fmt: skip
     assert compare(runs).unlike == ("samples of trace and 1 more", "batch norm of trace and 1 more")
     assert compare(runs[:1] * 2).unlike == ()
+
+
+def test_one_hyper_parameter_is_told_once():
+    runs = [sibling({"depth": d}, {"train_loss": 0.1 + d, "minimum": 0.1 + d, "basins": 2.0,
+                                   "test_loss": 0.2 + 3.0 * d}) for d in range(8)]  # fmt: skip
+    found = compare(runs)
+    told = "\n".join(lines(found))
+    assert "the same in all networks: basins 2" in told
+    assert "equal in every network: minimum = train_loss" in told
+    assert "ψ depth" in told and "worst" not in told and "undefined" not in told
+    labels = [ax.get_xlabel() for ax in study_figure(found).subfigs[0].axes]
+    assert "train loss" in labels and "basins" not in labels
 
 
 def test_the_gap_is_named_and_is_the_error_where_there_is_one():
