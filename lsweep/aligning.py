@@ -32,7 +32,7 @@ from lsweep.weights import (
     parameters_of,
 )
 
-SAME = 1e-3  # of the outputs' size, above which moving units was no mere change of places
+UNCHANGED = 1e-3  # of the outputs' size; beyond it moving units was no mere change of places
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def aligned_checkpoint(
         raise LsweepError(f"no hidden units that could trade places are known: {reason}")
     done = align(mine, theirs, found.units, list(parameters), seed)
     error = _difference(problem, metric, theirs, done.state)
-    if not error <= SAME:
+    if not error <= UNCHANGED:
         raise LsweepError(
             f"moving its units changes what {other} computes by {error:.1e} of its outputs: units "
             "were followed wrongly, and no alignment is made"

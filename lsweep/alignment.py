@@ -114,7 +114,7 @@ def _descended(
     gain: float,
 ) -> dict[str, Tensor]:
     """Return orders at which no single group can be improved."""
-    assignment = scipy("optimize").linear_sum_assignment
+    assignment = scipy("optimize", "an alignment").linear_sum_assignment
     orders, state = dict(orders), _moved(b, units, orders)
     waiting = set(range(len(units)))
     for _ in range(SWEEPS):

@@ -150,7 +150,7 @@ def publish_round(
         All rounds, as they are published.
     """
     while True:
-        before = _published(folder, plan)
+        before = published(folder, plan)
         ask = compose(before)
         if ask is None:
             assert before is not None
@@ -160,7 +160,8 @@ def publish_round(
             return Rounds.read(folder, plan)
 
 
-def _published(folder: RunFolder, plan: Plan) -> Rounds | None:
+def published(folder: RunFolder, plan: Plan) -> Rounds | None:
+    """Return the rounds of a run, or None where its planning stopped before the first."""
     try:
         return Rounds.read(folder, plan)
     except LsweepError:

@@ -20,6 +20,7 @@ from lsweep.errors import LsweepError
 from lsweep.field import Field, FloatArray
 from lsweep.rays import rays
 from lsweep.surface import Surface
+from lsweep.wording import counted
 
 RISE = 0.5
 FEWEST = 30
@@ -95,7 +96,7 @@ def basin(surface: Surface, name: str = "train_loss", rise: float = RISE) -> Bas
     if border:
         notes.append("the basin reaches the border: its area is a lower bound; widen the range")
     if cells < FEWEST and len(field.offsets) == 2:
-        many = f"{cells} point{'s' * (cells != 1)}"
+        many = counted(cells, "point")
         notes.append(f"the basin has {many}, too coarse below {FEWEST}: refine the grid")
     if not bounded:
         notes.append(f"{int(is_open.sum())} of {len(lengths)} rays end before the loss has risen: "

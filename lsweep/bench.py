@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,7 @@ from lsweep.evaluate import Evaluator
 from lsweep.factory import describe
 from lsweep.filters import is_norm
 from lsweep.pointwise import POINTWISE
-from lsweep.problem import Problem
+from lsweep.problem import Problem, logits_of
 from lsweep.rescaling import Element, Transform, acted
 from lsweep.subsets import subsampled
 from lsweep.supply import default_batch_size
@@ -31,12 +33,15 @@ from lsweep.weights import State
 LESS_EPS = 1e-3  # times the eps of every normalisation
 SHUFFLES, PROBES = 5, 4
 LOSS_FLOOR = 1e-3
+MOST_KEPT = 2**20  # numbers of an output that are compared; a language model has billions
 COPIES = 4  # of the weights in float64, that must fit in half of the free memory
 EPSILONS = ("eps", "variance_epsilon", "epsilon")
 
 
 class Bench:
     """A network on a few samples: moved at will, given back as it was.
+
+    Of a large output a random `MOST_KEPT` of its numbers stand for all, the same of each sample.
 
     Args:
         evaluator: has taken the network over.
@@ -52,6 +57,7 @@ class Bench:
         self._start: State = {n: t.detach().clone() for n, t in self.tensors.items()}
         self._base: dict[tuple[str, bool], tuple[Tensor, float]] = {}
         self.samples = sum(samples_in(b) for b in self._batches)
+        self._places: dict[int, Tensor] = {}
 
     # -- looking -----------------------------------------------------------------------------------
 
@@ -63,7 +69,7 @@ class Bench:
         seen: list[Tensor] = []
 
         def note(module: nn.Module, args: Any, out: Any) -> None:
-            found = tensors_of(getattr(out, "logits", out))
+            found = tensors_of(logits_of(out))
             seen.extend(t for t in found if t.is_floating_point())
 
         metric = self._evaluator.metrics[0]
@@ -73,7 +79,20 @@ class Bench:
         finally:
             handle.remove()
         w, v = sampled.weights.double(), sampled.values.double()
-        return seen or [sampled.values], float(w.sum()), float((w * v).sum())
+        kept = [self._cut(t, samples_in(batch)) for t in seen]
+        return kept or [sampled.values], float(w.sum()), float((w * v).sum())
+
+    def _cut(self, output: Tensor, samples: int) -> Tensor:
+        """Return a batch's share of the numbers that are kept, by rows where they are samples."""
+        rows = samples if output.dim() and len(output) == samples else 1
+        size, room = output.numel() // rows, max(1, MOST_KEPT * samples // self.samples // rows)
+        if size <= room:
+            return output
+        if size not in self._places:
+            chance = np.random.Generator(np.random.Philox(size))
+            places = chance.choice(size, room, replace=False, shuffle=False)
+            self._places[size] = torch.from_numpy(np.sort(places))
+        return output.reshape(rows, size)[:, self._places[size].to(output.device)]
 
     @contextlib.contextmanager
     def _mode(self, batch_norm: str, grad: bool = False) -> Iterator[None]:
@@ -84,7 +103,7 @@ class Bench:
             yield
 
     def look(self, batch_norm: str = "eval") -> tuple[Tensor, float]:
-        """Return all outputs as one vector and the mean loss, at the present weights."""
+        """Return the outputs as one vector and the mean loss, at the present weights."""
         outputs, weight, total = [], 0.0, 0.0
         with self._mode(batch_norm):
             for batch in self._batches:
@@ -260,7 +279,7 @@ def inputs_of(problem: Problem, metric: str) -> Any:
     seen: list[Any] = []
 
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.append(kwargs or (args[0] if len(args) == 1 else args))
+        seen.append(_inputs(module, args, kwargs))
 
     split = next(iter(problem.splits.values()))
     model = problem.model
@@ -282,6 +301,14 @@ def inputs_of(problem: Problem, metric: str) -> Any:
     if not seen:
         raise Unsupported("forward= never calls the network itself, so no layer can be followed")
     return seen[0]
+
+
+def _inputs(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return what a network was called with: by name, where any of it was."""
+    if not kwargs:
+        return args[0] if len(args) == 1 else args
+    bound = inspect.signature(module.forward).bind_partial(*args)
+    return {**bound.arguments, **kwargs}
 
 
 def few(problem: Problem, split: str, samples: int, device: torch.device) -> Problem:

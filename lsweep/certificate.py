@@ -18,15 +18,15 @@ from lsweep.certified import Trial
 from lsweep.errors import LsweepError
 from lsweep.factory import describe
 from lsweep.problem import Problem
-from lsweep.rescaling import FACTORS, Transform, finite_element, residual
+from lsweep.rescaling import FACTORS, Transform, finite_element, reached, residual
 from lsweep.weights import State
 
 EXACT = {torch.float64: 1e-12, torch.float32: 2e-6}
 NOISE_MARGIN = 10.0  # times the noise floor is still exact
+NOISIEST = 100.0  # times rounding: beyond it samples depend on each other, and all would be exact
 UP_TO_EPS, FALL = 1e-3, 100.0
 APPROXIMATE = 0.02
 CLEARLY_BROKEN = 1e-3  # a gradient so far from the orbit's normal: one finite factor will do
-SAME = 1e-9  # of rms f: the same function in float64, after many rescalings
 
 
 def verdict(errors: Mapping[float, float], noise: float, exact: float, falls: bool) -> str:
@@ -92,7 +92,7 @@ def certify(
             noise = {m: b.noise(m) for m in modes}
             found = []
             for t, error32 in zip(transforms, in_float32, strict=True):
-                row = dataclasses.replace(_tested(b, t, gradients, noise), error32=error32)
+                row = _tested(b, t, gradients, noise, error32)
                 say(row)
                 found.append(row)
             loss, samples = b.base("eval")[1], b.samples
@@ -116,19 +116,29 @@ def _tested(
     t: Transform,
     gradients: Mapping[str, list[State]],
     noise: Mapping[str, float],
+    error32: float | None,
 ) -> Trial:
-    units = sum(t.sizes)
+    row = Trial(t.layer, t.kind, sum(t.sizes), t.tensors, "untested", note=t.untested)
     if t.untested:
-        return Trial(t.layer, t.kind, units, t.tensors, "untested", note=t.untested)
-    found = [residual(t, b.tensors, g) for g in gradients[t.batch_norm]]
-    known = [r for r in found if r is not None]
+        return row
+    gradient, floor, exact = gradients[t.batch_norm], noise[t.batch_norm], EXACT[b.dtype]
+    if not floor <= NOISIEST * exact:
+        size = f"changes by {floor:.1e}" if floor < math.inf else "is not always finite"
+        why = f"the output {size} with the order or the pieces of the batch, so nothing can be told"
+        return dataclasses.replace(row, noise=_finite(floor), note=why)
+    found = [residual(t, b.tensors, g) for g in gradient]
+    known = [r for r in found if r is not None and not math.isnan(r)]
     first = sum(known) / len(known) if known else None
+    off = first is not None and first > CLEARLY_BROKEN
     factors: tuple[float, ...] = FACTORS if t.rescales else (1.0,)
-    if first is not None and first > CLEARLY_BROKEN:
-        factors = (2.0,)
-    errors = {c: b.error(t, finite_element(t, c)) for c in factors}
-    worst = max(factors, key=lambda c: errors[c][0])
-    e, floor, exact = errors[worst][0], noise[t.batch_norm], EXACT[b.dtype]
+    errors: dict[float, tuple[float, float]] = {}
+    # One factor shows what is broken; only what survives it needs the others.
+    for c in (2.0, *(c for c in factors if c != 2.0)) if off else factors:
+        errors[c] = b.error(t, finite_element(t, c))
+        if off and errors[c][0] > UP_TO_EPS:
+            break
+    worst = max(errors, key=lambda c: errors[c][0])
+    e = errors[worst][0]
     falls, note = False, ""
     if t.rescales and max(NOISE_MARGIN * floor, exact) < e < math.inf:
         less, _ = b.error(t, finite_element(t, worst), less_eps=True)
@@ -136,10 +146,16 @@ def _tested(
         note = f"with a thousandth of eps {less:.1e}" if falls else ""
     if e == math.inf:
         note = "the output is not finite there"
-    return Trial(
-        t.layer, t.kind, units, t.tensors,
-        verdict({c: v for c, (v, _) in errors.items()}, floor, exact, falls),
-        factor=worst if t.rescales else None, error=_finite(e),
-        loss_error=_finite(errors[worst][1]), noise=floor,
+    word = verdict({c: v for c, (v, _) in errors.items()}, floor, exact, falls)
+    if word == "exact":
+        if gradient and not any(reached(t, b.tensors, g) for g in gradient):
+            why = "no gradient reaches these weights on these samples: whatever is done is exact"
+            return dataclasses.replace(row, noise=floor, note=why)
+        if off:
+            why = f"the gradient says broken ({first:.1e}), and is too small to change the output"
+            return dataclasses.replace(row, noise=floor, note=why)
+    return dataclasses.replace(
+        row, verdict=word, factor=worst if t.rescales else None, error=_finite(e),
+        error32=error32, loss_error=_finite(errors[worst][1]), noise=floor,
         residual=first, precision=str(b.dtype).removeprefix("torch."), note=note,
     )  # fmt: skip

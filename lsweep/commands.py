@@ -21,6 +21,7 @@ from lsweep.requeue import another_turn, end_of_job
 from lsweep.role import Role
 from lsweep.startup import delay
 from lsweep.stopping import Stop, Stopped
+from lsweep.wording import counted
 
 if TYPE_CHECKING:
     from lsweep.children import Child
@@ -72,20 +73,37 @@ def planned(options: Namespace) -> tuple[RunFolder, Problem | None]:
     return folder, problem
 
 
+def along_eigenvectors(folder: RunFolder) -> dict[str, list[str]]:
+    """Return for each axis along an eigenvector what its curvature says of the range asked last."""
+    from lsweep.plan import Plan
+    from lsweep.quadratic import quadratic_lines
+    from lsweep.rounds import Rounds
+
+    plan = Plan.read(folder)
+    grid, facts = Rounds.read(folder, plan).last.grid, plan.facts["axes"]
+    return {
+        axis: quadratic_lines(axis, facts[axis], [float(bound) for bound in grid[axis][:2]])
+        for axis in plan.axes
+        if "eigenvalue" in facts[axis]
+    }
+
+
 def wanted_children(options: Namespace) -> list[Child]:
     """Return the children that ``--measures`` names; the cheap ones first.
 
     Raises:
         LsweepError: there is no such measure, or its options are given without it.
     """
-    from lsweep.children import chosen, names_of
+    from lsweep.children import chosen
 
     if options.measures is not None:
         found = chosen(options.measures)
         if options.to is not None and not any(c.needs for c in found):
             raise LsweepError("--to goes with --measures barrier")
         if options.replicates is not None and not any(c.replicates for c in found):
-            raise LsweepError(f"--replicates is not for {names_of(found)}: leave it out")
+            raise LsweepError(
+                f"--replicates is not for {', '.join(c.name for c in found)}: leave it out"
+            )
         return found
     for name in ("replicates", "samples", "to"):
         if getattr(options, name) is not None:
@@ -106,12 +124,11 @@ def planned_children(
     """
     if not wanted:
         return [], problem
-    from lsweep.children import names_of
     from lsweep.measuring import Parent, cost_lines, passes
 
     alone = [c for c in wanted if not c.replicates]
     if options.replicates is not None and alone:
-        say(f"--replicates is not for {names_of(alone)}")
+        say(f"--replicates is not for {', '.join(c.name for c in alone)}")
     named = {n.strip() for n in options.measures.split(",")}
     parent = Parent.of(folder, problem, options.trust)
     found = []
@@ -131,8 +148,7 @@ def planned_children(
         if options.retry_failed:
             _ask_again(run.folder)
     found.sort(key=lambda pair: passes(*pair))
-    count = f"{len(found)} child run{'s' if len(found) > 1 else ''}"
-    say(f"{folder.root}: {count} in {folder.measures}")
+    say(f"{folder.root}: {counted(len(found), 'child run')} in {folder.measures}")
     for line in cost_lines(found):
         say(f"  {line}")
     return [run.folder for _, run in found], parent.problem
@@ -165,16 +181,14 @@ def do_plan(options: Namespace) -> int:
     drawn = f"{samples or 'all'} of {whole}" if whole > samples else f"{samples or 'all'}"
     grid = " x ".join(str(c) for _, (_, _, c) in sorted(last.grid.items()))
     print(f"{folder.root}: plan {plan.digest[:12]}, grid {grid}, {rounds.total} points in "
-          f"{len(rounds.all)} round{'s' * (len(rounds.all) != 1)}")  # fmt: skip
+          + counted(len(rounds.all), "round"))  # fmt: skip
     if last.refine is not None:
         more = f"; at most all {len(last.lattice)} points" if rounds.refining else ""
         print(f"  refinement: {describe_refining(last.refine)}{more}")
     print(f"  each point: {drawn} samples in {', '.join(plan.evaluate['splits'])}; "
           f"metrics {', '.join(plan.evaluate['metrics'])}")  # fmt: skip
-    print(
-        f"  {units} units of {last.unit_points} points, {leases} leases; {plan.slices} slice"
-        f"{'s' * (plan.slices != 1)}"
-    )
+    print(f"  {counted(units, 'unit')} of {counted(last.unit_points, 'point')}, "
+          f"{counted(leases, 'lease')}; {counted(plan.slices, 'slice')}")  # fmt: skip
     print(f"  on disk: about {rounds.total * row * plan.slices / 2**20:.1f} MiB of rows, at most "
           f"{leases + 20} files and 2 more a worker")  # fmt: skip
     for axis in plan.axes:
@@ -190,6 +204,8 @@ def do_plan(options: Namespace) -> int:
             doubt = "" if facts["converged"] else ": it did not converge"
             print(f"     eigenvalue {facts['eigenvalue']:.4g}, residual {facts['residual']:.1e}"
                   + doubt + "".join(f"; {n}" for n in [facts.get("note")] if n))  # fmt: skip
+            for line in along_eigenvectors(folder)[axis]:
+                print(f"     {line}")
         if "slope" in facts:
             print(f"     norm of the gradient {facts['slope']:.4g}")
     vectors = [v for along in plan.facts.get("gauge", {}).values() for v in along.values()]

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from lsweep.from_children import Finished, rises
-from lsweep.marks import SMALL, put_legend, put_title
+from lsweep.marks import SMALL, Z, put_legend, put_title
 from lsweep.scales import FloatArray, log_scale, number, round_ticks
 from lsweep.surface import Status
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
-Z = 1.96
 FEW = 5  # radii that are ticks themselves
 LN = log_scale([1.0])
 _UNITS = {

@@ -28,6 +28,7 @@ from lsweep.objective import Objective
 from lsweep.plan import Plan
 from lsweep.problem import Problem
 from lsweep.recipes import DERIVED, Recipe
+from lsweep.scientific import scipy
 from lsweep.settings import Evaluation, Settings
 from lsweep.stored import read_arrays, store_arrays
 from lsweep.tables import plain
@@ -61,7 +62,8 @@ def derive(
 
     Returns:
         Axis -> tensors, with ``eigenvalue`` and ``residual`` (‖Hv - λv‖ / max|λ|) of an
-        eigenvector, or ``slope``, the norm of the gradient; nothing for axes of other kinds.
+        eigenvector and the ``loss`` at the centre, or ``slope``, the norm of the gradient; nothing
+        for axes of other kinds.
 
     Raises:
         LsweepError: the loss cannot be differentiated, scipy is missing, or the gradient is zero.
@@ -69,6 +71,8 @@ def derive(
     asked = {a: r for a, r in settings.directions.items() if r.kind in DERIVED}
     if not asked:
         return {}
+    for axis in (a for a, r in asked.items() if r.kind == "hessian"):
+        scipy("sparse.linalg", f'directions.{axis}: kind = "hessian"')
     device = choose_device("auto")
     nowhere = Directions({}, (), {}, origin=start)
     with Evaluator(problem, _plainly(settings.evaluate), nowhere, device) as ev:
@@ -158,5 +162,6 @@ def _gradient(objective: Objective) -> tuple[Tensor, dict[str, Any]]:
 
 
 def _facts(pair: Eigenpair, objective: Objective) -> dict[str, Any]:
-    facts = {"eigenvalue": pair.value, "residual": pair.residual, "converged": pair.converged}
+    facts = {"eigenvalue": pair.value, "residual": pair.residual, "converged": pair.converged,
+             "loss": objective.value()}  # fmt: skip
     return {**facts, "note": objective.note} if objective.note else facts

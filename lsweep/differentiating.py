@@ -20,7 +20,7 @@ from lsweep.computing import compute
 from lsweep.data import Batch
 from lsweep.errors import LsweepError
 from lsweep.families import Curved, layer_of
-from lsweep.jacobian import input_jacobian, require_output
+from lsweep.jacobian import input_jacobian, require_inputs
 from lsweep.objective import Objective, filter_scales
 from lsweep.packed import Spot
 from lsweep.pointwise import POINTWISE
@@ -28,6 +28,7 @@ from lsweep.problem import Problem, Sampled
 from lsweep.scientific import scipy
 from lsweep.summing import Samples
 from lsweep.sums import SUMS, WV, WW, WWV, WWVV, W
+from lsweep.takeover import generators_kept
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -128,12 +129,23 @@ def check_pointwise(metrics: tuple[str, ...], problem: Problem) -> None:
                 f"metric {metric!r} is one that lsweep itself computes: give yours another name"
             )
         if metric == "input_jacobian":
-            require_output(problem)
+            require_inputs(problem, _any_batch(problem))
         if POINTWISE[metric].scipy:
-            try:
-                scipy("sparse.linalg")
-            except LsweepError as e:
-                raise LsweepError(f"metric {metric!r} {e}") from None
+            scipy("sparse.linalg", f"metric {metric!r}")
+
+
+def refused(problem: Problem) -> dict[str, str]:
+    """Return metrics that can never be computed of a network, each with the reason."""
+    try:
+        require_inputs(problem, _any_batch(problem))
+    except LsweepError as e:
+        return {"input_jacobian": str(e)}
+    return {}
+
+
+def _any_batch(problem: Problem) -> Batch:
+    with generators_kept():
+        return next(iter(next(iter(problem.splits.values())).batches(2)))
 
 
 def _sums(found: float | Sampled) -> FloatArray:

@@ -37,7 +37,14 @@ from lsweep.vectors import (
 )
 
 PARALLEL = 0.99
-FOUND = ("eigenvalue", "residual", "converged", "slope", "note")  # facts of a derived direction
+FOUND = (
+    "eigenvalue",
+    "residual",
+    "converged",
+    "loss",
+    "slope",
+    "note",
+)  # facts of a derived direction
 MARGIN = 0.1  # of the trajectory's extent, left free on each side of an automatic range
 FloatArray = npt.NDArray[np.float64]
 

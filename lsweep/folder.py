@@ -125,10 +125,6 @@ class RunFolder:
         """Stored arrays, named by what they hold."""
         return self.arrays / f"{name}-{sha256[:16]}.h5"
 
-    def all_arrays(self) -> list[Path]:
-        """All stored arrays, by name."""
-        return [self.arrays / n for n in names(self.arrays) if n.endswith(".h5")]
-
     def round(self, number: int) -> Path:
         """One published round."""
         return self.rounds / f"{number:04d}.json"
@@ -185,6 +181,14 @@ class RunFolder:
     def all_devices(self) -> list[Path]:
         """All device files, by name."""
         return [self.devices / n for n in names(self.devices) if n.endswith(".json")]
+
+    @property
+    def planned_by(self) -> str:
+        """The command that plans this run; of a child, its parent's."""
+        parent = RunFolder(self.root.parent.parent)
+        if parent.measures == self.root.parent and parent.exists:
+            return f"lsweep plan {parent.root} --measures {self.root.name}"
+        return f"lsweep plan SWEEP.toml --run {self.root}"
 
     @property
     def exists(self) -> bool:

@@ -57,7 +57,7 @@ class Following(Mixing):
         name, given = _bound(node, args, kwargs)
         for source in node.all_input_nodes:
             if source in self.scores and name not in ("matmul", "bmm"):
-                self.scores[node] = self.scores[source]
+                self.scores.add(node)
         values = [v for v in _flat(list(given.values())) if isinstance(v, Value)]
         if not any(v.labels for v in values):
             return unlabelled(found)
@@ -154,7 +154,7 @@ class Following(Mixing):
     # -- fewer or more numbers -------------------------------------------------------------------
 
     def _pooled(self, node: fx.Node, given: dict[str, Any], shape: tuple[int, ...]) -> Any:
-        x = given["self"]
+        x = given["input" if "input" in given else "self"]  # as in F.interpolate
         if len(x.shape) != len(shape):
             return self._refuse(node, [x])
         bad = [t for t in x.labels if any(shape[d] != x.shape[d] for d in dims_of(t))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,8 @@ def context_of(surface: Surface, split: str) -> dict[str, Any]:
 
     Returns:
         ``samples``, ``of`` (where it is a subset), ``batch_norm``, ``precision``, ``l2`` (where a
-        penalty was added to the losses); of a random direction
-        ``seed``, ``normalize``, ``ignore``, ``parameters`` (where not all).
+        penalty was added to the losses); of a random direction ``seed``, ``normalize``,
+        ``ignore``, ``gauge``, ``parameters`` (where not all).
     """
     plan = surface.provenance.get("plan")
     penalty = {"l2": surface.provenance["l2"]} if "l2" in surface.provenance else {}
@@ -51,9 +51,15 @@ def context_of(surface: Surface, split: str) -> dict[str, Any]:
     if recipe["kind"] == "random":
         out["normalize"] = recipe["normalize"]
     out["ignore"] = recipe["ignore"]
+    out["gauge"] = _gauge(plan)
     if list(recipe["parameters"]) != ["*"]:
         out["parameters"] = list(recipe["parameters"])
     return out
+
+
+def _gauge(plan: Mapping[str, Any]) -> str:
+    """Return the gauge of all axes, which start from one origin."""
+    return next((r["gauge"] for r in plan["directions"].values() if "gauge" in r), "none")
 
 
 def split_of(surface: Surface, name: str) -> str:
@@ -100,8 +106,10 @@ def rows_at_centre(surface: Surface) -> list[Measured]:
     if not math.isfinite(square) and plan and plan["facts"].get("weight_sq"):
         square = float(plan["facts"]["weight_sq"]["origin"])
     if math.isfinite(square):
-        count = {"weights": plan["facts"]["parameters"]} if plan else {}
-        out.append(Measured("weight_norm", math.sqrt(square), context=count, note="‖θ‖₂"))
+        about: dict[str, Any] = {}
+        if plan:
+            about = {"weights": plan["facts"]["parameters"], "gauge": _gauge(plan)}
+        out.append(Measured("weight_norm", math.sqrt(square), context=about, note="‖θ‖₂"))
     return out
 
 
@@ -128,7 +136,7 @@ def rows_of_plane(surface: Surface, name: str) -> tuple[list[Measured], list[str
             continue
         rows += [row for row in found if not math.isnan(row.value)]
         refused += [f"{r.name}: {r.note or 'no value'}" for r in found if math.isnan(r.value)]
-    rest = _on_interpolated(surface, name)
+    rest = on_interpolated(surface, name)
     return [
         dataclasses.replace(
             row,
@@ -139,7 +147,7 @@ def rows_of_plane(surface: Surface, name: str) -> tuple[list[Measured], list[str
     ], refused
 
 
-def _on_interpolated(surface: Surface, name: str) -> str:
+def on_interpolated(surface: Surface, name: str) -> str:
     """Say that numbers rest on interpolated values, how far those may be off, and who checked."""
     if not (surface.status == Status.INTERPOLATED).any():
         return ""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lsweep.bench import bench, few, inputs_of, mean_metric
-from lsweep.certificate import SAME, certify
+from lsweep.certificate import certify
 from lsweep.certified import Trial
 from lsweep.equivalences import BATCH, CARRIED, GAUGEABLE, WHOLE, candidates
 from lsweep.errors import LsweepError, PlanChanged
@@ -32,6 +32,7 @@ from lsweep.weights import State
 
 SAMPLES = 64  # on which it is found out what can be rescaled
 SETTLED, MOST_SWEEPS = 1e-13, 10_000  # of a logarithm
+UNCHANGED = 1e-9  # of rms f: one function in float64, after many rescalings
 FREE = (CARRIED, BATCH, WHOLE)  # rows in front of a normalisation: their own length is no length
 NEVER = ("broken", "untested")
 CPU = torch.device("cpu")
@@ -184,7 +185,7 @@ def find_factors(problem: Problem, metric: str) -> dict[str, dict[int, Tensor]]:
     split = next(iter(problem.splits))
     with bench(few(problem, split, SAMPLES, CPU), metric, CPU, torch.float64) as b:
         off, _ = b.difference({n: fixed.parameters[n] for n in factors})
-    if not off <= SAME:
+    if not off <= UNCHANGED:
         raise LsweepError(
             f'gauge = "equi" changes what the network computes by {off:.1g} of its size; leave '
             "gauge out"

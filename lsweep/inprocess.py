@@ -16,10 +16,10 @@ from lsweep.errors import LsweepError
 from lsweep.folder import RunFolder
 from lsweep.launch import run_workers
 from lsweep.merge import merge
+from lsweep.plan import LIVE
 from lsweep.planning import plan_run
 from lsweep.problem import Problem
 from lsweep.recipes import AXES
-from lsweep.restoring import LIVE
 from lsweep.role import Role
 from lsweep.settings import Settings
 from lsweep.status import is_complete, share_done

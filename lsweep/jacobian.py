@@ -50,7 +50,7 @@ def input_jacobian(objective: Objective, *, seed: int = 0, replicate: int = 0) -
         key = keyed("jacobian", replicate)
         streams = [random_stream(seed, key, f"probe {k}") for k in range(PROBES)]
         for batch in objective.batches():
-            _require_inputs(problem, batch)
+            require_inputs(problem, batch)
             square, outputs = _square(problem, batch, streams)
             parts.append(square)
     if outputs > EXACT:
@@ -111,7 +111,12 @@ def _signs(stream: np.random.Generator, like: Tensor) -> Tensor:
     return torch.where(noise < 0, -1.0, 1.0).to(like)
 
 
-def _require_inputs(problem: Problem, batch: Batch) -> None:
+def require_inputs(problem: Problem, batch: Batch) -> None:
+    """Refuse a problem whose inputs have no derivative, or whose network's output is not known.
+
+    Raises:
+        LsweepError: all inputs are whole numbers, or it has a ``forward`` of its own.
+    """
     known = problem.forward is None or problem.forward is classifier
     tensors = tensors_of(split_batch(batch)[0] if known else batch)
     if not any(t.is_floating_point() for t in tensors):

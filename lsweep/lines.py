@@ -17,6 +17,7 @@ from lsweep.marks import (
     BLUE,
     SMALL,
     VERMILLION,
+    Z,
     default_name,
     describe,
     join,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 _TWIN = "lsweep accuracy"
-_Z = 1.96
 _STYLE = "#505050"  # of lines in the legend that explain a style, whatever the run
 _GREY, _BAD = "#DDDDDD", "not finite or failed"
 
@@ -91,7 +91,7 @@ def _half_width(surface: Surface, name: str) -> tuple[FloatArray | None, str]:
     """Return 1.96 standard errors of a variable, and which; None where they are not known."""
     for suffix, against in (("_diff_se", " vs centre"), ("_se", "")):
         if f"{name}{suffix}" in surface.values:
-            return _Z * np.clip(surface[f"{name}{suffix}"], 0.0, 1e300), against
+            return Z * np.clip(surface[f"{name}{suffix}"], 0.0, 1e300), against
     return None, ""
 
 
@@ -233,7 +233,7 @@ def _plot(surface: Surface, name: str, ax: Axes, text: str, style: dict[str, Any
             low = np.maximum(low, min(float(ax.get_ylim()[0]), float(value[where].min())) / 10)
         ax.fill_between(
             x, low, high, where=where.tolist(), color=style["color"], alpha=0.2, lw=0, zorder=1,
-            label=f"±1.96 s.e.{against}",
+            label=f"±{Z} s.e.{against}",
         )  # fmt: skip
 
 

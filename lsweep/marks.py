@@ -32,6 +32,7 @@ BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 LINE_COLORS = (BLUE, VERMILLION, GREEN, PURPLE, "#E69F00", "#56B4E9", "#000000")
 
 SMALL = 7.0
+Z = 1.96  # standard errors on either side that a band or a bar shows
 """Font size in points of legends, captions and contour labels."""
 
 _SLIVER = 8.0  # above this ratio of lengths a picture with equal aspect cannot be read

@@ -5,11 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from lsweep.errors import DamagedFile, LsweepError
-from lsweep.files import read_json
 from lsweep.tables import plain
 
 SCHEMA = 1
@@ -148,22 +145,3 @@ def as_table(run: str, plan: str, rows: Iterable[Measured]) -> dict[str, Any]:
         "plan": plan,
         "measures": [row.as_json() for row in rows],
     }
-
-
-def read_measures(path: Path) -> tuple[str, list[Measured]]:
-    """Return the digest of the plan and the numbers that a ``measures.json`` holds.
-
-    Raises:
-        LsweepError: it is missing, or a newer lsweep wrote it.
-        DamagedFile: it was altered.
-    """
-    table = read_json(path)
-    schema = table.get("schema")
-    if isinstance(schema, int) and schema > SCHEMA:
-        raise LsweepError(
-            f"{path} has schema {schema}, this lsweep reads up to {SCHEMA}: update lsweep"
-        )
-    try:
-        return str(table["plan"]), [Measured.of(row) for row in table["measures"]]
-    except (KeyError, TypeError, ValueError) as e:
-        raise DamagedFile(f"{path} does not hold measures: {e}") from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,23 @@ from lsweep.errors import LsweepError
 from lsweep.field import CERTAIN
 from lsweep.folder import RunFolder
 from lsweep.from_children import Finished, rows_of
-from lsweep.from_surface import centre_of, context_of, rows_at_centre, rows_of_plane
+from lsweep.from_surface import (
+    centre_of,
+    context_of,
+    on_interpolated,
+    rows_at_centre,
+    rows_of_plane,
+)
 from lsweep.measured import Measured
 from lsweep.merge import merge
 from lsweep.opening import open_surface
 from lsweep.penalty import with_l2
-from lsweep.plan import Plan
-from lsweep.surface import Status, Surface
+from lsweep.plan import LIVE, Plan
+from lsweep.surface import Surface
 
 ALIKE = 1e-3  # relative; what one direction tells exactly, as in one dimension, has no error
 VAGUE = 0.2  # of a number: two that are known no better than this cannot be told apart
 MAP = "convexity"
-LIVE = "live:"  # how the factory of a live model begins
 ROUTES = {"direction_curvature": "filter_hessian_trace", "spectral_trace": "hessian_trace"}
 COMPARABLE = {
     "split": "split",
@@ -118,7 +123,9 @@ def measure_run(folder: RunFolder, name: str | None = None, l2: float | None = N
     context = {first: centre_of(surface, first)}
     rows = [dataclasses.replace(r, context={**r.context, **context}) for r in rows]
     return dataclasses.replace(
-        report, rows=compared(rows), missing=missing + _how_to_get(folder, absent, live)
+        report,
+        rows=compared(rows),
+        missing=missing + _how_to_get(folder, absent, live, plan.facts.get("refused", {})),
     )
 
 
@@ -159,7 +166,7 @@ def _map_of(surface: Surface) -> list[Measured]:
 
 def _is_live(surface: Surface) -> bool:
     plan = surface.provenance.get("plan") or {}
-    return str(plan.get("problem", {}).get("factory", "")).startswith(LIVE)
+    return bool(plan.get("problem", {}).get("factory", "") == LIVE)
 
 
 def _child_rows(folder: RunFolder, name: str, origin: object) -> tuple[list[Measured], list[str]]:
@@ -186,8 +193,10 @@ def _child_rows(folder: RunFolder, name: str, origin: object) -> tuple[list[Meas
     return rows_of(Finished(name, surface, context_of(surface, split))), trouble
 
 
-def _how_to_get(folder: RunFolder, absent: Sequence[Child], live: bool) -> list[str]:
-    """Return one line for each measure at the centre that was never asked for."""
+def _how_to_get(
+    folder: RunFolder, absent: Sequence[Child], live: bool, refused: Mapping[str, str]
+) -> list[str]:
+    """Return one line for each measure at the centre that was never asked for, or cannot be."""
     if live and absent:
         names = ", ".join(c.name for c in absent)
         return [
@@ -195,9 +204,12 @@ def _how_to_get(folder: RunFolder, absent: Sequence[Child], live: bool) -> list[
             "which no command can load: make its problem with lsweep.Problem.from_factory"
         ]
     command = f"lsweep run {folder.root} --measures"
+    never = {c.name: refused[m] for c in absent for m in c.metrics if m in refused}
+    absent = [c for c in absent if c.name not in never]
     out = [f"{c.name} ({c.about}): '{command} {c.name}'" for c in absent if c.usual]
     if len(out) > 1:
         out.append(f"all of these: '{command} all'")
+    out += [f"{name}: not of this network: {why}" for name, why in never.items()]
     rest = [c for c in absent if not c.usual and not c.beside]
     return out + [
         f"on request: {c.name} ({c.about}): '{command} {' '.join([c.name, c.needs]).strip()}'"
@@ -290,17 +302,10 @@ def _summary(surface: Surface, name: str) -> dict[str, Any]:
     out |= {"minimum": least, "minimum_at": where}
     if len(surface.axes) == 2 and min(surface.shape) >= 3:
         out["nonconvex_fraction"] = nonconvex_fraction(surface, name)
-    if (surface.status == Status.INTERPOLATED).any():
-        out |= _on_what(surface, name, where)
+    if on_what := on_interpolated(surface, name):
+        out |= {
+            "evaluated": int(surface.evaluated.sum()),
+            "values": on_what,
+            "minimum_is": "evaluated" if surface.evaluated_at(where) else "interpolated",
+        }
     return out
-
-
-def _on_what(surface: Surface, name: str, where: dict[str, float]) -> dict[str, Any]:
-    """Say that numbers rest on interpolated values, and how far those may be off."""
-    error = surface.values.get(f"{name}_error")
-    largest = float(np.nanmax(error)) if error is not None else float("nan")
-    return {
-        "evaluated": int(surface.evaluated.sum()),
-        "values": f"mostly interpolated, stated error at most {largest:.2%} of the log range",
-        "minimum_is": "evaluated" if surface.evaluated_at(where) else "interpolated",
-    }

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from lsweep import batchnorm
+from lsweep.asking import published
 from lsweep.children import PARENT, Child, settings_for
 from lsweep.derived import read_derived
 from lsweep.errors import LsweepError, PlanChanged
 from lsweep.factory import factory_file
 from lsweep.folder import RunFolder
-from lsweep.plan import Plan
+from lsweep.plan import LIVE, Plan
 from lsweep.planning import Planned, plan_run
 from lsweep.pointwise import POINTWISE
 from lsweep.problem import Problem
-from lsweep.restoring import LIVE, base_of, load_problem, settings_of
-from lsweep.rounds import Rounds
+from lsweep.restoring import base_of, load_problem, settings_of
 from lsweep.settings import Settings
 from lsweep.weights import State
 
@@ -167,7 +167,8 @@ def _asked(folder: RunFolder) -> _Asked | None:
     if not folder.exists:
         return None
     plan = Plan.read(folder)
-    grid = Rounds.read(folder, plan).last.grid
+    rounds = published(folder, plan)
+    grid = rounds.last.grid if rounds else {}
     counts = [grid[a][2] for a in grid if plan.directions[a]["kind"] == "replicate"]
     checkpoint = str(next(iter(plan.directions.values())).get("checkpoint") or "")
     return _Asked(counts[0] if counts else 0, plan.evaluate["samples"], checkpoint)

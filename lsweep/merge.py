@@ -29,6 +29,7 @@ from lsweep.rows import device_code
 from lsweep.sums import means
 from lsweep.surface import Status, Surface, Trajectory
 from lsweep.winners import Winners
+from lsweep.wording import counted
 
 FloatArray = npt.NDArray[np.float64]
 ByteArray = npt.NDArray[np.uint8]
@@ -78,7 +79,7 @@ class Report:
         if self.missing:
             out.append(f"{self.missing} of {self.points} points are missing")
         for reason, count in self.failed.items():
-            out.append(f"{count} points failed: {reason}")
+            out.append(f"{counted(count, 'point')} failed: {reason}")
         if self.nonfinite:
             out.append(f"{self.nonfinite} points are NaN or infinite: results, masked in pictures")
         if self.conflicts:

@@ -23,17 +23,14 @@ class Mixing:
 
     Attributes:
         ties: what is found out.
-        dots: per product of queries and keys, its node's name and the labels of both.
-        mixes: per product of attention weights and values, the dot's name and the values' label.
-        gates: per product of two streams of units, its name and both labels.
+        gates: per product of two streams of units, both labels.
+        scores: what is computed from queries and keys alone.
     """
 
     def __init__(self) -> None:
         self.ties = Ties()
-        self.dots: list[tuple[str, Tensor, Tensor]] = []
-        self.mixes: list[tuple[str, Tensor]] = []
-        self.gates: list[tuple[str, Tensor, Tensor]] = []
-        self.scores: dict[fx.Node, str] = {}  # what is computed from queries and keys alone
+        self.gates: list[tuple[Tensor, Tensor]] = []
+        self.scores: set[fx.Node] = set()
 
     def _refuse(self, node: fx.Node, values: Sequence[Value], why: str = "") -> Any:
         reason = f"{why or name_of(node) + ' is not followed'} ({where_of(node)})"
@@ -70,7 +67,7 @@ class Mixing:
                 same = torch.equal(label, other)
                 ties.tie(label, other)
                 if kind == "product" and not same:
-                    self.gates.append((node.name, label, other))
+                    self.gates.append((label, other))
                 if a.name and b.name:
                     ties.alike(label, other)
                 elif not (same and kind == "sum"):
@@ -179,8 +176,7 @@ class Mixing:
             for label, role in ((left, "query"), (right, "key")):
                 ties.role(label, role)
                 ties.touch("dot", node.name, label)
-            self.dots.append((node.name, left, right))
-            self.scores[node] = node.name
+            self.scores.add(node)
 
     def _on_linear(self, node: fx.Node, given: dict[str, Any]) -> Value:
         x, weight, bias = given["input"], given["weight"], given["bias"]
@@ -196,11 +192,9 @@ class Mixing:
         batch = LETTERS[: rank - 2]
         terms = (batch[rank - len(a.shape) :] + "xz", batch[rank - len(b.shape) :] + "zy")
         out = self._contract(node, a, b, (*terms, batch + "xy"))
-        scores = self.scores.get(cast(fx.Node, node.args[0]))
-        if scores is not None and b.labels:
-            for label in (t for t in b.labels if not b.name):
+        if node.args[0] in self.scores and not b.name:
+            for label in b.labels:
                 self.ties.role(label, "value")
-                self.mixes.append((scores, label))
         return out
 
     _on_mm = _on_bmm = _on_matmul
@@ -228,7 +222,6 @@ class Mixing:
         out = self._contract(node, scores, v, (batch + "xz", batch + "zy", batch + "xy"))
         for label in v.labels:
             self.ties.role(label, "value")
-            self.mixes.append((node.name, label))
         return out
 
     def _on_convolution(self, node: fx.Node, given: dict[str, Any]) -> Any:

@@ -14,6 +14,8 @@ from lsweep.pointwise import POINTWISE, Pointwise, expanded
 from lsweep.recipes import INDEXES, STILL
 
 VERSION = 1
+LIVE = "live:problem"
+"""What stands for the factory of a run that was made from a live model."""
 
 
 @dataclass(frozen=True)

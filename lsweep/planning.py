@@ -11,7 +11,7 @@ from typing import Any
 from lsweep.asking import ask_grid
 from lsweep.curvature import last_layer
 from lsweep.derived import as_arrays, derive, read_derived, store_derived
-from lsweep.differentiating import check_pointwise
+from lsweep.differentiating import check_pointwise, refused
 from lsweep.direction_file import write_directions
 from lsweep.directions import Directions, make_directions
 from lsweep.errors import LsweepError, PlanChanged, nearest
@@ -20,11 +20,10 @@ from lsweep.files import publish, readable, replace, sealed
 from lsweep.folder import RunFolder
 from lsweep.gauge import as_lists, fixed_origin, moved_by
 from lsweep.insist import read
-from lsweep.plan import Plan
+from lsweep.plan import LIVE, Plan
 from lsweep.pointwise import POINTWISE
 from lsweep.preflight import check_expected, probe
 from lsweep.problem import Problem
-from lsweep.restoring import LIVE
 from lsweep.rounds import Rounds
 from lsweep.settings import Settings
 from lsweep.stored import digest_of
@@ -150,6 +149,7 @@ def make_plan(
             "cosines": directions.cosines().tolist(),
             "projections": projections,
             "probe": probe(problem, table),
+            "refused": refused(problem),
             "large": any(problem.splits[s].bytes > LARGE for s in evaluate.splits),
             "weight_sq": _weight_products(origin, directions),
             **({"gauge": as_lists(factors)} if factors else {}),

@@ -219,6 +219,17 @@ def call(model: Callable[..., Any], inputs: Any) -> Any:
         output = model(*inputs)
     else:
         output = model(inputs)
+    return logits_of(output)
+
+
+def logits_of(output: Any) -> Any:
+    """Return what a network that returns several things has to say: its logits, or all of it.
+
+    >>> logits_of({"logits": 1, "hidden": 2}), logits_of(3)
+    (1, 3)
+    """
+    if isinstance(output, Mapping) and "logits" in output:
+        return output["logits"]
     return getattr(output, "logits", output)
 
 
@@ -278,7 +289,7 @@ def classifier(model: nn.Module, batch: Batch) -> dict[str, Values]:
     """Return cross-entropy and accuracy of a classifier, for tuple and dict batches alike.
 
     Args:
-        model: returns logits [B, C], or an object with ``.logits``.
+        model: returns logits [B, C], or an object or dict with ``logits``.
         batch: ``(x, y)`` or a dict with ``labels``; labels of -100 are ignored.
 
     Returns:
@@ -300,7 +311,8 @@ def causal_lm(model: nn.Module, batch: Batch) -> dict[str, Values]:
     sequence as dependent.
 
     Args:
-        model: ``model(input_ids)`` or ``model(input_ids=…)`` returns logits [B, T, V].
+        model: ``model(input_ids)`` or ``model(input_ids=…)`` returns logits [B, T, V],
+            or an object or dict with ``logits``.
         batch: token ids [B, T], or a dict with ``input_ids`` and optionally ``attention_mask``
             and ``labels`` (-100 ignored).
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lsweep.curves import Z, mean_and_error
+from lsweep.curves import mean_and_error
 from lsweep.from_children import Finished, rises
-from lsweep.marks import SMALL, put_title
+from lsweep.marks import SMALL, Z, put_title
 from lsweep.scales import number
 
 if TYPE_CHECKING:

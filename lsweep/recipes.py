@@ -173,6 +173,12 @@ def check_together(recipes: Mapping[str, Recipe], refined: bool) -> None:
         LsweepError: naming the axis.
     """
     kinds = [r.kind for r in recipes.values()]
+    uphill = [(r.ignore, r.parameters) for r in recipes.values() if r.kind == "gradient"]
+    if len(set(uphill)) < len(uphill):
+        raise LsweepError(
+            'directions: kind = "gradient" for several axes, but there is one gradient: sweep a '
+            "line, or give [directions.y] another kind"
+        )
     for name, recipe in recipes.items():
         if recipe.kind in STILL and kinds.count(recipe.kind) > 1:
             raise LsweepError(f'directions: kind = "{recipe.kind}" serves one axis, not several')

@@ -15,13 +15,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lsweep.errors import LsweepError
+
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 PERMUTATIONS = 2000
 FEWEST = 8  # networks; below it an interval spans almost everything
 INSIDE = 0.95
-BLOCK = 2**24  # signs held at once
+BLOCK = 2**24  # signs held at once as float64
+MOST = 2**31  # signs held as bytes
 NEIGHBOURS = 3  # networks of about the same held number
 TINY = 1e-12  # two sums of the same signs in another order are one value
 
@@ -108,7 +111,16 @@ class Permuted:
             permutations: how many.
             seed: of the permutations.
             strata: groups of indices within which it is permuted; by default all are one group.
+
+        Raises:
+            LsweepError: the signs of all permutations would take more than 2 GiB.
         """
+        pairs = len(b) * (len(b) - 1) // 2
+        if permutations * pairs > MOST:
+            raise LsweepError(
+                f"{permutations} permutations of {len(b)} networks, {pairs} pairs, need "
+                f"{permutations * pairs / 1e9:.3g} GB: at most --permutations {MOST // pairs}"
+            )
         groups = strata or (np.arange(len(b)),)
         first, second = (i.astype(np.int64) for i in np.triu_indices(len(b), 1))
         random = np.random.Generator(np.random.Philox(key=seed))

@@ -8,6 +8,7 @@ side: where f(g·θ) = f(θ) for all g near 1, the gradient is orthogonal to the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -183,7 +184,8 @@ def residual(
         gradient: name -> gradient of one number that depends on the network's output.
 
     Returns:
-        None where there is no infinitesimal transform, or a gradient is not known.
+        None where there is no infinitesimal transform, or a gradient is not known; NaN where
+        neither side has any, so that nothing was tested.
     """
     if not transform.rescales or any(n not in gradient for n in transform.tensors):
         return None
@@ -205,4 +207,31 @@ def residual(
         alone = all(s.power > 0 for s in slabs)
         gaps += float((up - down).norm()) ** 2
         sizes += float(bound.norm() if alone else up.norm() + down.norm()) ** 2
-    return float((gaps / sizes) ** 0.5) if sizes else 0.0
+    return float((gaps / sizes) ** 0.5) if sizes else math.nan
+
+
+def reached(
+    transform: Transform, tensors: Mapping[str, Tensor], gradient: Mapping[str, Tensor]
+) -> bool:
+    """Return whether the output depends on the numbers that a transform changes, to first order.
+
+    Where Σ |w·G| = 0, as behind a closed gate or in front of a layer of zeros, the output would
+    stay whatever was done.
+
+    Args:
+        transform: which.
+        tensors: name -> weights.
+        gradient: name -> gradient of one number that depends on the network's output.
+
+    >>> slabs = (Slab("a", 0, torch.arange(2)[:, None]), Slab("b", 1, torch.arange(2)[:, None]))
+    >>> two = Transform("a -> b", "sign flip", (slabs,), "flip")
+    >>> state = {"a": torch.ones(2, 1), "b": torch.zeros(1, 2)}
+    >>> reached(two, state, {"a": torch.zeros(2, 1), "b": torch.ones(1, 2)})
+    False
+    """
+    return any(
+        bool((slab.blocks(tensors[slab.name]) * slab.blocks(gradient[slab.name])).any())
+        for slabs in transform.parts
+        for slab in slabs
+        if slab.name in gradient
+    )

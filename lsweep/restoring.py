@@ -17,7 +17,7 @@ from lsweep.folder import RunFolder
 from lsweep.gauge import fixed_origin, moved_by
 from lsweep.insist import there
 from lsweep.machine import refuse_foreign
-from lsweep.plan import Plan
+from lsweep.plan import LIVE, Plan
 from lsweep.problem import Problem, make_problem
 from lsweep.rounds import Rounds
 from lsweep.settings import Evaluation, Settings, Track
@@ -26,7 +26,6 @@ from lsweep.tables import build
 from lsweep.vectors import Origin
 from lsweep.weights import describe, fingerprint, load_matching
 
-LIVE = "live:problem"
 _RESTORE = "restore it, or plan a new run"
 _REMEDIES = {
     "origin.sha256": "a factory must load the same weights each time: if it trains, save them first"

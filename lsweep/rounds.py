@@ -318,10 +318,11 @@ class Rounds:
             if r.plan != plan.digest or r.number != len(rounds):
                 raise DamagedFile(f"{path} belongs to another plan than {folder.plan}")
             rounds.append(r)
-        if not rounds:
-            raise LsweepError(f"{folder.root} has no rounds/0000.json: plan it with 'lsweep plan'")
         if len(listed) > len(rounds):
             raise DamagedFile(f"{folder.round(len(rounds))} is missing: later rounds exist")
+        if not rounds:
+            raise LsweepError(f"{folder.root} has a plan but no round, for planning was "
+                              f"interrupted: '{folder.planned_by}' goes on")  # fmt: skip
         return cls(plan, rounds)
 
     @property

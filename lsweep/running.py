@@ -18,6 +18,7 @@ import numpy as np
 from lsweep.commands import (
     INCOMPLETE,
     INTERRUPTED,
+    along_eigenvectors,
     planned,
     planned_children,
     role_for,
@@ -43,6 +44,8 @@ def do_run(options: Namespace) -> int:
     if options.on == "mpi":
         return _run_on_mpi(options, wanted)
     folder, problem = planned(options)
+    if problem is not None:  # it was planned here
+        _say_how_far(folder)
     children, problem = planned_children(folder, wanted, problem, options)
     code = _run_here(folder, problem, options, Look(not options.no_picture))
     for child in children:
@@ -53,9 +56,16 @@ def do_run(options: Namespace) -> int:
         except LsweepError as e:  # what one of them cannot, the others may
             print(f"lsweep: {child.root.name}: {e}", file=sys.stderr)
             code = max(code, e.exit_code)
-    if children:
-        print(f"next: lsweep measure {folder.root}")
+    then = getattr(options, "then", folder.root)  # of a study's runs, the last tells what is next
+    if children and then:
+        print(f"next: lsweep measure {then}")
     return code
+
+
+def _say_how_far(folder: RunFolder) -> None:
+    for axis, lines in along_eigenvectors(folder).items():
+        for line in lines:
+            print(f"{axis}: {line}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +159,8 @@ def _run_on_mpi(options: Namespace, wanted: list[Child]) -> int:
                 with turn(str(options.sweep.absolute())):
                     folder, problem = planned(options)
                     say = print if rank.index == 0 else _silent
+                    if problem is not None and rank.index == 0:
+                        _say_how_far(folder)
                     children, problem = planned_children(folder, wanted, problem, options, say)
                 # Someone looks at a live line.
                 role = role_for(options, rank, 1.0 if rank.of <= CROWD else None)

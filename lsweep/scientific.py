@@ -8,11 +8,12 @@ from typing import Any
 from lsweep.errors import LsweepError
 
 
-def scipy(part: str) -> Any:
+def scipy(part: str, what: str = "") -> Any:
     """Return a module of scipy.
 
     Args:
         part: its name below ``scipy``, such as ``sparse.linalg``.
+        what: needs it, to begin the message.
 
     Raises:
         LsweepError: scipy is not installed.
@@ -23,4 +24,5 @@ def scipy(part: str) -> Any:
     try:
         return importlib.import_module(f"scipy.{part}")
     except ImportError:
-        raise LsweepError("needs scipy: pip install 'lsweep[measure]'") from None
+        words = f"{what} needs scipy: pip install 'lsweep[measure]'".strip()
+        raise LsweepError(words) from None

@@ -28,6 +28,7 @@ SHARED = (
     "seed",
     "normalize",
     "ignore",
+    "gauge",
     "parameters",
 )
 OWN = ("residual", "ci95", "step", "units")
@@ -135,6 +136,8 @@ def _words(context: Mapping[str, Any]) -> list[str]:
             out.append(f"{value} held still" if value != "none" else "nothing held still")
         elif key == "normalize":
             out.append(f"normalised by {value}" if value != "none" else "not normalised")
+        elif key == "gauge":
+            out += ["equi-normalised first"] if value == "equi" else []
         elif key == "parameters":
             out.append(f"only {', '.join(value)}")
         elif key in ("precision", "units"):

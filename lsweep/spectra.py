@@ -9,15 +9,13 @@ import numpy as np
 from matplotlib.patches import Patch
 
 from lsweep.from_children import Finished, spectrum
-from lsweep.marks import BLUE, SMALL, VERMILLION, put_legend, put_title
+from lsweep.marks import BLUE, SMALL, VERMILLION, Z, put_legend, put_title
 from lsweep.scales import FloatArray, number
 from lsweep.spectrum import Estimate, density, grid, negative_mass, threshold, width
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
-
-Z = 1.96
 
 
 def spectra(

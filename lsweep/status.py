@@ -20,6 +20,7 @@ from lsweep.insist import there
 from lsweep.plan import Plan
 from lsweep.rounds import Goal, Refining, Rounds, describe_refining
 from lsweep.surface import Status
+from lsweep.wording import counted
 from lsweep.workers import PATIENCE, UNITS_OF_PATIENCE, Observer, State, Verdict, all_workers
 
 DEAD = "dead"
@@ -179,7 +180,7 @@ def _progress(state: dict[str, Any]) -> list[str]:
     out = [
         f"{state['run']}: {state['done']}/{state['points']} points done "
         f"({state['done'] / max(1, state['points']):.0%}), grid {grid}, "
-        f"{state['rounds']} round{'s' if state['rounds'] > 1 else ''}"
+        f"{counted(state['rounds'], 'round')}"
     ]
     if state["nonfinite"]:
         out.append(f"  {state['nonfinite']} NaN or infinite")

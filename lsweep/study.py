@@ -97,13 +97,14 @@ def through(command: Callable[[Namespace], int]) -> Callable[[Namespace], int]:
             several = members(options.run)
         if several is None:
             return command(options)
-        codes = {}
+        codes, whole = {}, options.run or options.sweep
         for i, member in enumerate(several):
             if getattr(options, "on", "") != "mpi" or own_rank().index == 0:
                 data = getattr(options, "json", False) or getattr(options, "csv", False)
                 print(f"[{i + 1}/{len(several)}] {member.name}", flush=True,
                       file=sys.stderr if data else sys.stdout)  # fmt: skip
-            own = {"sweep": member.sweep, "run": member.folder, "overrides": [*member.overrides]}
+            own = {"sweep": member.sweep, "run": member.folder, "overrides": [*member.overrides],
+                   "then": whole if i + 1 == len(several) else None}  # fmt: skip
             code = _one(command, Namespace(**{**vars(options), **own}), member)
             if code == INTERRUPTED:
                 return code

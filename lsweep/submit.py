@@ -55,11 +55,16 @@ SITE = {
 PYTHON_INSIDE = 'exec "$(command -v "$0" || echo python3)" "$@"'
 
 
+class NoAnswer(LsweepError):
+    """Slurm is installed, but its controller does not answer."""
+
+
 def require_slurm() -> Site:
     """Return the limits of this site.
 
     Raises:
         LsweepError: there is no Slurm, or no submitit, naming what to do.
+        NoAnswer: the controller is down.
     """
     for program in ("sbatch", "srun", "scontrol", "squeue"):
         if not shutil.which(program):
@@ -75,7 +80,7 @@ def require_slurm() -> Site:
     try:
         return Site.read()
     except LsweepError as e:
-        raise LsweepError(f"Slurm does not answer ({e}); nothing was submitted") from None
+        raise NoAnswer(f"Slurm does not answer ({e}); nothing was submitted") from None
 
 
 @dataclass(frozen=True)
@@ -149,8 +154,12 @@ def typed(sbatch: tuple[str, ...]) -> Namespace:
     return found
 
 
-def check(site: Site, options: Options) -> float | None:
+def check(site: Site | None, options: Options) -> float | None:
     """Return how many minutes a task will get, None when that is not known.
+
+    Args:
+        site: its limits; None where they cannot be asked for.
+        options: of the submission.
 
     Raises:
         LsweepError: the site does not allow it, naming the limit.
@@ -158,8 +167,10 @@ def check(site: Site, options: Options) -> float | None:
     said = typed(options.sbatch)
     partition = said.partition or options.partition or os.environ.get("SBATCH_PARTITION")
     limit = said.time or options.time or os.environ.get("SBATCH_TIMELIMIT")
-    partitions = site.chosen(partition)
     wanted = minutes(str(limit)) if limit else None
+    if site is None:
+        return wanted
+    partitions = site.chosen(partition)
     require_time(partitions, wanted)
     closed = [p for p in partitions if p.state != "UP"]
     if len(closed) == len(partitions):

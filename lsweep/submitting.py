@@ -21,6 +21,7 @@ from lsweep.folder import RunFolder
 from lsweep.machine import refuse_foreign
 from lsweep.study import through
 from lsweep.submission import Options, Submission, remember
+from lsweep.wording import counted
 
 if TYPE_CHECKING:
     from lsweep.limits import Site
@@ -42,12 +43,18 @@ def do_submit(options: Namespace) -> int:
 
 
 def _submit_run(options: Namespace) -> list[tuple[RunFolder, Submission]]:
-    from lsweep.submit import check, require_slurm
+    from lsweep.submit import NoAnswer, check, require_slurm
 
     measures = wanted_children(options)
     folder = run_of(options)
     wanted = _options(folder, options)
-    site = require_slurm()
+    site: Site | None = None
+    try:
+        site = require_slurm()
+    except NoAnswer as e:
+        if not options.dry_run:
+            raise
+        print(f"# {e}, and neither the site's limits nor what sbatch says were checked")
     limit = check(site, wanted)
     children: list[RunFolder] = []
     if not options.dry_run:
@@ -63,12 +70,12 @@ def _submit_run(options: Namespace) -> list[tuple[RunFolder, Submission]]:
 
 
 def _submit(
-    folder: RunFolder, wanted: Options, site: Site, limit: float | None, options: Namespace
+    folder: RunFolder, wanted: Options, site: Site | None, limit: float | None, options: Namespace
 ) -> tuple[RunFolder, Submission] | None:
     """Submit one run, unless nothing of it is missing or this is only to show how."""
     from lsweep.submit import Order, objection, scripts, submit
 
-    most, why = site.array, f"MaxArraySize allows {site.array}"
+    most, why = (site.array, f"MaxArraySize allows {site.array}") if site else (wanted.tasks, "")
     if folder.exists:
         points, leases = work_left(folder)
         if not points:
@@ -78,9 +85,9 @@ def _submit(
             most, why = -(-leases // wanted.ranks), "there is no more work"
     order = Order(folder, wanted, min(wanted.tasks, most), limit, options.trust)
     if order.count < wanted.tasks:
-        print(f"{order.count} tasks instead of {wanted.tasks}: {why}")
+        print(f"{counted(order.count, 'task')} instead of {wanted.tasks}: {why}")
     array, merge = scripts(order)
-    doubt = objection(array)
+    doubt = objection(array) if site else ""
     if options.dry_run:
         print(f"sbatch <<'ARRAY'\n{array}ARRAY\n")
         print(f"# each task becomes: {shlex.join(order.work)}\n")
@@ -102,8 +109,8 @@ def _submit(
     if receipt.refusal:
         _say(f"no merge after it ({receipt.refusal}): 'lsweep merge {folder.root}' when it is done")
     jobs = " ".join(j for j in (submission.array, submission.merge) if j)
-    tasks = f"{order.count} task{'s' if order.count > 1 else ''}"
-    print(f"array {submission.array}: {tasks} of {wanted.ranks} worker{'s'[: wanted.ranks > 1]}"
+    tasks, workers = counted(order.count, "task"), counted(wanted.ranks, "worker")
+    print(f"array {submission.array}: {tasks} of {workers}"
           + (f"; merge {submission.merge} after it" if submission.merge else ""))  # fmt: skip
     print(f"  look:   lsweep status {folder.root} --watch")
     print(f"  logs:   {folder.slurm_logs(submission.logs)}")
@@ -159,7 +166,7 @@ def _tell_of_others(folder: RunFolder) -> None:
     active = [t for job, t in queue().items() if job in mine and t.active]
     for array in sorted({mine[t.job].array for t in active}):
         n = sum(mine[t.job].array == array for t in active)
-        _say(f"array {array} of this run still has {n} tasks; both at once is harmless")
+        _say(f"array {array} of this run still has {counted(n, 'task')}; both at once is harmless")
 
 
 def wait(folder: RunFolder, submission: Submission) -> int:

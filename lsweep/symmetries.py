@@ -16,12 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lsweep.data import map_tensors
 from lsweep.following import Following
 from lsweep.labels import BIT, Ties, roles_in
 from lsweep.tracing import Unsupported, plain_graph
 from lsweep.weights import State, buffers_of, parameters_of
-
-PRODUCERS = {"row", "bias", "scale", "mean", "variance", "depthwise"}
 
 
 @dataclass(frozen=True)
@@ -81,40 +80,16 @@ class Units:
         return "+".join(self.norms) or None
 
     @property
-    def incoming(self) -> tuple[Slot, ...]:
-        """What makes the units: rows, biases, and the scales and statistics of norms."""
-        return tuple(s for s in self.slots if PRODUCERS & set(s.roles))
-
-    @property
     def outgoing(self) -> tuple[Slot, ...]:
         """What reads the units: columns."""
         return tuple(s for s in self.slots if "column" in s.roles)
 
 
 @dataclass(frozen=True)
-class Attention:
-    """The heads of one attention: its groups of query-key units and of value units, by name."""
-
-    name: str
-    query_key: tuple[str, ...]
-    value: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Gated:
-    """A product of two streams of units, as in SwiGLU: slots have the roles "gate" and "up"."""
-
-    name: str
-    units: str
-
-
-@dataclass(frozen=True)
 class Discovered:
-    """What discovery found: groups, attentions, gated products, and what it could not follow."""
+    """What discovery found: groups of units, and what it could not follow."""
 
     units: tuple[Units, ...]
-    attention: tuple[Attention, ...] = ()
-    gated: tuple[Gated, ...] = ()
     unknown: tuple[str, ...] = ()
 
 
@@ -134,13 +109,14 @@ def discover(model: nn.Module, inputs: Any) -> Discovered:
     ('0', 3, 'relu', [('0.weight', 0), ('0.bias', 0), ('2.weight', 1)])
     """
     state = {**parameters_of(model), **buffers_of(model)}
-    few = _first(inputs)
     try:
+        # Labels are as large as what the network computes: two samples will do.
+        few = map_tensors(inputs, lambda t: t[:2] if t.dim() else t)
         module = plain_graph(model, few, state, free=False)
         return _grouped(Following(module))
     except Unsupported as e:
         return Discovered((), unknown=(f"the network is not followed: {e}",))
-    except ZeroDivisionError as e:  # an operation in a form that no rule foresaw
+    except Exception as e:  # an operation in a form that no rule foresaw
         reason = " ".join(str(e).split())[:160]
         return Discovered(
             (), unknown=(f"the network is not followed: {type(e).__name__}: {reason}",)
@@ -170,21 +146,12 @@ def permuted(state: Mapping[str, Tensor], units: Units, order: Tensor) -> State:
     return out
 
 
-def _first(inputs: Any) -> Any:
-    """Return two samples of a batch: labels are as large as what the network computes."""
-    if isinstance(inputs, Tensor):
-        return inputs[:2]
-    if isinstance(inputs, Mapping):
-        return {k: _first(v) for k, v in inputs.items()}
-    return type(inputs)(_first(v) for v in inputs)
-
-
 # -- atoms into groups -----------------------------------------------------------------------------
 
 
 def _grouped(found: Following) -> Discovered:
     ties = found.ties
-    for _, gate, up in found.gates:
+    for gate, up in found.gates:
         silu = {t.what for t in ties.touches if t.kind == "pointwise" and _meets(t.atoms, gate)}
         first, second = (gate, up) if silu else (up, gate)
         ties.role(first, "gate")
@@ -210,7 +177,6 @@ def _grouped(found: Following) -> Discovered:
     for (places, marks, _), group in fine.items():
         coarse[places, marks].append(group)
     out: list[Units] = []
-    numbers: dict[int, str] = {}  # root -> name of its group
     for (places, marks), groups in coarse.items():
         if not any(bits_ & (BIT["row"] | BIT["depthwise"]) for _, bits_ in places):
             continue  # of no weight: a lone bias of something fixed
@@ -222,26 +188,8 @@ def _grouped(found: Following) -> Discovered:
             taken = sum(re.sub(r" \(\d+\)$", "", u.name) == units.name for u in out)
             if taken:  # another part of the same layer, which is used in another way
                 units = replace(units, name=f"{units.name} ({taken + 1})")
-            numbers |= dict.fromkeys(group, units.name)
             out.append(units)
-    attention = []
-    for name, query, _ in found.dots:
-        mixed = [t for n, t in found.mixes if n == name]
-        attention.append(
-            Attention(
-                name,
-                _names(query, roots, numbers),
-                tuple(dict.fromkeys(n for t in mixed for n in _names(t, roots, numbers))),
-            )
-        )
-    gated = [
-        Gated(name, group)
-        for name, gate, _ in found.gates
-        for group in _names(gate, roots, numbers)
-    ]
-    return Discovered(
-        tuple(out), tuple(attention), tuple(gated), tuple(dict.fromkeys(ties.unknown))
-    )
+    return Discovered(tuple(out), tuple(dict.fromkeys(ties.unknown)))
 
 
 def _part(places: Any, marks: tuple[int, ...], ties: Ties) -> str:
@@ -300,8 +248,3 @@ def _rank(slot: Slot) -> tuple[bool, bool]:
 
 def _meets(atoms: np.ndarray, label: Tensor) -> bool:
     return bool(np.isin(label.numpy(), atoms).any())
-
-
-def _names(label: Tensor, roots: np.ndarray, names: Mapping[int, str]) -> tuple[str, ...]:
-    found = (names.get(int(roots[a])) for a in label.flatten().tolist())
-    return tuple(dict.fromkeys(n for n in found if n is not None))

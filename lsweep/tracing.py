@@ -31,8 +31,10 @@ from lsweep.takeover import generators_kept, model_kept
 
 aten = torch.ops.aten
 SECONDS = 120.0  # a trace that takes longer than this costs more than it can save
-SAME = (aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default,
-        aten.lift_fresh_copy.default, aten.lift_fresh.default)  # fmt: skip
+IDENTITIES = (
+    aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default,
+    aten.lift_fresh_copy.default, aten.lift_fresh.default,
+)  # fmt: skip
 CASTS = (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device)
 RECURRENT = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 CHECKS = ("_assert", "sym_constrain")  # what export adds to guard a batch length
@@ -270,7 +272,7 @@ def tidy(module: fx.GraphModule) -> None:
         target, value = node.target, node.meta.get("val")
         if any(word in str(target) for word in CHECKS):
             graph.erase_node(node)
-        elif target in SAME or (target in CASTS and _same(node)) or _whole(node):
+        elif target in IDENTITIES or (target in CASTS and _same(node)) or _whole(node):
             node.replace_all_uses_with(node.args[0])
         elif target in (aten.view.default, aten._unsafe_view.default, aten.reshape.default):
             node.target = aten.reshape.default

@@ -131,11 +131,12 @@ def load_state(path: str | Path) -> State:
         mapped = zipfile.is_zipfile(p)
         with harmless([argparse.Namespace]):
             value = torch.load(p, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as e:
-        reason = str(e).splitlines()[0][:160] if str(e) else type(e).__name__
+    except OSError as e:
+        raise LsweepError(f"cannot read checkpoint {p}: {e.strerror or e}") from None
+    except Exception:  # what torch says of it are paragraphs, on how to run what it holds
         raise LsweepError(
-            f"cannot read checkpoint {p}: {reason} (only tensors and plain containers are read; "
-            "save model.state_dict())"
+            f"cannot read checkpoint {p}: it is damaged, or holds more than tensors and plain "
+            "containers, which alone are read; save model.state_dict()"
         ) from None
     for key in NESTS:
         if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):

@@ -412,6 +412,27 @@ def test_the_same_samples_give_the_same_surface_however_they_come(name, give):
     assert next(iter(s.provenance["devices"].values()))["samples"] == {"train": 11}
 
 
+class Packed(nn.Module):
+    """A network that returns a plain dict."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, ids):
+        return {"logits": self.network(ids), "loss": None}
+
+
+def test_logits_in_a_plain_dict_are_found():
+    plain = fixed(Transformer())
+    found = [
+        lsweep.sweep(lsweep.Problem(m, {"train": labels(4, 11, 6)}, forward=lsweep.causal_lm),
+                     x=(-1, 1, 3))["train_loss"][1]
+        for m in (plain, Packed(plain))
+    ]  # fmt: skip
+    assert found[0] == found[1]
+
+
 def test_a_list_of_token_batches_is_no_pair_of_input_and_target():
     """Two batches of equal length, tensors both: all four sequences count."""
     model = fixed(Transformer().double())

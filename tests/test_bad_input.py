@@ -325,7 +325,7 @@ CHECKPOINTS = [
     (_other_width, "0.weight", "0.weight has shape (5, 2), the network's is (3, 2)"),
     (_no_tensors, "holds no tensors; its keys: epoch", "holds no tensors; its keys: epoch"),
     (_a_list, "holds a list, not a state dict", "holds a list, not a state dict"),
-    (_whole_model, "cannot read checkpoint", "cannot read checkpoint"),
+    (_whole_model, "it is damaged, or holds more than tensors", "alone are read; save model.st"),
     (_text, "cannot read checkpoint", "cannot read checkpoint"),
     (_nothing, "cannot read checkpoint", "cannot read checkpoint"),
     (_truncated, "cannot read checkpoint", "cannot read checkpoint"),

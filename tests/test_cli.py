@@ -155,7 +155,9 @@ def test_plan_says_what_it_will_cost_and_evaluates_nothing(toml, run, capfd):
     assert command("plan", toml) == 0
     out = capfd.readouterr().out
     assert f"{run}: plan " in out and "grid 5, 5 points in 1 round" in out
-    assert "5 units of 1 points" in out and "4 samples in train; metrics loss" in out
+    assert (
+        "5 units of 1 point, 5 leases; 1 slice" in out and "4 samples in train; metrics loss" in out
+    )
     assert "MiB of rows" in out and "files" in out and "kill -9" in out
     assert f"next: lsweep run {run}" in out
     assert not (run / "parts").exists()

@@ -22,9 +22,12 @@ import lsweep as package
 from lsweep import Problem
 from lsweep.errors import PlanChanged
 from lsweep.folder import RunFolder
+from lsweep.from_surface import rows_at_centre
 from lsweep.gauge import find_factors, gauged
+from lsweep.measures import Report
 from lsweep.plan import Plan
 from lsweep.restoring import load_problem
+from lsweep.sheet import text
 from lsweep.vectors import Origin
 
 WIDTH = 32
@@ -136,6 +139,10 @@ def test_every_worker_starts_from_the_planned_bits(tmp_path):
     for name, t in Origin.of(problem.model).parameters.items():  # the model itself is as it was
         assert torch.equal(t, own.parameters[name])
     assert surface.provenance["caption"].count("equi-normalised first") == 1
+    rows = rows_at_centre(surface)
+    assert [r.name for r in rows][-1] == "weight_norm"
+    assert {r.context["gauge"] for r in rows} == {"equi"}
+    assert text(Report("a.run", "", rows, [])).count("equi-normalised first") == 1
     more = write_sweep(tmp_path, GAUGED.replace("count = 3", "count = 5"), RELU)
     assert lsweep("run", more, "--on", "inline", "--no-picture") == 0  # one more round
     again, _ = merged(folder)
@@ -146,7 +153,9 @@ def test_every_worker_starts_from_the_planned_bits(tmp_path):
 def plain_centre(base):
     toml = write_sweep(base / "plain", SWEEP, RELU)
     assert lsweep("run", toml, "--on", "inline", "--no-picture") == 0
-    return merged(RunFolder(toml.with_name("sweep.run")))[0].center("train_loss")
+    surface, _ = merged(RunFolder(toml.with_name("sweep.run")))
+    assert {r.context["gauge"] for r in rows_at_centre(surface)} == {"none"}
+    return surface.center("train_loss")
 
 
 def test_another_network_on_the_plan_of_a_gauge_is_refused(tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
+import sys
 from pathlib import Path
 
 import cases
@@ -66,6 +68,34 @@ def test_a_gradient_points_uphill_and_is_as_long_as_a_random_direction():
     np.testing.assert_allclose([facts["x"]["norm"], facts["y"]["norm"]], length, rtol=1e-8)
 
 
+def test_the_plan_says_how_far_the_quadratic_goes(tmp_path: Path):
+    (tmp_path / "sweep.toml").write_text(
+        f'[problem]\nfactory = "{problems.factory_file(tmp_path, "quadratic")}"\n'
+        "[grid.x]\nrange = [-50, 50]\ncount = 3\n[grid.y]\nrange = [-0.1, 0.1]\ncount = 3\n"
+        '[directions]\nkind = "hessian"\n[evaluate]\nprecision = "float64"\n'
+    )
+    done = cases.command("plan", tmp_path / "sweep.toml")
+    assert done.code == 0, done.err
+    said = [line.strip() for line in done.out.splitlines() if "quadratic" in line]
+    advice = [line.strip() for line in done.out.splitlines() if "take one near" in line]
+    problem = problems.quadratic()
+    h, theta, values, vectors = exact(problem)
+    centre, length = 0.5 * theta @ h @ theta, np.linalg.norm(theta)
+    for line, word, k in zip(said, ("rises", "falls"), (-1, 0), strict=True):
+        bend = 0.5 * values[k] * length**2
+        far = float(re.search(r"by ([^ ]+) at . = 1,", line)[1])
+        assert word in line and far == pytest.approx(abs(bend), rel=0.01)
+        there = float(line.rpartition(" = ")[2])
+        # Halfway between both sides, where the slope cancels.
+        ends = [theta + s * there * length * vectors[:, k] for s in (1, -1)]
+        moved = np.mean([0.5 * t @ h @ t for t in ends]) - centre
+        goal = -centre if word == "falls" and centre > 0 else max(1, centre) * np.sign(bend)
+        assert moved == pytest.approx(goal, rel=0.1)
+    assert len(advice) == 1 and advice[0].startswith("the range [-50, 50] goes ")
+    again = cases.command("run", tmp_path / "sweep.toml", "--on", "inline", "--no-picture")
+    assert f"x: {said[0]}\nx: {advice[0]}\ny: {said[1]}\n" in again.out
+
+
 def test_a_subset_of_the_samples_is_what_derivatives_are_taken_over():
     problem = problems.quadratic(samples=40)
     s = lsweep.sweep(
@@ -89,16 +119,23 @@ def toml(base: Path, count: int = 5) -> Path:
     return base / "sweep.toml"
 
 
+def state(folder: RunFolder) -> dict[str, tuple[int, bytes]]:
+    arrays = folder.arrays.glob("*.h5")
+    return {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in arrays}
+
+
 def test_workers_read_what_was_computed_once(tmp_path: Path):
     folder = cases.planned(toml(tmp_path))
-    stored = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.all_arrays()}
+    stored = state(folder)
     assert [n[0] for n in sorted(stored)] == ["x", "y"]
     for child in [cases.start(folder, index=i, of=2) for i in range(2)]:
         assert os.waitpid(child, 0)[1] == 0
     first = cases.merged(folder)[0]
     done = cases.command("plan", toml(tmp_path, 9), "--run", folder.root)
     assert done.code == 0 and "eigenvalue" in done.out and "norm of the gradient" in done.out
-    assert {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.all_arrays()} == stored
+    assert {
+        p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.arrays.glob("*.h5")
+    } == stored
     cases.worked(folder)
     s = cases.merged(folder)[0]
     assert s["train_loss"][:, ::2].tobytes() == first["train_loss"].tobytes()
@@ -126,7 +163,7 @@ def test_of_two_that_plan_at_once_the_first_ones_vectors_count(tmp_path: Path, m
     monkeypatch.setattr(planning, "derive", slowly)
     planned = planning.plan_run(settings, problem, tmp_path, folder)
     assert len(calls) == 2 and planned.plan.digest == Plan.read(folder).digest
-    assert len([p for p in folder.all_arrays() if p.name.startswith("x-")]) == 2
+    assert len([p for p in folder.arrays.glob("*.h5") if p.name.startswith("x-")]) == 2
     found = read_arrays(folder, "x", planned.plan.directions["x"]["stored"])["0.weight"]
     assert np.array_equal(found, -calls[0])
 
@@ -145,7 +182,7 @@ def test_a_map_of_the_curvature_lies_in_the_plane_of_its_parent(tmp_path: Path):
 @pytest.mark.parametrize("trouble", ["missing", "damaged", "another"])
 def test_stored_directions_that_are_not_there_are_one_line(tmp_path: Path, trouble: str):
     folder = cases.planned(toml(tmp_path))
-    x, y = sorted(folder.all_arrays())
+    x, y = sorted(folder.arrays.glob("*.h5"))
     if trouble == "missing":
         x.unlink()
     elif trouble == "damaged":
@@ -176,6 +213,22 @@ def test_directions_that_have_no_derivative_are_refused(recipe, words):
     with pytest.raises(LsweepError, match=r"^[^\n]*$") as caught:
         lsweep.sweep(problems.classifier(), x=(-1, 1, 3), directions=recipe)
     assert words in str(caught.value)
+
+
+def test_two_axes_are_not_one_gradient():
+    uphill, other = {"kind": "gradient"}, {"kind": "gradient", "parameters": ["0.*"]}
+    with pytest.raises(LsweepError, match="but there is one gradient: sweep a line, or give"):
+        lsweep.sweep(problems.classifier(), x=(-1, 1, 3), y=(-1, 1, 3), directions=uphill)
+    recipes = {"x": uphill, "y": other}  # of fewer weights it is another
+    s = lsweep.sweep(problems.classifier(), x=(-1, 1, 3), y=(-1, 1, 3), directions=recipes)
+    assert np.isfinite(s["train_loss"]).all()
+
+
+def test_without_scipy_the_kind_that_needs_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
+    words = r'^directions\.x: kind = "hessian" needs scipy: pip install'
+    with pytest.raises(LsweepError, match=words):
+        lsweep.sweep(problems.classifier(), x=(-1, 1, 3), directions={"kind": "hessian"})
 
 
 def test_at_a_stationary_point_the_gradient_gives_no_direction():

@@ -32,7 +32,7 @@ from lsweep.folder import RunFolder
 from lsweep.gauge import gauge_of
 from lsweep.opening import open_surface
 from lsweep.plan import Plan
-from lsweep.rescaling import RESCALES, acted, random_element
+from lsweep.rescaling import RESCALES, Slab, Transform, acted, random_element
 from lsweep.settings import Settings
 from lsweep.symmetries import discover
 from lsweep.weights import parameters_of
@@ -239,6 +239,65 @@ def test_the_noise_floor_is_that_of_another_order_and_other_pieces():
         model[1] = nn.Dropout(0.5).train()  # something that depends on more than a sample
         assert b.noise() > 0.1
         model[1] = leaky
+
+
+def test_where_samples_depend_on_each_other_nothing_is_called_exact():
+    """The noise floor of such a network is as large as a broken transform's error."""
+
+    class Shared(nn.Sequential):
+        def forward(self, x):
+            y = super().forward(x)
+            if self.finite:
+                return y / (1 + y.std(0, correction=0))
+            return y * (1 if len(x) == SAMPLES else nan)
+
+    nan = float("nan")
+    for finite, why in ((True, "output changes by"), (False, "is not always finite")):
+        model = Shared(*mlp(nn.Tanh))
+        model.finite = finite
+        _, rows = certified(model)
+        assert {r.verdict for r in rows} == {"untested"} and all(why in r.note for r in rows)
+
+
+@pytest.mark.parametrize(("size", "why"), [(0.0, "no gradient reaches"), (1e-14, "too small")])
+def test_weights_that_the_output_hardly_sees_are_untested(size, why):
+    """In front of zeros, or nearly, whatever is done to a tanh leaves the output as it is."""
+    model = mlp(nn.Tanh)
+    with torch.no_grad():
+        model[2].weight.mul_(size)
+    _, rows = certified(model)
+    found = {r.transform: (r.verdict, r.note) for r in rows}
+    for kind in ("neuron rescaling", "layer rescaling"):
+        assert found[kind][0] == "untested" and why in found[kind][1], found
+    assert (found["sign flip"][0] == "untested") == (size == 0)  # else it is exact indeed
+
+
+def test_what_survives_one_factor_is_tried_with_the_others():
+    """x (1 + sin(2π log₂|x|) / 2) doubles exactly where x does, and is no ray."""
+
+    class Octaves(nn.Module):
+        def forward(self, x):
+            return x * (1 + torch.sin(2 * torch.pi * torch.log2(x.abs())) / 2)
+
+    there = torch.arange(6)[:, None]
+    slabs = (Slab("0.weight", 0, there), Slab("0.bias", 0, there), Slab("2.weight", 1, there, -1.0))
+    pair = Transform("0 -> 2", "neuron rescaling", (slabs,))
+    given = few(problem(mlp(Octaves)), "train", SAMPLES, CPU)
+    ((row,), *_) = certify(given, [pair], "loss", CPU)
+    assert (row.verdict, row.factor) == ("approximate", 3.0) and row.residual > 1e-2
+
+
+def test_of_large_outputs_the_same_numbers_of_each_sample_are_kept(monkeypatch):
+    given = few(problem(mlp(nn.ReLU)), "train", SAMPLES, CPU)
+    with bench(given, "loss", CPU, torch.float64) as b:
+        whole = b.look()[0].reshape(SAMPLES, 3)
+    monkeypatch.setattr("lsweep.bench.MOST_KEPT", 2 * SAMPLES + 5)
+    with bench(given, "loss", CPU, torch.float64) as b:
+        kept = b.look()[0].reshape(SAMPLES, 2)
+        assert sum(torch.equal(kept, whole[:, pair]) for pair in ([0, 1], [0, 2], [1, 2])) == 1
+        assert b.noise() < 1e-12  # samples in another order lose the same numbers
+    _, rows = certified(mlp(nn.ReLU))
+    assert verdicts(rows) == PAIR | ORDER
 
 
 # -- what cannot be followed -----------------------------------------------------------------------

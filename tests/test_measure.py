@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -23,10 +24,11 @@ from scipy import stats
 import lsweep
 from lsweep import sheet
 from lsweep.children import CHILDREN, TRACES, settings_for
+from lsweep.files import read_json
 from lsweep.folder import RunFolder
 from lsweep.from_children import Finished, rows_of, student_95
 from lsweep.from_surface import rows_of_plane
-from lsweep.measured import Measured, mean_of, read_measures
+from lsweep.measured import Measured, mean_of
 from lsweep.measures import Report, compared, measure_run
 from lsweep.noise import random_tensor
 from lsweep.plan import Plan
@@ -285,6 +287,30 @@ def test_interrupted_children_go_on_where_they_were(tmp_path):
     assert measured(run.root)["sharpness@0.5"].value == pytest.approx(s.mean() / 4, rel=1e-5)
 
 
+def test_planning_that_stopped_before_the_first_round_goes_on(tmp_path):
+    toml = cases.sweep_file(tmp_path, x=3, low="-1")
+    names = ("--measures", "sharpness,curvature", "--replicates", "3")
+    assert cases.command("plan", toml, *names).code == 0
+    run = RunFolder(tmp_path / "sweep.run")
+    asked = {n: run.child(n).round(0).read_bytes() for n in run.all_children()}
+    for folder in (run, *map(run.child, asked)):
+        for path in folder.root.iterdir():  # a plan alone is what an interruption leaves
+            if path not in (folder.plan, folder.measures):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert (
+        f"'lsweep plan SWEEP.toml --run {run.root}' goes on" in cases.command("work", run.root).err
+    )
+    assert cases.command("plan", toml).code == 0
+    for name in asked:
+        goes_on = f"lsweep plan {run.root} --measures {name}"
+        assert f"'{goes_on}' goes on" in cases.command("run", run.child(name).root).err
+        assert any(
+            f"'{goes_on}'" in line for line in cases.command("status", run.root).out.splitlines()
+        )
+    assert cases.command("plan", run.root, *names).code == 0
+    assert asked == {n: run.child(n).round(0).read_bytes() for n in asked}
+
+
 def test_more_replicates_are_one_more_round_and_stay(run, toml):
     plan = Plan.read(RunFolder(run).child("layers"))
     arguments = ("--on", "inline", "--no-picture", "--measures")
@@ -313,8 +339,9 @@ def test_the_table_the_json_and_the_csv_hold_the_same(run, capfd):
     (table,) = json.loads(capfd.readouterr().out)
     rows = [Measured.of(r) for r in table["measures"]]
     assert (table["metric"], table["points"]) == ("train_loss", 25)
-    digest, kept = read_measures(run / "measures.json")
-    assert (digest, kept) == (Plan.read(RunFolder(run)).digest, rows)
+    kept = read_json(run / "measures.json")
+    assert kept["plan"] == Plan.read(RunFolder(run)).digest
+    assert [Measured.of(r) for r in kept["measures"]] == rows
     assert tiny.lsweep("measure", run, "--csv") == 0
     lines = list(csv.DictReader(io.StringIO(capfd.readouterr().out)))
     assert [line["name"] for line in lines] == [r.name for r in rows]
@@ -362,7 +389,7 @@ def test_only_takes_what_measures_takes(run, capfd, asked, names):
     (["plan", "RUN", "--measures", ","], "--measures: name at least one, or all; one of: sharp"),
     (["run", "RUN", "--replicates", "4"], "--replicates goes with --measures"),
     (["run", "RUN", "--measures", "jacobian,convexity", "--replicates", "3"],
-     "--replicates is not for jacobian,convexity: leave it out"),
+     "--replicates is not for jacobian, convexity: leave it out"),
     (["run", "RUN", "--measures", "trace", "--to", "b.pt"], "--to goes with --measures barrier"),
     (["plan", "RUN", "--measures", "trace", "--samples", "4"],
      "trace was made with other data or samples: remove that folder to measure anew"),
@@ -418,7 +445,9 @@ def test_a_child_of_other_weights_is_not_taken_for_this_run(tmp_path):
 def test_missing_children_name_the_command_that_computes_them(tmp_path):
     run = cases.finished(cases.sweep_file(tmp_path, x=5))
     missing = measure_run(run).missing
-    for child in (c for c in CHILDREN.values() if not c.beside):
+    (line,) = (m for m in missing if m.startswith("jacobian: "))
+    assert line.startswith("jacobian: not of this network: input_jacobian needs the network's out")
+    for child in (c for c in CHILDREN.values() if not c.beside and c.name != "jacobian"):
         words = f"'lsweep run {run.root} --measures {child.name} {child.needs}".rstrip() + "'"
         (line,) = (m for m in missing if words in m)
         assert line.startswith("on request") is not child.usual

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from lsweep.errors import LsweepError
 from lsweep.regularizer import respond, table
 from lsweep.relate import (
     Permuted,
@@ -146,6 +147,11 @@ def test_permutations_are_those_of_their_seed():
     b = numbers(0, 9)
     first, again, other = (Permuted.of(b, 50, s).shuffled for s in (3, 3, 4))
     assert (first == again).all() and (first != other).any()
+
+
+def test_more_signs_than_memory_is_one_line():
+    with pytest.raises(LsweepError, match=r"^1000000 permutations of 99 .*permutations 442688$"):
+        Permuted.of(numbers(0, 99), 10**6)
 
 
 # -- partial ---------------------------------------------------------------------------------------

@@ -24,9 +24,9 @@ from lsweep.evaluate import Evaluator
 from lsweep.files import read_json
 from lsweep.folder import RunFolder
 from lsweep.packed import Spot
-from lsweep.plan import Plan
+from lsweep.plan import LIVE, Plan
 from lsweep.planning import plan_run
-from lsweep.restoring import LIVE, load_problem
+from lsweep.restoring import load_problem
 from lsweep.rounds import Rounds
 from lsweep.settings import Settings
 from lsweep.subsets import classes_of, draw

@@ -193,6 +193,10 @@ def test_a_study_grows_and_what_was_there_stays(tmp_path, capfd):
         assert norm == pytest.approx(5.0) and longer == pytest.approx(10.0)
         assert further == pytest.approx(4 * along)  # <θ, d> of both twice as long
     assert facts[1.0, 0][1] != pytest.approx(facts[1.0, 1][1])
+    capfd.readouterr()
+    assert run(toml, "--measures", "curvature", "--replicates", 2) == 0
+    said = [line for line in capfd.readouterr().out.splitlines() if line.startswith("next: ")]
+    assert said == [f"next: lsweep measure {toml}"]
 
 
 def test_what_fails_in_one_run_stops_no_other(tmp_path, capfd):

@@ -331,6 +331,10 @@ def test_without_slurm_the_remedy_is_named(run, monkeypatch):
             patch.setenv(name, value)
             done = command("submit", run.root, "--tasks", 2)
         assert done.code == 1 and why in done.err and done.err.count("\n") == 1
+    with monkeypatch.context() as patch:  # what would be submitted can be seen all the same
+        patch.setenv("SLURM_CONF", "/nonexistent")
+        out = submitted(run.root, "--tasks", 2, "--dry-run")
+    assert "# Slurm does not answer" in out and "#SBATCH --array=0-1" in out
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "submitit", None)  # as where the extra is not installed
         done = command("submit", run.root, "--tasks", 2)

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lsweep.bench import inputs_of
 from lsweep.digits import Network
-from lsweep.problem import call
+from lsweep.problem import Problem, call
 from lsweep.symmetries import Discovered, Slot, Units, discover, permuted
 from lsweep.weights import State, buffers_of, parameters_of
 
@@ -169,6 +170,14 @@ FOUND = {
         convolutional, lambda: images(3),
         {"0": (4, "relu"), "4": (6, "relu+leaky_relu"), "10": (7, "relu")},
     ),
+    "upsampled": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Upsample(scale_factor=2), nn.Conv2d(4, 5, 3),
+            nn.GELU(), nn.Upsample(size=(9, 9), mode="bilinear"), nn.Conv2d(5, 2, 1),
+        ),
+        lambda: images(2, size=5),
+        {"0": (4, "relu"), "3": (5, "gelu")},
+    ),
     "residual": (
         lambda: Network(True, depth=6, width=8), lambda: torch.randn(3, 64).double(),
         {"0": (8, "relu"), "1.2": (8, "relu"), "2.2": (8, "relu")},
@@ -308,20 +317,19 @@ def test_roles_of_a_residual_stream_and_of_attention():
     _, _, found = made("residual")
     stream = found.units[0]
     assert stream.stream and not found.units[1].stream
-    assert [s.name for s in stream.incoming if "row" in s.roles] == [
-        "0.weight", "1.5.weight", "2.5.weight"
-    ]  # fmt: skip
+    assert [s.name for s in stream.slots if "row" in s.roles] == [
+        "0.weight",
+        "1.5.weight",
+        "2.5.weight",
+    ]
     assert [s.name for s in stream.outgoing] == ["1.2.weight", "2.2.weight", "5.weight"]
     assert found.units[1].norm == "batch_norm 1.3"
     _, _, found = made("vit")
-    (heads,) = found.attention
-    assert len(heads.query_key) == len(heads.value) == 4
-    group = next(u for u in found.units if u.name == heads.query_key[2])
+    group = next(u for u in found.units if u.name == "layers.0.attention.qkv query-key 2")
     rows = {s.roles: s.index.flatten().tolist() for s in group.slots}
     assert rows["row", "query"] == [8, 9, 10, 11] and rows["row", "key"] == [24, 25, 26, 27]
     _, _, found = made("swiglu")
-    (gated,) = found.gated
-    group = next(u for u in found.units if u.name == gated.units)
+    group = next(u for u in found.units if "product" in u.activations)
     assert {r: s.name for s in group.slots for r in s.roles if r in ("gate", "up")} == {
         "gate": "gate.weight", "up": "up.weight"
     }  # fmt: skip
@@ -371,3 +379,42 @@ def test_what_cannot_be_followed_is_said_and_never_claimed():
     )
     assert {u.name: u.size for u in found.units} == {"0.2 0": 3, "0.2 1": 3}
     assert "convolution of 2 groups" in found.unknown[0]
+
+
+class Named(nn.Module):
+    """Takes more than tensors, in places and by names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, loud: bool = False) -> Tensor:
+        x = F.relu(self.a(x if mask is None else x * mask))
+        return self.b(2 * x if loud else x)
+
+
+class Two(tuple):
+    """Inputs that cannot be made anew from a list."""
+
+    def __new__(cls, a: Tensor, b: Tensor) -> Two:
+        return super().__new__(cls, (a, b))
+
+
+def test_any_inputs_end_in_a_reason():
+    x = torch.randn(3, 4)
+    for inputs in ((x, None, True), {"x": x, "loud": True}, (x, torch.tensor(1.0))):
+        found = discover(Named(), inputs)
+        assert found.units == () and "its inputs are not plain tensors" in found.unknown[0]
+    found = discover(Named(), Two(x, x))
+    assert found.units == () and "the network is not followed: TypeError" in found.unknown[0]
+
+
+def test_inputs_in_places_and_by_names_are_all_kept():
+    def forward(model, batch):
+        return {"loss": model(batch, mask=torch.ones_like(batch)).square().sum(1)}
+
+    problem = Problem(Named(), {"train": torch.randn(3, 4)}, forward=forward)
+    inputs = inputs_of(problem, "loss")
+    assert list(inputs) == ["x", "mask"] and inputs["x"].shape == (2, 4)
+    (units,) = discover(problem.model, inputs).units
+    assert (units.name, units.size, units.activation) == ("a", 5, "relu")
