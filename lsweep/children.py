@@ -8,7 +8,6 @@ round. What it asks follows from the parent's plan and this table alone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -218,8 +217,3 @@ def _evaluation(child: Child, parent: Evaluation, samples: int | None) -> Evalua
         expected={},
         backend="auto" if derived else parent.backend,
     )
-
-
-def names_of(found: Iterable[Child]) -> str:
-    """Return names as ``--measures`` takes them."""
-    return ",".join(c.name for c in found)
