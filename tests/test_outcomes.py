@@ -62,7 +62,7 @@ def test_points_that_raise_are_failed_with_their_reason_and_the_run_exits_3(tmp_
     assert np.allclose(surface["train_loss"][::2], truth(surface)[::2], rtol=1e-6)
     for x in (0.25, 0.75):
         reason = f"ValueError: no value at {x} (problem.py:{line_of('no value at')})"
-        assert f"1 points failed: {reason}" in said
+        assert f"1 point failed: {reason}" in said
         assert status(folder)["failed"][reason] == 1
         assert surface.provenance["failures"][reason] == 1
     assert share_done(folder) == (5, 5)
@@ -81,12 +81,12 @@ def test_failed_points_are_asked_again_on_request_and_only_they(tmp_path: Path) 
 
     code, said, folder = run(toml, "--retry-failed")  # not yet mended
     assert (code, len(evaluated(folder))) == (3, 7)
-    assert "1 points failed: ValueError: no value at 0.25" in said
+    assert "1 point failed: ValueError: no value at 0.25" in said
 
     (tmp_path / "broken").unlink()
     code, said, folder = run(toml, "--retry-failed")
     assert (code, len(evaluated(folder))) == (0, 9)
-    assert "points failed" not in said
+    assert " failed: " not in said
     assert run(toml, "--retry-failed")[0] == 0
     assert len(evaluated(folder)) == 9  # nothing is left to retry
     surface = Surface.load(folder.surface)
@@ -183,7 +183,7 @@ def test_a_point_that_kills_every_worker_is_found_out_and_the_run_ends(tmp_path:
     good = surface.status == OK
     assert surface["train_loss"][good].tobytes() == reference["train_loss"][good].tobytes()
     assert list(report.failed.items()) == [("killed 2 workers that evaluated it alone", 1)]
-    assert "1 points failed: killed 2 workers that evaluated it alone" in done.err
+    assert "1 point failed: killed 2 workers that evaluated it alone" in done.err
     assert "was killed (SIGKILL)" in done.err
     # Three died with the unit, at most three more with the point alone; the others are not blamed.
     dead = [w for w in status(folder)["workers"] if w["state"] == "dead"]
