@@ -82,9 +82,12 @@ def _with_band(surface: Surface, name: str, log: bool) -> list[FloatArray]:
     known = value[np.isfinite(value)]
     if found is None or not len(known):
         return [value]
-    span = float(np.ptp(known)) or math.inf
-    most = np.clip(value + found, None, known.max() + span)
-    return [value, most] if log else [value, most, np.clip(value - found, known.min() - span, None)]
+    low, high = float(known.min()), float(known.max())  # Python's floats overflow without a word
+    if not high - low < 1e300:
+        return [value]
+    span = (high - low) or math.inf
+    most = np.clip(value + found, None, high + span)
+    return [value, most] if log else [value, most, np.clip(value - found, low - span, None)]
 
 
 def _half_width(surface: Surface, name: str) -> tuple[FloatArray | None, str]:
