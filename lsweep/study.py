@@ -91,6 +91,8 @@ def through(command: Callable[[Namespace], int]) -> Callable[[Namespace], int]:
     """
 
     def each(options: Namespace) -> int:
+        if "sweep" in options and not _is_readable(options.sweep, options.overrides):
+            return command(options)  # it refuses that itself, and once for all ranks
         if "sweep" in options:
             several = members(options.sweep, options.run, options.overrides)
         else:
@@ -116,6 +118,13 @@ def through(command: Callable[[Namespace], int]) -> Callable[[Namespace], int]:
         return 0 if not codes else 1 if 1 in codes.values() else max(codes.values())
 
     return each
+
+
+def _is_readable(sweep: Path, overrides: Sequence[str]) -> bool:
+    try:
+        return not sweep.is_file() or bool(Settings.from_file(sweep, tuple(overrides)))
+    except LsweepError:
+        return False
 
 
 def _one(command: Callable[[Namespace], int], options: Namespace, member: Member) -> int:
