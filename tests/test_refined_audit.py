@@ -157,7 +157,9 @@ def test_it_finds_the_true_error_without_bias_and_confirms_what_is_stated(calm: 
         assert np.median(se) < np.nanmedian(surface[f"{name}_se"]) / 20  # of all the samples
         assert np.allclose(facts["stated"], surface[f"{name}_abs_error"].ravel()[points])
         assert FEWEST <= facts["samples"] <= SAMPLES and facts["within"] >= BORNE_OUT
-        assert facts["typical"] == pytest.approx(np.sqrt(np.mean(true**2)), rel=1.0)
+        rms = np.sqrt(np.mean(true**2))
+        noise = np.sqrt(np.mean(se**2))  # which all points share, so it does not average out
+        assert abs(facts["typical"] - rms) < 2 * noise and noise < 3 * rms
         spent = facts["samples"] * (facts["nodes"] + POINTS) / facts["of"]
         assert spent <= SHARE * surface.evaluated.sum()
     assert report.clean and report.lines()[1:] == []
