@@ -14,10 +14,15 @@ from typing import Any
 from lsweep.errors import LsweepError, nearest
 from lsweep.origins import Study
 from lsweep.pointwise import POINTWISE, expanded
-from lsweep.recipes import AXES as AXES
-from lsweep.recipes import EIGENVECTORS, LARGEST_GRID, check_range, check_together
-from lsweep.recipes import Axis as Axis
-from lsweep.recipes import Recipe as Recipe
+from lsweep.recipes import (
+    AXES,
+    EIGENVECTORS,
+    LARGEST_GRID,
+    Axis,
+    Recipe,
+    check_range,
+    check_together,
+)
 from lsweep.tables import build, one_of, override_key, parse_toml, plain
 
 BATCH_NORMS = ("eval", "batch", "recalibrate")

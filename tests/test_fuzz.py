@@ -34,9 +34,10 @@ from lsweep.plan import Plan
 from lsweep.planning import BATCH_NORM_BATCH, plan_run
 from lsweep.points import Lattice, coordinates
 from lsweep.problem import make_problem
+from lsweep.recipes import AXES, Axis
 from lsweep.restoring import settings_of
 from lsweep.rounds import Rounds
-from lsweep.settings import AXES, Axis, Settings
+from lsweep.settings import Settings
 from lsweep.surface import Surface, Trajectory
 from lsweep.weights import load_state
 
