@@ -47,9 +47,9 @@ import peers
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lsweep.device import synchronize
 from lsweep.errors import LsweepError
-from lsweep.machine import cpu_model
+from lsweep.hosts.device import synchronize
+from lsweep.hosts.machine import cpu_model
 
 LEAST_SECONDS = 0.2  # a turn takes at least so long; cheap points are evaluated many times
 AGREE = {"float32": 1e-4, "tf32": 1e-2, "bfloat16": 0.1}  # relative; beyond it something is wrong

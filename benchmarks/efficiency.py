@@ -23,12 +23,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from lsweep.folder import RunFolder
-from lsweep.machine import cpu_model
-from lsweep.plan import Plan
-from lsweep.rounds import Rounds
-from lsweep.status import share_done
-from lsweep.workers import all_workers
+from lsweep.hosts.machine import cpu_model
+from lsweep.plans.plan import Plan
+from lsweep.plans.rounds import Rounds
+from lsweep.runs.status import share_done
+from lsweep.storage.folder import RunFolder
+from lsweep.storage.workers import all_workers
 
 WORKERS = 8
 FACTORY = '''\

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 import lsweep
-from lsweep.catalogue import KINDS
-from lsweep.evaluate import Evaluator
-from lsweep.folder import RunFolder
-from lsweep.packed import Spot
-from lsweep.planning import plan_run
-from lsweep.preflight import preflight
-from lsweep.restoring import load_problem
-from lsweep.settings import Settings
-from lsweep.sums import means
+from lsweep.backends.catalogue import KINDS
+from lsweep.backends.packed import Spot
+from lsweep.evaluating.evaluate import Evaluator
+from lsweep.evaluating.preflight import preflight
+from lsweep.plans.settings import Settings
+from lsweep.preparing.planning import plan_run
+from lsweep.preparing.restoring import load_problem
+from lsweep.storage.folder import RunFolder
+from lsweep.storage.sums import means
 
 COUNT = 1001  # so long a sweep that every backend is worth a trial
 PATIENCE = 30.0  # seconds of building, beyond which a backend is not timed by name

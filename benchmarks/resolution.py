@@ -35,16 +35,16 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lsweep.files import readable
-from lsweep.folder import RunFolder
-from lsweep.machine import cpu_model
-from lsweep.pictures import render, save
-from lsweep.plan import Plan
-from lsweep.planning import plan_run
-from lsweep.problem import make_problem
-from lsweep.restoring import load_problem
-from lsweep.settings import Settings
-from lsweep.surface import Status, Surface
+from lsweep.hosts.machine import cpu_model
+from lsweep.pictures.drawing import render, save
+from lsweep.plans.plan import Plan
+from lsweep.plans.settings import Settings
+from lsweep.preparing.planning import plan_run
+from lsweep.preparing.restoring import load_problem
+from lsweep.problems.problem import make_problem
+from lsweep.storage.files import readable
+from lsweep.storage.folder import RunFolder
+from lsweep.surfaces.surface import Status, Surface
 
 TOLERANCE = 0.01
 TIMED = 3  # points of a peer before a sweep, and as many after it
@@ -65,7 +65,7 @@ with torch.no_grad():
     problem.model(problem.data["train"][0])
 """
 WORK = """\
-from lsweep.cli import main
+from lsweep.commands.cli import main
 main(["work", "sweep.run", "--index", "0", "--of", "1"])
 """
 PEAK = """

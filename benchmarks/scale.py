@@ -25,17 +25,17 @@ from typing import Any
 
 import numpy as np
 
-from lsweep import leases
-from lsweep.committed import Committed
-from lsweep.folder import RunFolder
-from lsweep.leases import Lease
-from lsweep.parts import CAPACITIES, PartWriter
-from lsweep.plan import Plan
-from lsweep.rounds import Rounds
-from lsweep.rows import Kind, device_code, row_type
-from lsweep.sums import WD, WV, WW, WWD, WWDD, WWV, WWVV, W
-from lsweep.surface import Status, Surface
-from lsweep.workers import Heartbeat, State
+from lsweep.outcomes.committed import Committed
+from lsweep.plans.plan import Plan
+from lsweep.plans.rounds import Rounds
+from lsweep.storage import leases
+from lsweep.storage.folder import RunFolder
+from lsweep.storage.leases import Lease
+from lsweep.storage.parts import CAPACITIES, PartWriter
+from lsweep.storage.rows import Kind, device_code, row_type
+from lsweep.storage.sums import WD, WV, WW, WWD, WWDD, WWV, WWVV, W
+from lsweep.storage.workers import Heartbeat, State
+from lsweep.surfaces.surface import Status, Surface
 
 FACTORY = '''\
 import torch
@@ -190,10 +190,10 @@ class Clock:
 
 def work(folder: RunFolder) -> None:
     """Be a worker whose calls are timed; print what they took as JSON."""
-    from lsweep import worker
-    from lsweep.committed import Committed
-    from lsweep.evaluate import Evaluator
-    from lsweep.ledger import Ledger
+    from lsweep.evaluating.evaluate import Evaluator
+    from lsweep.outcomes.committed import Committed
+    from lsweep.working import worker
+    from lsweep.working.ledger import Ledger
 
     clock, span = Clock(), [0.0, 0.0]
     clock.wrap(Evaluator, "evaluate", "evaluation")
@@ -222,7 +222,7 @@ def work(folder: RunFolder) -> None:
 
 
 def _role() -> Any:
-    from lsweep.role import Role
+    from lsweep.working.role import Role
 
     return Role(device="cpu")
 

@@ -9,26 +9,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lsweep.inprocess import sweep as sweep
-    from lsweep.losses import accuracy as accuracy
-    from lsweep.measures import measure as measure
-    from lsweep.opening import open_surface as open
-    from lsweep.pictures import render as render
-    from lsweep.problem import Problem as Problem
-    from lsweep.problem import causal_lm as causal_lm
-    from lsweep.problem import classifier as classifier
-    from lsweep.weights import load_state as load_state
+    from lsweep.measures.measures import measure as measure
+    from lsweep.merging.opening import open_surface as open
+    from lsweep.pictures.drawing import render as render
+    from lsweep.problems.losses import accuracy as accuracy
+    from lsweep.problems.problem import Problem as Problem
+    from lsweep.problems.problem import causal_lm as causal_lm
+    from lsweep.problems.problem import classifier as classifier
+    from lsweep.problems.weights import load_state as load_state
+    from lsweep.working.inprocess import sweep as sweep
 
 _HOMES = {
-    "Problem": ("lsweep.problem", "Problem"),
-    "sweep": ("lsweep.inprocess", "sweep"),
-    "open": ("lsweep.opening", "open_surface"),
-    "measure": ("lsweep.measures", "measure"),
-    "render": ("lsweep.pictures", "render"),
-    "accuracy": ("lsweep.losses", "accuracy"),
-    "classifier": ("lsweep.problem", "classifier"),
-    "causal_lm": ("lsweep.problem", "causal_lm"),
-    "load_state": ("lsweep.weights", "load_state"),
+    "Problem": ("lsweep.problems.problem", "Problem"),
+    "sweep": ("lsweep.working.inprocess", "sweep"),
+    "open": ("lsweep.merging.opening", "open_surface"),
+    "measure": ("lsweep.measures.measures", "measure"),
+    "render": ("lsweep.pictures.drawing", "render"),
+    "accuracy": ("lsweep.problems.losses", "accuracy"),
+    "classifier": ("lsweep.problems.problem", "classifier"),
+    "causal_lm": ("lsweep.problems.problem", "causal_lm"),
+    "load_state": ("lsweep.problems.weights", "load_state"),
 }
 __all__ = [
     "Problem",

@@ -2,7 +2,7 @@
 
 import sys
 
-from lsweep.cli import main
+from lsweep.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,14 +21,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 
-from lsweep.convexity import THRESHOLD, convexity_ratio, nonconvex_fraction
 from lsweep.errors import LsweepError
-from lsweep.files import write_whole
-from lsweep.folder import RunFolder
-from lsweep.machine import cpus
-from lsweep.marks import VERMILLION
-from lsweep.pictures import render, save
-from lsweep.surface import Surface
+from lsweep.hosts.machine import cpus
+from lsweep.measures.convexity import THRESHOLD, convexity_ratio, nonconvex_fraction
+from lsweep.pictures.drawing import render, save
+from lsweep.pictures.marks import VERMILLION
+from lsweep.storage.files import write_whole
+from lsweep.storage.folder import RunFolder
+from lsweep.surfaces.surface import Surface
 
 SEEDS = (0, 1, 2)
 COUNT = 25
@@ -133,8 +133,8 @@ def train_and_sweep(folder: Path, skip: bool, seed: int) -> Trained:
     import torch
 
     from lsweep.digits import Network, assess, digits, train
-    from lsweep.inprocess import sweep
-    from lsweep.problem import Problem
+    from lsweep.problems.problem import Problem
+    from lsweep.working.inprocess import sweep
 
     start = time.monotonic()
     torch.set_num_threads(1)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lsweep.errors import LsweepError
-from lsweep.losses import accuracy
-from lsweep.problem import Problem
-from lsweep.weights import load_state
+from lsweep.problems.losses import accuracy
+from lsweep.problems.problem import Problem
+from lsweep.problems.weights import load_state
 
 DEPTH, WIDTH = 22, 64
 TRAIN = 1000  # of 1797 images

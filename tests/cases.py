@@ -25,18 +25,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from lsweep import cli
-from lsweep.committed import Committed
+from lsweep.commands import cli
 from lsweep.errors import LsweepError
-from lsweep.folder import RunFolder
-from lsweep.merge import Report, merge
-from lsweep.plan import Plan
-from lsweep.reading import Part, read_part
-from lsweep.role import Role
-from lsweep.rounds import Rounds
-from lsweep.rows import Kind
-from lsweep.surface import Surface
-from lsweep.worker import work
+from lsweep.merging.merge import Report, merge
+from lsweep.outcomes.committed import Committed
+from lsweep.outcomes.reading import Part, read_part
+from lsweep.plans.plan import Plan
+from lsweep.plans.rounds import Rounds
+from lsweep.storage.folder import RunFolder
+from lsweep.storage.rows import Kind
+from lsweep.surfaces.surface import Surface
+from lsweep.working.role import Role
+from lsweep.working.worker import work
 
 FACTORY = '''\
 import os, pathlib, signal, time

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lsweep
-from lsweep.objective import Objective
+from lsweep.derivatives.objective import Objective
 
 Network = Callable[..., Any]
 

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from problems import numbers
 from torch import Tensor, nn
 
-from lsweep.alignment import Alignment, align
 from lsweep.digits import Network, digits
-from lsweep.symmetries import discover, permuted
-from lsweep.weights import State, buffers_of, parameters_of
+from lsweep.invariance.alignment import Alignment, align
+from lsweep.invariance.symmetries import discover, permuted
+from lsweep.problems.weights import State, buffers_of, parameters_of
 
 pytest.importorskip("scipy")
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import lsweep
 from lsweep.errors import LsweepError
-from lsweep.surface import Status
+from lsweep.surfaces.surface import Status
 
 SINGLE = torch.float32
 

@@ -16,9 +16,9 @@ from problems import numbers
 from torch import Tensor, nn
 
 import lsweep
-from lsweep.ascent import adaptive_ball, ascend, filter_ball, keskar
-from lsweep.computing import compute
-from lsweep.objective import Objective
+from lsweep.derivatives.ascent import adaptive_ball, ascend, filter_ball, keskar
+from lsweep.derivatives.computing import compute
+from lsweep.derivatives.objective import Objective
 
 
 def of_weights(weight: Tensor, loss: object) -> Objective:

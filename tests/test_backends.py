@@ -22,16 +22,20 @@ from test_any_network import Transformer
 from torch import nn
 
 import lsweep
-from lsweep import catalogue, choice, machine, settings, supply
-from lsweep.choice import choose
-from lsweep.data import Split
-from lsweep.directions import Directions, Step
+from lsweep.axes.directions import Directions, Step
+from lsweep.backends import catalogue
+from lsweep.backends.packed import Spot
+from lsweep.backends.summing import Reference, Samples
 from lsweep.errors import LsweepError
-from lsweep.evaluate import Evaluator
-from lsweep.files import read_json, replace, sealed
-from lsweep.packed import Spot
-from lsweep.problem import Sampled
-from lsweep.summing import Reference, Samples
+from lsweep.evaluating import choice
+from lsweep.evaluating.choice import choose
+from lsweep.evaluating.evaluate import Evaluator
+from lsweep.hosts import machine
+from lsweep.plans import settings
+from lsweep.problems import supply
+from lsweep.problems.data import Split
+from lsweep.problems.problem import Sampled
+from lsweep.storage.files import read_json, replace, sealed
 
 SINGLE = torch.float32
 COMPILES = pytest.mark.skipif(not machine.compiler(), reason="needs a C++ compiler")

@@ -19,7 +19,7 @@ import torch
 from tiny import PROBLEM, SWEEP, contents, lsweep, write_sweep
 from torch import nn
 
-from lsweep.files import sealed
+from lsweep.storage.files import sealed
 
 
 @pytest.fixture

@@ -17,13 +17,13 @@ from problems import another, at
 from torch import nn
 
 import lsweep
-from lsweep.children import CHILDREN, settings_for
-from lsweep.folder import RunFolder
-from lsweep.measured import Measured
-from lsweep.measures import measure_run
-from lsweep.problem import Problem
-from lsweep.settings import Settings
-from lsweep.symmetries import discover, permuted
+from lsweep.invariance.symmetries import discover, permuted
+from lsweep.measures.measures import measure_run
+from lsweep.outcomes.measured import Measured
+from lsweep.plans.children import CHILDREN, settings_for
+from lsweep.plans.settings import Settings
+from lsweep.problems.problem import Problem
+from lsweep.storage.folder import RunFolder
 
 pytest.importorskip("scipy")
 

@@ -25,13 +25,13 @@ from tiny import contents, write_sweep
 from tiny import lsweep as command
 
 import lsweep
-from lsweep import display
-from lsweep.cli import main
-from lsweep.display import Display
-from lsweep.files import read_json, sealed
-from lsweep.folder import RunFolder
-from lsweep.machine import host_identity, start_time
-from lsweep.surface import Status, Surface
+from lsweep.commands.cli import main
+from lsweep.hosts.machine import host_identity, start_time
+from lsweep.runs import display
+from lsweep.runs.display import Display
+from lsweep.storage.files import read_json, sealed
+from lsweep.storage.folder import RunFolder
+from lsweep.surfaces.surface import Status, Surface
 
 PARABOLA = """\
 import pathlib
@@ -313,7 +313,7 @@ def test_a_factory_may_be_a_module_beside_the_sweep_file(toml, run):
 WITHOUT_TORCH = """
 import contextlib, io, sys
 from pathlib import Path
-from lsweep.cli import main
+from lsweep.commands.cli import main
 
 run, out = Path(sys.argv[1]), Path(sys.argv[2])
 for words in (

@@ -20,10 +20,10 @@ from problems import another, at, labels, mean, numbers, toward
 from torch import nn
 
 import lsweep
-from lsweep import supply
 from lsweep.errors import LsweepError
-from lsweep.reference import write_reference_directions
-from lsweep.sums import standard_error
+from lsweep.problems import supply
+from lsweep.storage.sums import standard_error
+from lsweep.surfaces.reference import write_reference_directions
 
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
 GRID = {"x": (-1, 1.5, 7), "y": (-0.5, 1, 5), "z": (-1, 0.5, 3)}

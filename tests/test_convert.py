@@ -19,15 +19,15 @@ import xarray
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lsweep import npz
-from lsweep.convert import convert, read
 from lsweep.errors import DamagedFile, LsweepError
-from lsweep.reference import (
+from lsweep.surfaces import npz
+from lsweep.surfaces.convert import convert, read
+from lsweep.surfaces.reference import (
     read_reference_directions,
     write_reference_directions,
     write_reference_surface,
 )
-from lsweep.surface import Status, Surface, Trajectory
+from lsweep.surfaces.surface import Status, Surface, Trajectory
 
 ORACLE = Path(__file__).parent / "oracle"
 SURFACES = sorted(ORACLE.glob("*.surface.h5"))
@@ -552,7 +552,7 @@ def test_files_get_the_permissions_of_the_umask(tmp_path: Path):
 
 FULL_DISK = """
 import resource, sys
-from lsweep.convert import convert
+from lsweep.surfaces.convert import convert
 from lsweep.errors import LsweepError
 resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))
 for target in sys.argv[2:]:
@@ -591,7 +591,8 @@ def run(code: str, *arguments: str, text: str | None = None) -> subprocess.Compl
 
 def test_converting_imports_neither_torch_nor_matplotlib():
     done = run(
-        "import sys, lsweep.convert; print({'torch', 'matplotlib', 'xarray'} & {*sys.modules})"
+        "import sys, lsweep.surfaces.convert\n"
+        "print({'torch', 'matplotlib', 'xarray'} & {*sys.modules})"
     )
     assert done.stdout.strip() == "set()", done.stderr
 
@@ -601,9 +602,9 @@ FUZZ = """
 import json, sys
 from pathlib import Path
 import numpy as np
-from lsweep.convert import convert, read
+from lsweep.surfaces.convert import convert, read
 from lsweep.errors import LsweepError
-from lsweep.reference import read_reference_directions
+from lsweep.surfaces.reference import read_reference_directions
 kind, source, folder, cases = json.load(sys.stdin)
 original = Path(source).read_bytes()
 truth = read_reference_directions(source)["x"] if kind == "directions" else read(source)

@@ -24,12 +24,12 @@ import numpy as np
 import pytest
 from cases import each_in_child
 
-from lsweep.folder import RunFolder
-from lsweep.parts import PartWriter
-from lsweep.reading import read_part
-from lsweep.rows import row_type
-from lsweep.sums import SUMS
-from lsweep.surface import Status
+from lsweep.outcomes.reading import read_part
+from lsweep.storage.folder import RunFolder
+from lsweep.storage.parts import PartWriter
+from lsweep.storage.rows import row_type
+from lsweep.storage.sums import SUMS
+from lsweep.surfaces.surface import Status
 
 PLAN, VARIABLES, CAPACITY = "a" * 64, 2, 256
 SECTOR = 512

@@ -29,14 +29,14 @@ from problems import fixed, hessian_of, labels, numbers, quadratic
 from torch import Tensor, nn
 
 import lsweep
-from lsweep import curvature, spectrum
-from lsweep.computing import compute
+from lsweep.axes.noise import random_tensor
+from lsweep.derivatives import curvature, spectrum
+from lsweep.derivatives.computing import compute
+from lsweep.derivatives.lanczos import lanczos
+from lsweep.derivatives.objective import Objective
 from lsweep.errors import LsweepError
-from lsweep.filters import filter_normalize
-from lsweep.lanczos import lanczos
-from lsweep.noise import random_tensor
-from lsweep.objective import Objective
-from lsweep.pointwise import POINTWISE
+from lsweep.plans.pointwise import POINTWISE
+from lsweep.problems.filters import filter_normalize
 
 SOME = [weighted_classes, transformer]
 

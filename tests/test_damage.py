@@ -32,17 +32,17 @@ from cases import (
 )
 
 from lsweep.errors import LsweepError
-from lsweep.files import read_json
-from lsweep.folder import RunFolder
-from lsweep.machine import versions
-from lsweep.merge import merge
-from lsweep.opening import open_surface
-from lsweep.plan import Plan
-from lsweep.reading import read_part
-from lsweep.rounds import Rounds
-from lsweep.status import status
-from lsweep.surface import Status, Surface
-from lsweep.verify import verify
+from lsweep.hosts.machine import versions
+from lsweep.merging.merge import merge
+from lsweep.merging.opening import open_surface
+from lsweep.outcomes.reading import read_part
+from lsweep.plans.plan import Plan
+from lsweep.plans.rounds import Rounds
+from lsweep.runs.status import status
+from lsweep.runs.verify import verify
+from lsweep.storage.files import read_json
+from lsweep.storage.folder import RunFolder
+from lsweep.surfaces.surface import Status, Surface
 
 FILES: dict[str, Callable[[RunFolder], Path]] = {
     "plan": lambda f: f.plan,
@@ -83,7 +83,9 @@ def truth(whole: RunFolder) -> Surface:
 @pytest.fixture
 def run(whole: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     """A copy to damage."""
-    monkeypatch.setattr("lsweep.merge.versions", functools.cache(versions))  # reads many files
+    monkeypatch.setattr(
+        "lsweep.merging.merge.versions", functools.cache(versions)
+    )  # reads many files
     shutil.copytree(whole.root, tmp_path / "run")
     return RunFolder(tmp_path / "run")
 

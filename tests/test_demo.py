@@ -5,9 +5,9 @@ The demo itself, with its pictures and its numbers, is run by .ci/run.
 
 import torch
 
+from lsweep.axes.noise import random_tensor
 from lsweep.demo import Trained, table
 from lsweep.digits import Network, digits, train
-from lsweep.noise import random_tensor
 
 
 def trained(skip, seed, nonconvex, loss=0.02):

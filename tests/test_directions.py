@@ -24,14 +24,14 @@ from problems import another, at, fixed, numbers, toward
 from torch import nn
 
 import lsweep
-from lsweep.directions import make_directions
+from lsweep.axes.directions import make_directions
+from lsweep.axes.noise import random_tensor
+from lsweep.axes.trajectory import project, random_walk_null
+from lsweep.axes.vectors import Origin
 from lsweep.errors import DamagedFile, LsweepError
-from lsweep.noise import random_tensor
-from lsweep.reference import write_reference_directions
-from lsweep.settings import Settings
-from lsweep.trajectory import project, random_walk_null
-from lsweep.vectors import Origin
-from lsweep.weights import canonical_name
+from lsweep.plans.settings import Settings
+from lsweep.problems.weights import canonical_name
+from lsweep.surfaces.reference import write_reference_directions
 
 
 def made(model, base=".", axes="x", **recipe):

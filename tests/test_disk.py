@@ -18,16 +18,16 @@ import numpy as np
 import pytest
 from cases import Done, command, differences, evaluated, finished, merged, planned, sweep_file
 
-from lsweep.folder import RunFolder
-from lsweep.parts import PartWriter
-from lsweep.plan import Plan
-from lsweep.reading import read_part
-from lsweep.rounds import Rounds
-from lsweep.rows import row_type
-from lsweep.status import share_done
-from lsweep.surface import Surface
-from lsweep.verify import verify
-from lsweep.workers import all_workers
+from lsweep.outcomes.reading import read_part
+from lsweep.plans.plan import Plan
+from lsweep.plans.rounds import Rounds
+from lsweep.runs.status import share_done
+from lsweep.runs.verify import verify
+from lsweep.storage.folder import RunFolder
+from lsweep.storage.parts import PartWriter
+from lsweep.storage.rows import row_type
+from lsweep.storage.workers import all_workers
+from lsweep.surfaces.surface import Surface
 
 PAGE = 4096
 
@@ -138,7 +138,7 @@ def test_wherever_the_disk_ends_a_run_says_so_in_one_line(tmp_path: Path, disk: 
 
 PART = """
 from pathlib import Path
-from lsweep.parts import PartWriter
+from lsweep.storage.parts import PartWriter
 try:
     PartWriter(Path({path!r}), plan="p", variables=1, capacity=256, header={{"worker": "w"}})
 except OSError as e:

@@ -13,8 +13,8 @@ import pytest
 from cases import command
 from weak_filesystem import mounted
 
-from lsweep import doctor
-from lsweep.doctor import Diagnosis, Finding, Level
+from lsweep.runs import doctor
+from lsweep.runs.doctor import Diagnosis, Finding, Level
 
 SEEN = [f"other node's {what}" for what in ("names in a listing", "names looked for", "rows",
                                             "sizes", "heartbeats")]  # fmt: skip

@@ -19,13 +19,13 @@ import pytest
 from cases import command, differences, evaluated, finished, merged, planned, sweep_file, wait_for
 from cluster import Cluster, slurm
 
-from lsweep.files import read_json
-from lsweep.folder import RunFolder
-from lsweep.slurm import GONE, Task, queue, view
-from lsweep.status import share_done, status
-from lsweep.submission import Submission
-from lsweep.surface import Status, Surface
-from lsweep.workers import all_workers
+from lsweep.runs.status import share_done, status
+from lsweep.slurm.submission import Submission
+from lsweep.slurm.tasks import GONE, Task, queue, view
+from lsweep.storage.files import read_json
+from lsweep.storage.folder import RunFolder
+from lsweep.storage.workers import all_workers
+from lsweep.surfaces.surface import Status, Surface
 
 POINTS = 35
 

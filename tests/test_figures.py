@@ -16,21 +16,21 @@ from tiny import SWEEP, write_sweep
 from tiny import lsweep as command
 
 import lsweep
-from lsweep.bending import BANDS
-from lsweep.convexity import convexity_ratio
-from lsweep.diagrams import diagram, pairs_on
+from lsweep.derivatives.spectrum import width
 from lsweep.errors import LsweepError
-from lsweep.figures import FIGURES, Missing, draw_measures, figure_of
-from lsweep.folder import RunFolder
-from lsweep.from_children import Finished, spectrum
-from lsweep.marks import VERMILLION
-from lsweep.measures import measure_run
-from lsweep.opening import open_surface
-from lsweep.persistence import persistence
-from lsweep.profiles import height, profile
-from lsweep.spectra import spectra
-from lsweep.spectrum import width
-from lsweep.surface import Status, Surface
+from lsweep.measures.convexity import convexity_ratio
+from lsweep.measures.from_children import Finished, spectrum
+from lsweep.measures.measures import measure_run
+from lsweep.measures.persistence import persistence
+from lsweep.merging.opening import open_surface
+from lsweep.pictures.bending import BANDS
+from lsweep.pictures.diagrams import diagram, pairs_on
+from lsweep.pictures.figures import FIGURES, Missing, draw_measures, figure_of
+from lsweep.pictures.marks import VERMILLION
+from lsweep.pictures.profiles import height, profile
+from lsweep.pictures.spectra import spectra
+from lsweep.storage.folder import RunFolder
+from lsweep.surfaces.surface import Status, Surface
 
 PLANE = SWEEP.replace("count = 3\n", "count = 9\n\n[grid.y]\nrange = [-1.0, 1.0]\ncount = 9\n")
 CHILDREN = "sharpness,layers,worst,spectrum"

@@ -28,18 +28,18 @@ from tiny import SWEEP, lsweep, write_sweep
 from torch import nn
 
 from lsweep.errors import DamagedFile, LsweepError
-from lsweep.files import read_json, sealed, unsealed
-from lsweep.folder import RunFolder
-from lsweep.plan import Plan
-from lsweep.planning import BATCH_NORM_BATCH, plan_run
-from lsweep.points import Lattice, coordinates
-from lsweep.problem import make_problem
-from lsweep.recipes import AXES, Axis
-from lsweep.restoring import settings_of
-from lsweep.rounds import Rounds
-from lsweep.settings import Settings
-from lsweep.surface import Surface, Trajectory
-from lsweep.weights import load_state
+from lsweep.plans.plan import Plan
+from lsweep.plans.points import Lattice, coordinates
+from lsweep.plans.recipes import AXES, Axis
+from lsweep.plans.rounds import Rounds
+from lsweep.plans.settings import Settings
+from lsweep.preparing.planning import BATCH_NORM_BATCH, plan_run
+from lsweep.preparing.restoring import settings_of
+from lsweep.problems.problem import make_problem
+from lsweep.problems.weights import load_state
+from lsweep.storage.files import read_json, sealed, unsealed
+from lsweep.storage.folder import RunFolder
+from lsweep.surfaces.surface import Surface, Trajectory
 
 MANY = int(os.environ.get("LSWEEP_FUZZ", "1"))  # times as many examples, for a night
 

@@ -20,15 +20,15 @@ from torch import nn
 
 import lsweep as package
 from lsweep import Problem
+from lsweep.axes.vectors import Origin
 from lsweep.errors import PlanChanged
-from lsweep.folder import RunFolder
-from lsweep.from_surface import rows_at_centre
-from lsweep.gauge import find_factors, gauged
-from lsweep.measures import Report
-from lsweep.plan import Plan
-from lsweep.restoring import load_problem
-from lsweep.sheet import text
-from lsweep.vectors import Origin
+from lsweep.invariance.gauge import find_factors, gauged
+from lsweep.measures.from_surface import rows_at_centre
+from lsweep.measures.measures import Report
+from lsweep.measures.sheet import text
+from lsweep.plans.plan import Plan
+from lsweep.preparing.restoring import load_problem
+from lsweep.storage.folder import RunFolder
 
 WIDTH = 32
 

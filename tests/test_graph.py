@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lsweep.backends.fused import FusedNetwork
+from lsweep.backends.graph import Unsupported, traced
+from lsweep.backends.packed import Packed
 from lsweep.errors import LsweepError
-from lsweep.fused import FusedNetwork
-from lsweep.graph import Unsupported, traced
-from lsweep.packed import Packed
-from lsweep.problem import call
-from lsweep.weights import buffers_of, parameters_of
+from lsweep.problems.problem import call
+from lsweep.problems.weights import buffers_of, parameters_of
 
 CPU = torch.device("cpu")
 aten = torch.ops.aten
@@ -330,6 +330,6 @@ def test_what_does_not_run_in_bfloat16_says_why():
 
 
 def test_a_trace_that_takes_too_long_is_given_up(monkeypatch):
-    monkeypatch.setattr("lsweep.tracing.SECONDS", 0.0)
+    monkeypatch.setattr("lsweep.backends.tracing.SECONDS", 0.0)
     with pytest.raises(Unsupported, match="takes more than 0 s"):
         traced(nn.Linear(4, 2), torch.ones(6, 4), frozenset({"weight"}))

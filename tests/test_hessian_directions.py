@@ -15,13 +15,13 @@ import pytest
 import torch
 
 import lsweep
-from lsweep import planning
 from lsweep.errors import LsweepError
-from lsweep.folder import RunFolder
-from lsweep.plan import Plan
-from lsweep.settings import Settings
-from lsweep.stored import read_arrays
-from lsweep.subsets import subsampled
+from lsweep.plans.plan import Plan
+from lsweep.plans.settings import Settings
+from lsweep.preparing import planning
+from lsweep.problems.subsets import subsampled
+from lsweep.storage.folder import RunFolder
+from lsweep.storage.stored import read_arrays
 
 
 def exact(problem: lsweep.Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

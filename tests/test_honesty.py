@@ -17,17 +17,17 @@ from tiny import lsweep as run_command
 from torch import nn
 
 import lsweep
-import lsweep.merge as merging
-from lsweep.convexity import nonconvex_fraction
+import lsweep.merging.merge as merging
 from lsweep.errors import LsweepError, PlanChanged, SickDevice
-from lsweep.evaluate import Evaluator
-from lsweep.files import read_json, replace, sealed
-from lsweep.folder import RunFolder
-from lsweep.merge import merge
-from lsweep.plan import Plan
-from lsweep.role import Role
-from lsweep.surface import Surface
-from lsweep.worker import work
+from lsweep.evaluating.evaluate import Evaluator
+from lsweep.measures.convexity import nonconvex_fraction
+from lsweep.merging.merge import merge
+from lsweep.plans.plan import Plan
+from lsweep.storage.files import read_json, replace, sealed
+from lsweep.storage.folder import RunFolder
+from lsweep.surfaces.surface import Surface
+from lsweep.working.role import Role
+from lsweep.working.worker import work
 
 LINE = (-1, 1, 5)
 

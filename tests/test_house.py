@@ -21,8 +21,8 @@ from pathlib import Path
 import pytest
 
 import lsweep
-from lsweep.cli import _parser
-from lsweep.settings import Settings
+from lsweep.commands.cli import _parser
+from lsweep.plans.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lsweep"
@@ -102,9 +102,32 @@ def test_imports_run_one_way():
     assert order[-1] == "lsweep.__main__" and len(order) == len(MODULES)
 
 
+def test_packages_depend_one_way():
+    graph: dict[str, set[str]] = {}
+    for name, tree in TREES.items():
+        own = _package(name)
+        if own is not None:
+            found = {_package(n) for n in imported(tree, inside_functions=True) if n in MODULES}
+            graph.setdefault(own, set()).update(found - {own, None})
+    del graph["commands"]  # on top, with what the package itself offers
+    order = list(graphlib.TopologicalSorter(graph).static_order())
+    assert {"storage", "native", "pictures"} < set(order) and "commands" not in order
+
+
+def _package(module: str) -> str | None:
+    """Return the folder that a module is in, or None where that is lsweep itself."""
+    parts = module.split(".")
+    return parts[1] if len(parts) == 3 else None
+
+
 def test_that_a_cycle_would_be_found():
-    inside = ast.parse("def f():\n    from lsweep.plan import Plan\n    import lsweep.files")
-    assert set(imported(inside, inside_functions=True)) == {"lsweep.plan", "lsweep.files"}
+    inside = ast.parse(
+        "def f():\n    from lsweep.plans.plan import Plan\n    import lsweep.storage.files"
+    )
+    assert set(imported(inside, inside_functions=True)) == {
+        "lsweep.plans.plan",
+        "lsweep.storage.files",
+    }
     assert set(imported(inside, inside_functions=False)) == set()
     checked = ast.parse("if TYPE_CHECKING:\n    import torch")
     assert set(imported(checked, inside_functions=True)) == set()
@@ -112,16 +135,16 @@ def test_that_a_cycle_would_be_found():
 
 @pytest.mark.parametrize("command", LOOKING)
 def test_looking_loads_no_torch(command):
-    bodies = TREES["lsweep.commands"].body + TREES["lsweep.looking"].body
+    bodies = TREES["lsweep.commands.making"].body + TREES["lsweep.commands.looking"].body
     functions = {n.name: n for n in bodies if isinstance(n, ast.FunctionDef)}
     wanted = set(imported(functions[f"do_{command}"], inside_functions=True))
-    loaded = loaded_with({"lsweep.cli", *wanted})
+    loaded = loaded_with({"lsweep.commands.cli", *wanted})
     heavy = {n: by for n, by in loaded.items() if n.split(".")[0] in ("torch", "sklearn")}
     assert heavy == {}
 
 
 def test_starting_loads_neither_torch_nor_matplotlib():
-    loaded = {n.split(".")[0] for n in loaded_with({"lsweep", "lsweep.cli"})}
+    loaded = {n.split(".")[0] for n in loaded_with({"lsweep", "lsweep.commands.cli"})}
     assert "argparse" in loaded and not loaded & {"torch", "matplotlib", "sklearn", "xarray"}
 
 
@@ -161,7 +184,7 @@ def test_paths_of_a_run_are_made_in_one_place():
     for name, tree in TREES.items():
         divisions = [n.right for n in ast.walk(tree) if isinstance(n, ast.BinOp)]
         made = {n.value for n in divisions if isinstance(n, ast.Constant)} & inside
-        assert name == "lsweep.folder" or not made, (name, made)
+        assert name == "lsweep.storage.folder" or not made, (name, made)
 
 
 def test_only_the_command_line_exits():

@@ -23,19 +23,19 @@ from tiny import PROBLEM, lsweep, write_sweep
 from torch import nn
 
 from lsweep import Problem
-from lsweep.bench import bench, few, inputs_of
-from lsweep.certificate import certify
-from lsweep.certified import Certificate, invariance_measures, notes, read, words
-from lsweep.defect import Picture, certified_kinds, defects
-from lsweep.equivalences import candidates
-from lsweep.folder import RunFolder
-from lsweep.gauge import gauge_of
-from lsweep.opening import open_surface
-from lsweep.plan import Plan
-from lsweep.rescaling import RESCALES, Slab, Transform, acted, random_element
-from lsweep.settings import Settings
-from lsweep.symmetries import discover
-from lsweep.weights import parameters_of
+from lsweep.invariance.bench import bench, few, inputs_of
+from lsweep.invariance.certificate import certify
+from lsweep.invariance.defect import Picture, certified_kinds, defects
+from lsweep.invariance.equivalences import candidates
+from lsweep.invariance.gauge import gauge_of
+from lsweep.invariance.rescaling import RESCALES, Slab, Transform, acted, random_element
+from lsweep.invariance.symmetries import discover
+from lsweep.merging.opening import open_surface
+from lsweep.outcomes.certified import Certificate, invariance_measures, notes, read, words
+from lsweep.plans.plan import Plan
+from lsweep.plans.settings import Settings
+from lsweep.problems.weights import parameters_of
+from lsweep.storage.folder import RunFolder
 
 CPU = torch.device("cpu")
 SAMPLES = 32
@@ -291,7 +291,7 @@ def test_of_large_outputs_the_same_numbers_of_each_sample_are_kept(monkeypatch):
     given = few(problem(mlp(nn.ReLU)), "train", SAMPLES, CPU)
     with bench(given, "loss", CPU, torch.float64) as b:
         whole = b.look()[0].reshape(SAMPLES, 3)
-    monkeypatch.setattr("lsweep.bench.MOST_KEPT", 2 * SAMPLES + 5)
+    monkeypatch.setattr("lsweep.invariance.bench.MOST_KEPT", 2 * SAMPLES + 5)
     with bench(given, "loss", CPU, torch.float64) as b:
         kept = b.look()[0].reshape(SAMPLES, 2)
         assert sum(torch.equal(kept, whole[:, pair]) for pair in ([0, 1], [0, 2], [1, 2])) == 1

@@ -11,11 +11,11 @@ from problems import fixed, labels, numbers
 from torch import Tensor, nn
 
 import lsweep
-from lsweep import jacobian
-from lsweep.backends import batchnorm
-from lsweep.computing import compute
+from lsweep.backends.eager import batchnorm
+from lsweep.derivatives import jacobian
+from lsweep.derivatives.computing import compute
+from lsweep.derivatives.objective import Objective
 from lsweep.errors import LsweepError
-from lsweep.objective import Objective
 
 
 def values(problem: lsweep.Problem, size: int = 4, **options: Any) -> Tensor:

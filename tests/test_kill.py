@@ -35,14 +35,14 @@ from cases import (
     worked,
 )
 
-from lsweep.folder import RunFolder
-from lsweep.plan import Plan
-from lsweep.restoring import load_problem
-from lsweep.role import Role
-from lsweep.status import share_done
-from lsweep.surface import Surface
-from lsweep.verify import verify
-from lsweep.worker import work
+from lsweep.plans.plan import Plan
+from lsweep.preparing.restoring import load_problem
+from lsweep.runs.status import share_done
+from lsweep.runs.verify import verify
+from lsweep.storage.folder import RunFolder
+from lsweep.surfaces.surface import Surface
+from lsweep.working.role import Role
+from lsweep.working.worker import work
 
 WORKERS = 6
 KILLS = 200

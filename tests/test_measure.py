@@ -22,20 +22,20 @@ import torch
 from scipy import stats
 
 import lsweep
-from lsweep import sheet
-from lsweep.children import CHILDREN, TRACES, settings_for
-from lsweep.files import read_json
-from lsweep.folder import RunFolder
-from lsweep.from_children import Finished, rows_of, student_95
-from lsweep.from_surface import rows_of_plane
-from lsweep.measured import Measured, mean_of
-from lsweep.measures import Report, compared, measure_run
-from lsweep.noise import random_tensor
-from lsweep.plan import Plan
-from lsweep.rounds import Rounds
-from lsweep.settings import Settings
-from lsweep.surface import Status, Surface
-from lsweep.verify import verify
+from lsweep.axes.noise import random_tensor
+from lsweep.measures import sheet
+from lsweep.measures.from_children import Finished, rows_of, student_95
+from lsweep.measures.from_surface import rows_of_plane
+from lsweep.measures.measures import Report, compared, measure_run
+from lsweep.outcomes.measured import Measured, mean_of
+from lsweep.plans.children import CHILDREN, TRACES, settings_for
+from lsweep.plans.plan import Plan
+from lsweep.plans.rounds import Rounds
+from lsweep.plans.settings import Settings
+from lsweep.runs.verify import verify
+from lsweep.storage.files import read_json
+from lsweep.storage.folder import RunFolder
+from lsweep.surfaces.surface import Status, Surface
 
 PROBLEM = """\
 import numpy as np

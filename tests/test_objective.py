@@ -15,8 +15,8 @@ from problems import fixed, labels, numbers
 from torch import Tensor, nn
 
 import lsweep
+from lsweep.derivatives.objective import Objective
 from lsweep.errors import LsweepError
-from lsweep.objective import Objective
 
 
 @pytest.mark.parametrize("make", CASES)

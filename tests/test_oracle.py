@@ -17,9 +17,9 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import lsweep
-from lsweep.reference import read_reference_directions, read_reference_surface
-from lsweep.surface import Status
-from lsweep.vectors import Origin
+from lsweep.axes.vectors import Origin
+from lsweep.surfaces.reference import read_reference_directions, read_reference_surface
+from lsweep.surfaces.surface import Status
 
 ORACLE = Path(__file__).parent / "oracle"
 

@@ -23,15 +23,15 @@ from cases import (
     worked,
 )
 
-from lsweep.folder import RunFolder
-from lsweep.parts import PartWriter
-from lsweep.plan import Plan
-from lsweep.reading import read_part
-from lsweep.rounds import Rounds
-from lsweep.rows import TEXTS, Kind
-from lsweep.status import share_done, status
-from lsweep.surface import Status, Surface
-from lsweep.workers import all_workers
+from lsweep.outcomes.reading import read_part
+from lsweep.plans.plan import Plan
+from lsweep.plans.rounds import Rounds
+from lsweep.runs.status import share_done, status
+from lsweep.storage.folder import RunFolder
+from lsweep.storage.parts import PartWriter
+from lsweep.storage.rows import TEXTS, Kind
+from lsweep.storage.workers import all_workers
+from lsweep.surfaces.surface import Status, Surface
 
 X = [0.0, 0.25, 0.5, 0.75, 1.0]
 OK, NONFINITE, FAILED = Status.OK, Status.NONFINITE, Status.FAILED

@@ -18,12 +18,12 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
-from lsweep.cells import Cells, as_plane, pooled_scale
 from lsweep.errors import LsweepError
-from lsweep.maps import FAILED, NONFINITE
-from lsweep.pictures import KINDS, contour, draw, filled, heat, line, relief, render, save
-from lsweep.scales import LINEAR, Scale, log_scale, number, numbers, round_ticks
-from lsweep.surface import Status, Surface, Trajectory
+from lsweep.pictures.cells import Cells, as_plane, pooled_scale
+from lsweep.pictures.drawing import KINDS, contour, draw, filled, heat, line, relief, render, save
+from lsweep.pictures.maps import FAILED, NONFINITE
+from lsweep.surfaces.scales import LINEAR, Scale, log_scale, number, numbers, round_ticks
+from lsweep.surfaces.surface import Status, Surface, Trajectory
 
 MAPS = ("contour", "filled", "heat", "3d")
 FLAT = ("contour", "filled", "heat")
@@ -627,7 +627,7 @@ def test_a_failing_write_leaves_what_was_there(tmp_path, monkeypatch):
     def full(fd, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("lsweep.files.os.write", full)
+    monkeypatch.setattr("lsweep.storage.files.os.write", full)
     with pytest.raises(LsweepError, match=r"cannot write .*a.png: No space left on device"):
         save(Figure(), target)
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
@@ -676,7 +676,8 @@ def test_surface_plot_draws():
 
 
 def test_pictures_need_neither_torch_nor_pyplot():
-    code = "import sys, lsweep.pictures; print({'torch', 'matplotlib.pyplot'} & set(sys.modules))"
+    code = "import sys, lsweep.pictures.drawing\n"
+    code += "print({'torch', 'matplotlib.pyplot'} & {*sys.modules})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
 

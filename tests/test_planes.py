@@ -14,13 +14,13 @@ import gudhi
 import numpy as np
 import pytest
 
-from lsweep.basins import basin
-from lsweep.central import central
-from lsweep.convexity import nonconvex_fraction, nonconvexity
 from lsweep.errors import LsweepError
-from lsweep.persistence import persistence
-from lsweep.roughness import roughness
-from lsweep.surface import Status, Surface
+from lsweep.measures.basins import basin
+from lsweep.measures.central import central
+from lsweep.measures.convexity import nonconvex_fraction, nonconvexity
+from lsweep.measures.persistence import persistence
+from lsweep.measures.roughness import roughness
+from lsweep.surfaces.surface import Status, Surface
 
 NUMBERS = {
     "basin": basin,
@@ -93,7 +93,7 @@ def test_the_guard_takes_nothing_from_what_is_clear(f, share):
 
 def test_the_error_of_the_lowest_curvature_is_that_of_independent_values():
     """Against many draws: for independent noise the propagated error is exact, not a bound."""
-    from lsweep.convexity import _lowest
+    from lsweep.measures.convexity import _lowest
 
     g = np.random.default_rng(1)
     clean = plane(lambda x, y: 3 * x**2 + x * y - 2 * y**2, 7, 9)["train_loss"]

@@ -14,8 +14,8 @@ import torch
 from torch.func import functional_call
 
 import lsweep
+from lsweep.axes.noise import random_signs, random_tensor
 from lsweep.errors import LsweepError
-from lsweep.noise import random_signs, random_tensor
 
 FLOAT64: dict[str, Any] = {"precision": "float64"}
 WEIGHTS = ("0.weight", "2.weight")

@@ -26,17 +26,17 @@ from cases import (
 )
 
 from lsweep.errors import LsweepError
-from lsweep.files import replace, sealed
-from lsweep.folder import RunFolder
-from lsweep.machine import host_identity, start_time
-from lsweep.parts import PartWriter
-from lsweep.plan import Plan
-from lsweep.prune import prune
-from lsweep.reading import Part
-from lsweep.rows import Kind, device_code
-from lsweep.status import status
-from lsweep.surface import Status, Surface
-from lsweep.verify import verify
+from lsweep.hosts.machine import host_identity, start_time
+from lsweep.outcomes.reading import Part
+from lsweep.plans.plan import Plan
+from lsweep.runs.prune import prune
+from lsweep.runs.status import status
+from lsweep.runs.verify import verify
+from lsweep.storage.files import replace, sealed
+from lsweep.storage.folder import RunFolder
+from lsweep.storage.parts import PartWriter
+from lsweep.storage.rows import Kind, device_code
+from lsweep.surfaces.surface import Status, Surface
 
 
 def held(folder: RunFolder) -> Counter[bytes]:

@@ -25,17 +25,17 @@ from cases import (
     worked,
 )
 
-from lsweep import files, leases
-from lsweep.asking import ask_again
-from lsweep.committed import Committed
-from lsweep.files import link_once, publish, write_new
-from lsweep.folder import RunFolder
-from lsweep.leases import Lease
-from lsweep.parts import PartWriter
-from lsweep.plan import Plan
-from lsweep.rounds import Rounds
-from lsweep.surface import Surface
-from lsweep.verify import verify
+from lsweep.outcomes.committed import Committed
+from lsweep.plans.plan import Plan
+from lsweep.plans.rounds import Rounds
+from lsweep.refinement.asking import ask_again
+from lsweep.runs.verify import verify
+from lsweep.storage import files, leases
+from lsweep.storage.files import link_once, publish, write_new
+from lsweep.storage.folder import RunFolder
+from lsweep.storage.leases import Lease
+from lsweep.storage.parts import PartWriter
+from lsweep.surfaces.surface import Surface
 
 RACERS = 8
 

@@ -16,9 +16,9 @@ from torch import nn
 
 import lsweep
 from lsweep.digits import digits
-from lsweep.points import Lattice
-from lsweep.refine import Decision, Evaluated, Filled, decide, fill, first_points
-from lsweep.scales import log_scale
+from lsweep.plans.points import Lattice
+from lsweep.refinement.refine import Decision, Evaluated, Filled, decide, fill, first_points
+from lsweep.surfaces.scales import log_scale
 
 TOLERANCE = 0.01
 

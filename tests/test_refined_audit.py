@@ -20,8 +20,12 @@ import torch
 from cases import Died, command, differences, evaluated, in_child, merged, start, worked
 
 import lsweep
-from lsweep import audit, refining, worker
-from lsweep.audit import (
+from lsweep.evaluating.picking import Picker
+from lsweep.plans.plan import Plan
+from lsweep.plans.points import Lattice
+from lsweep.plans.rounds import Rounds
+from lsweep.refinement import audit, refining
+from lsweep.refinement.audit import (
     BORNE_OUT,
     FEWEST,
     POINTS,
@@ -31,16 +35,13 @@ from lsweep.audit import (
     contradictions,
     phrase,
 )
-from lsweep.folder import RunFolder
-from lsweep.interpolate import Interpolant
-from lsweep.picking import Picker
-from lsweep.plan import Plan
-from lsweep.points import Lattice
-from lsweep.refine import Evaluated, Filled, fill
-from lsweep.role import Role
-from lsweep.rounds import Rounds
-from lsweep.status import is_complete, lines, status
-from lsweep.surface import Status, Surface
+from lsweep.refinement.interpolate import Interpolant
+from lsweep.refinement.refine import Evaluated, Filled, fill
+from lsweep.runs.status import is_complete, lines, status
+from lsweep.storage.folder import RunFolder
+from lsweep.surfaces.surface import Status, Surface
+from lsweep.working import worker
+from lsweep.working.role import Role
 
 FACTORY = """\
 import torch

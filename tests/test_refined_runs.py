@@ -34,22 +34,23 @@ from cases import (
 )
 
 import lsweep
-from lsweep import refining, shift, worker
-from lsweep.asking import Ask, publish_round
+from lsweep.commands.submitting import work_left
 from lsweep.errors import LsweepError
-from lsweep.files import publish, read_json, sealed
-from lsweep.folder import RunFolder
-from lsweep.measures import measure
-from lsweep.merge import merge
-from lsweep.plan import Plan
-from lsweep.prune import prune
-from lsweep.role import Role
-from lsweep.rounds import Goal, Rounds
-from lsweep.status import is_complete, lines, share_done, status
-from lsweep.submitting import work_left
-from lsweep.surface import Status, Surface
-from lsweep.verify import verify
-from lsweep.workers import all_workers
+from lsweep.measures.measures import measure
+from lsweep.merging.merge import merge
+from lsweep.plans.plan import Plan
+from lsweep.plans.rounds import Goal, Rounds
+from lsweep.refinement import refining
+from lsweep.refinement.asking import Ask, publish_round
+from lsweep.runs.prune import prune
+from lsweep.runs.status import is_complete, lines, share_done, status
+from lsweep.runs.verify import verify
+from lsweep.storage.files import publish, read_json, sealed
+from lsweep.storage.folder import RunFolder
+from lsweep.storage.workers import all_workers
+from lsweep.surfaces.surface import Status, Surface
+from lsweep.working import shift, worker
+from lsweep.working.role import Role
 
 FACTORY = """\
 import math, pathlib, time

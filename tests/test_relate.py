@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lsweep.errors import LsweepError
-from lsweep.regularizer import respond, table
-from lsweep.relate import (
+from lsweep.comparison.regularizer import respond, table
+from lsweep.comparison.relate import (
     Permuted,
     axis_pairs,
     kendall,
@@ -24,6 +23,7 @@ from lsweep.relate import (
     relate_partially,
     strata_of,
 )
+from lsweep.errors import LsweepError
 
 
 def numbers(seed: int, n: int, levels: int = 0) -> np.ndarray:

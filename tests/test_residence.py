@@ -14,13 +14,14 @@ import pytest
 import torch
 from cases import differences, finished, fork, in_child, merged, planned, wait_for, worked
 
-from lsweep import residence, startup
-from lsweep.data import tensors_of
-from lsweep.files import read_json
-from lsweep.folder import RunFolder
-from lsweep.plan import Plan
-from lsweep.residence import resident
-from lsweep.restoring import load_problem
+from lsweep.hosts import startup
+from lsweep.plans.plan import Plan
+from lsweep.preparing.restoring import load_problem
+from lsweep.problems import residence
+from lsweep.problems.data import tensors_of
+from lsweep.problems.residence import resident
+from lsweep.storage.files import read_json
+from lsweep.storage.folder import RunFolder
 
 PROBLEM = """
 import pathlib, time

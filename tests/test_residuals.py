@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lsweep.residuals import residuals
-from lsweep.subsets import draw
+from lsweep.problems.subsets import draw
+from lsweep.refinement.residuals import residuals
 
 SAMPLES = 2000
 

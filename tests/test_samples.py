@@ -17,20 +17,20 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 import lsweep
-from lsweep import variates
-from lsweep.data import Split
+from lsweep.backends.packed import Spot
 from lsweep.errors import LsweepError
-from lsweep.evaluate import Evaluator
-from lsweep.files import read_json
-from lsweep.folder import RunFolder
-from lsweep.packed import Spot
-from lsweep.plan import LIVE, Plan
-from lsweep.planning import plan_run
-from lsweep.restoring import load_problem
-from lsweep.rounds import Rounds
-from lsweep.settings import Settings
-from lsweep.subsets import classes_of, draw
-from lsweep.sums import standard_error
+from lsweep.evaluating.evaluate import Evaluator
+from lsweep.outcomes import variates
+from lsweep.plans.plan import LIVE, Plan
+from lsweep.plans.rounds import Rounds
+from lsweep.plans.settings import Settings
+from lsweep.preparing.planning import plan_run
+from lsweep.preparing.restoring import load_problem
+from lsweep.problems.data import Split
+from lsweep.problems.subsets import classes_of, draw
+from lsweep.storage.files import read_json
+from lsweep.storage.folder import RunFolder
+from lsweep.storage.sums import standard_error
 
 LABELS = np.repeat([0, 1, 2, 3], [500, 300, 190, 10])
 
@@ -286,7 +286,9 @@ def test_refused_with_the_reason(samples, data, said):
 def test_a_subset_that_others_draw_otherwise_is_another_plan(tmp_path, monkeypatch):
     folder = planned(sweep_file(tmp_path, evaluate="samples = 16"))
     plan = Plan.read(folder)
-    monkeypatch.setattr("lsweep.subsets.draw", lambda classes, count, key: np.arange(count))
+    monkeypatch.setattr(
+        "lsweep.problems.subsets.draw", lambda classes, count, key: np.arange(count)
+    )
     with pytest.raises(LsweepError, match=r"data\.train\.fingerprint is"):
         load_problem(folder, plan)
 
@@ -304,7 +306,7 @@ class Stream(IterableDataset):
 
 @pytest.mark.parametrize(("count", "unit"), [(15, 1), (81, 5), (300, 16)])
 def test_streamed_data_is_read_once_for_all_points_of_a_unit(tmp_path, monkeypatch, count, unit):
-    monkeypatch.setattr("lsweep.supply.RESIDENT_SHARE", 0.0)
+    monkeypatch.setattr("lsweep.problems.supply.RESIDENT_SHARE", 0.0)
     problem = lsweep.Problem(nn.Linear(1, 1), {"train": Stream()}, loss=nn.MSELoss())
     settings = Settings.from_table(
         {"problem": {"factory": LIVE}, "grid": {"x": {"range": [-1, 1], "count": count}}}

@@ -14,22 +14,22 @@ import numpy as np
 import pytest
 from cases import command, finished, merged, planned, process, sweep_file, wait_for, worked
 
-from lsweep import winners
-from lsweep.asking import LEASES_WANTED
-from lsweep.committed import Committed
-from lsweep.files import replace, sealed
-from lsweep.folder import RunFolder
-from lsweep.machine import host_identity, start_time
-from lsweep.merge import merge
-from lsweep.parts import PartWriter
-from lsweep.plan import Plan
-from lsweep.prune import prune
-from lsweep.reading import DOUBT, PartReader, read_part
-from lsweep.rounds import Rounds
-from lsweep.rows import BLOCK, KIND_AT, STATUS_AT, Kind, row_type, seed_of, valid_rows
-from lsweep.status import lines, status
-from lsweep.surface import Status
-from lsweep.workers import PATIENCE
+from lsweep.hosts.machine import host_identity, start_time
+from lsweep.merging.merge import merge
+from lsweep.outcomes import winners
+from lsweep.outcomes.committed import Committed
+from lsweep.outcomes.reading import DOUBT, PartReader, read_part
+from lsweep.plans.plan import Plan
+from lsweep.plans.rounds import Rounds
+from lsweep.refinement.asking import LEASES_WANTED
+from lsweep.runs.prune import prune
+from lsweep.runs.status import lines, status
+from lsweep.storage.files import replace, sealed
+from lsweep.storage.folder import RunFolder
+from lsweep.storage.parts import PartWriter
+from lsweep.storage.rows import BLOCK, KIND_AT, STATUS_AT, Kind, row_type, seed_of, valid_rows
+from lsweep.storage.workers import PATIENCE
+from lsweep.surfaces.surface import Status
 
 PLAN = "b" * 64
 

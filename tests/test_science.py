@@ -19,8 +19,8 @@ from torch import nn
 
 import lsweep
 from lsweep.errors import LsweepError
-from lsweep.measures import measure, nonconvex_fraction
-from lsweep.surface import Surface
+from lsweep.measures.measures import measure, nonconvex_fraction
+from lsweep.surfaces.surface import Surface
 
 SEEDS = 40  # of three directions each
 

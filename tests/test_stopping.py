@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from cases import evaluated, finished, merged, planned, sweep_file, wait_for, worked
 
-from lsweep.folder import RunFolder
-from lsweep.requeue import another_turn
-from lsweep.stopping import MARGIN, Stop, Stopped
-from lsweep.workers import State, all_workers
+from lsweep.hosts.requeue import another_turn
+from lsweep.hosts.stopping import MARGIN, Stop, Stopped
+from lsweep.storage.folder import RunFolder
+from lsweep.storage.workers import State, all_workers
 
 UNIT = 4  # points, of 0.25 s each
 

@@ -19,18 +19,18 @@ from tiny import contents
 from tiny import lsweep as command
 
 import lsweep
-from lsweep.comparing import Question, compare
+from lsweep.comparison.comparing import Question, compare
+from lsweep.comparison.siblings import RunMeasures
+from lsweep.comparison.sidebyside import lines
 from lsweep.errors import LsweepError
-from lsweep.folder import RunFolder
-from lsweep.measured import Measured
-from lsweep.origins import Study, label
-from lsweep.penalty import with_l2
-from lsweep.plan import Plan
-from lsweep.scatter import study_figure
-from lsweep.siblings import RunMeasures
-from lsweep.sidebyside import lines
-from lsweep.study import members
-from lsweep.surface import Surface
+from lsweep.outcomes.measured import Measured
+from lsweep.pictures.scatter import study_figure
+from lsweep.plans.origins import Study, label
+from lsweep.plans.plan import Plan
+from lsweep.plans.study import members
+from lsweep.storage.folder import RunFolder
+from lsweep.surfaces.penalty import with_l2
+from lsweep.surfaces.surface import Surface
 
 BOWL = """\
 import pathlib
@@ -120,7 +120,7 @@ def test_options_of_an_origin_arrive_as_they_are(tmp_path):
     text = toml.read_text().replace("}]", ', list = [1, 2.5], deep = {"k v" = true}}]')
     toml.write_text(text)
     (member,) = members(toml) or []
-    from lsweep.settings import Settings
+    from lsweep.plans.settings import Settings
 
     settings = Settings.from_file(toml, member.overrides)
     assert settings.problem.options == odd

@@ -20,14 +20,14 @@ from cluster import MOST_TASKS, slurm
 from tiny import contents
 
 from lsweep.errors import LsweepError
-from lsweep.folder import RunFolder
-from lsweep.limits import Site, require_time
-from lsweep.slurm import GONE, UNKNOWN, lines, view
-from lsweep.status import share_done, status
-from lsweep.submission import Options, Submission
-from lsweep.submit import check
-from lsweep.surface import Surface
-from lsweep.workers import all_workers
+from lsweep.runs.status import share_done, status
+from lsweep.slurm.limits import Site, require_time
+from lsweep.slurm.submission import Options, Submission
+from lsweep.slurm.submit import check
+from lsweep.slurm.tasks import GONE, UNKNOWN, lines, view
+from lsweep.storage.folder import RunFolder
+from lsweep.storage.workers import all_workers
+from lsweep.surfaces.surface import Surface
 
 FILES = Path(__file__).parent.parent / "slurm"
 HELD = ("--", "--hold")

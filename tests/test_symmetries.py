@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lsweep.bench import inputs_of
 from lsweep.digits import Network
-from lsweep.problem import Problem, call
-from lsweep.symmetries import Discovered, Slot, Units, discover, permuted
-from lsweep.weights import State, buffers_of, parameters_of
+from lsweep.invariance.bench import inputs_of
+from lsweep.invariance.symmetries import Discovered, Slot, Units, discover, permuted
+from lsweep.problems.problem import Problem, call
+from lsweep.problems.weights import State, buffers_of, parameters_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from networks import ResNet, ViT

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny import PROBLEM, contents, lsweep, write_sweep
 
-from lsweep.files import sealed
+from lsweep.storage.files import sealed
 
 STRANGER = 65534
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
@@ -170,7 +170,7 @@ def test_the_factory_named_in_a_plan_is_the_copy_in_the_run(run, capfd, factory)
     (run / "plan.json").write_bytes(sealed(plan))
     round_ = json.loads((run / "rounds" / "0000.json").read_text())
     del round_["sha256"]
-    from lsweep.files import digest
+    from lsweep.storage.files import digest
 
     (run / "rounds" / "0000.json").write_bytes(sealed({**round_, "plan": digest(plan)}))
     line = refused(capfd, "work", run)

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from cases import planned, process, sweep_file, wait_for
 
-from lsweep.files import replace, sealed
-from lsweep.folder import RunFolder
-from lsweep.machine import host_identity, start_time
-from lsweep.status import share_done
-from lsweep.workers import PATIENCE, Observer, State, Verdict, all_workers
+from lsweep.hosts.machine import host_identity, start_time
+from lsweep.runs.status import share_done
+from lsweep.storage.files import replace, sealed
+from lsweep.storage.folder import RunFolder
+from lsweep.storage.workers import PATIENCE, Observer, State, Verdict, all_workers
 
 
 class Clock:

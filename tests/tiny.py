@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from lsweep.cli import main
+from lsweep.commands.cli import main
 
 torch.set_num_threads(1)  # threads wait for each other where other tests run beside these
 

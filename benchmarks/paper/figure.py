@@ -8,7 +8,7 @@ from statistics import mean
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from lsweep.marks import BLUE, VERMILLION
+from lsweep.pictures.marks import BLUE, VERMILLION
 
 from .evidence import Measured, each, networks
 

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 import lsweep
-from lsweep.cli import main
-from lsweep.convexity import nonconvex_fraction, plane_hessian_extremes
-from lsweep.surface import Surface
+from lsweep.commands.cli import main
+from lsweep.measures.convexity import nonconvex_fraction, plane_hessian_extremes
+from lsweep.surfaces.surface import Surface
 
 from .claims import DIRECTIONS, PLANE, RADIUS, SADDLE_STEP
 from .training import Spec, problem, remade, save

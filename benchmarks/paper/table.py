@@ -9,7 +9,7 @@ import platform
 from collections.abc import Sequence
 from statistics import mean, stdev
 
-from lsweep.machine import cpu_model
+from lsweep.hosts.machine import cpu_model
 
 from .claims import DECAY, LEGEND, Claim
 from .data import TRAIN

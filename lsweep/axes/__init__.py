@@ -1,0 +1,1 @@
+"""Axes: the directions that offsets multiply."""

@@ -1,0 +1,187 @@
+"""The catalogue of backends: how each is built, and why one is not for a problem."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lsweep.backends.eager import Backend, Eager, Ground, Seat
+from lsweep.backends.networks import Networked, inputs_of, why_no_stand_in
+from lsweep.backends.packed import Packed
+from lsweep.backends.variants import ChannelsLast, Compiled, Replayed, Vmapped, image_weights
+from lsweep.errors import LsweepError, nearest
+from lsweep.problems.data import Batch
+from lsweep.problems.factory import describe
+
+if TYPE_CHECKING:
+    from lsweep.backends.graph import Graph
+
+SMALL = 2**20  # parameters: so many points of a smaller network are stacked
+
+
+class Builder:
+    """Builds backends on one ground; what several need is made once.
+
+    Args:
+        ground: what to evaluate.
+        seat: the network's tensors.
+        eager: the reference.
+        packed: its rows.
+        batch: an example, on the device.
+    """
+
+    def __init__(
+        self, ground: Ground, seat: Seat, eager: Eager, packed: Packed, batch: Batch
+    ) -> None:
+        self.ground, self.seat, self.eager, self.packed = ground, seat, eager, packed
+        self.batch = batch
+        self.built: dict[str, Backend] = {"eager": eager}
+
+    @functools.cached_property
+    def inputs(self) -> object:
+        """What the network is given for the example batch."""
+        return inputs_of(self.ground, self.batch)
+
+    # What traces and compiles is imported by who needs it: that takes seconds.
+
+    @functools.cached_property
+    def graph(self) -> Graph:
+        """The network as a graph, at the origin."""
+        from lsweep.backends.graph import traced
+
+        self.seat.take(self.packed)
+        self.packed.move([0.0] * len(self.packed.axes))
+        moving = {n for axis in self.ground.moves for n, t in axis.items() if bool(t.any())}
+        return traced(self.ground.problem.model, self.inputs, frozenset(moving))
+
+    @functools.cached_property
+    def rows(self) -> Packed:
+        """The packed tensors of the graph: the network's own rows where nothing is folded."""
+        ground, graph = self.ground, self.graph
+        if not graph.folds and self.packed.views.keys() >= set(graph.names):
+            return self.packed
+
+        def relaid(axis: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            there = {n: t.to(ground.device, ground.dtype) for n, t in axis.items()}
+            return graph.pack_direction(there)
+
+        state = graph.pack(ground.state)
+        return Packed(state, ground.moves, ground.device, ground.dtype, relaid)
+
+    def network(self, name: str, module: str, kind: str) -> Backend:
+        """Return a backend whose network, ``module.kind``, is made from the graph."""
+        ground = self.ground
+        reduced = ground.settings["precision"] == "bfloat16"
+        dtype = torch.bfloat16 if reduced else ground.dtype
+        threads = torch.get_num_threads()
+        made = getattr(importlib.import_module(f"lsweep.{module}"), kind)
+        rows = self.rows
+        network = made(self.graph, rows.views, self.inputs, ground.device, dtype, threads)
+        pack = dict if rows is self.packed else self.graph.pack
+        return Networked(name, ground, rows, network, pack)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of backend.
+
+    Attributes:
+        build: makes it; what goes wrong is raised.
+        why_not: why it is not for a problem, as far as that is known before it is built.
+        set_up: seconds that building takes at most, about.
+        worth: whether ``auto`` tries it on a device.
+    """
+
+    build: Callable[[Builder], Backend]
+    why_not: Callable[[Ground], str | None]
+    set_up: float = 0.1
+    worth: Callable[[Ground], bool] = lambda ground: True
+
+
+def _why_no_channels_last(ground: Ground) -> str | None:
+    return None if image_weights(ground.problem.model) else "no two-dimensional convolution"
+
+
+def _why_not_compiled(ground: Ground) -> str | None:
+    if sys.version_info >= (3, 15) or sys.platform == "win32":
+        return "torch.compile is not there on this platform"
+    return _why_not_rerun(ground)
+
+
+def _why_not_rerun(ground: Ground) -> str | None:
+    if ground.settings["batch_norm"] != "eval":
+        return f'batch_norm = "{ground.settings["batch_norm"]}" changes the network as it runs'
+    return "the loss needs gradients of the network" if ground.problem.grad else None
+
+
+def _why_not_stacked(ground: Ground) -> str | None:
+    if ground.directions.family is not None:
+        return "directions change along an axis of kind replicate or layer"
+    return _why_not_rerun(ground)
+
+
+def _why_not_replayed(ground: Ground) -> str | None:
+    if ground.device.type != "cuda":
+        return f"CUDA graphs need a CUDA device, not {ground.device}"
+    return _why_not_rerun(ground)
+
+
+def _why_not_fused(ground: Ground) -> str | None:
+    if ground.settings["precision"] == "float16":
+        return "float16 is not among its precisions: use float32 or bfloat16"
+    return why_no_stand_in(ground)
+
+
+def _why_not_native(ground: Ground) -> str | None:
+    precision = ground.settings["precision"]
+    if ground.device.type != "cpu" or precision != "float32":
+        return f"native code is for float32 on a CPU, not {precision} on {ground.device}"
+    return why_no_stand_in(ground)
+
+
+def _is_small_on_gpu(ground: Ground) -> bool:
+    # On a CPU, stacked points were never faster than one after the other.
+    return ground.device.type != "cpu" and sum(t.numel() for t in ground.state.values()) <= SMALL
+
+
+KINDS = {
+    "eager": Kind(lambda b: b.eager, lambda ground: None),
+    "channels_last": Kind(lambda b: ChannelsLast(b.ground, b.seat), _why_no_channels_last),
+    "fused": Kind(
+        lambda b: b.network("fused", "backends.fused", "FusedNetwork"), _why_not_fused, 3.0
+    ),
+    "native": Kind(
+        lambda b: b.network("native", "native.network", "NativeNetwork"), _why_not_native, 3.0
+    ),
+    "vmap": Kind(lambda b: Vmapped(b.ground, b.packed), _why_not_stacked, 0.5, _is_small_on_gpu),
+    "cudagraph": Kind(lambda b: Replayed(b.ground, b.seat, b.packed), _why_not_replayed, 1.0),
+    "compiled": Kind(lambda b: Compiled(b.ground, b.seat, b.packed), _why_not_compiled, 60.0),
+}  # those that are cheap to build first
+
+
+def build(name: str, builder: Builder) -> Backend:
+    """Build a backend.
+
+    Raises:
+        LsweepError: it is not for this problem, or does not build here; the message is a clause.
+    """
+    if name in builder.built:
+        return builder.built[name]
+    if name not in KINDS:
+        raise LsweepError(f"no backend {name!r}{nearest(name, KINDS)}")
+    reason = KINDS[name].why_not(builder.ground)
+    if reason is not None:
+        raise LsweepError(reason)
+    try:
+        return builder.built.setdefault(name, KINDS[name].build(builder))
+    except LsweepError:
+        raise
+    except Exception as e:
+        raise LsweepError(f"it does not build: {describe(e)}") from e

@@ -1,0 +1,255 @@
+"""A graph run by oneDNN's fused operations on a CPU, elsewhere as it is with channels last.
+
+Convolutions and linear layers take the activation that follows with them; what is added to them
+is added in place. In bfloat16 activations are kept in it, weights are moved in float32 and cast
+once per point, and the output is float32.
+
+oneDNN's relu turns NaN into 0, so a relu is fused as a leaky one of slope 2^-100, which keeps it;
+and where an output is not finite the graph is run again as it is, so that overflow has the same
+outcome as everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from lsweep.backends.graph import Graph, Unsupported
+
+aten = torch.ops.aten
+SLOPE = 2.0**-100  # of a negative number: vanishes beside anything, and keeps NaN and infinities
+CONVOLUTIONS = (aten.conv2d.default, aten.conv3d.default)
+LAYERS = (*CONVOLUTIONS, aten.linear.default, aten.addmm.default)
+FLOAT = (
+    aten.log_softmax.int,
+    aten.logsumexp.default,
+    aten.exp.default,
+    aten.log.default,
+    aten.pow.Tensor_Scalar,
+    aten.cumsum.default,
+)
+
+
+class FusedNetwork:
+    """A network at the present weights, for any batch length.
+
+    Args:
+        graph: the network.
+        views: packed tensors by name, float32 (or float64), changed in place to move.
+        example_inputs: a batch's inputs, on the device.
+        device: where it runs.
+        dtype: of activations; only ``torch.bfloat16`` may differ from that of the views.
+        threads: how many torch uses; this class does not set them.
+
+    Raises:
+        Unsupported: this build of torch lacks the operations, or the network fails in them.
+
+    >>> from lsweep.backends.graph import traced
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> x, views = torch.ones(3, 4), {n: p.detach() for n, p in net.named_parameters()}
+    >>> graph = traced(net, x, frozenset(views))
+    >>> fused = FusedNetwork(graph, views, x, x.device, x.dtype, threads=1)
+    >>> torch.allclose(fused(x), net(x))
+    True
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        views: Mapping[str, Tensor],
+        example_inputs: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+        threads: int,
+    ) -> None:
+        self._leaves = graph.leaves
+        self._weights = [views[n] for n in graph.names]
+        self._exact = graph.module.forward
+        reduced = dtype == torch.bfloat16
+        self._fuses = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+        self._casts = [w.to(dtype) for w in self._weights] if reduced else []
+        self._version = -1
+        try:
+            module = _rewritten(graph.module, self._fuses, dtype if reduced else None)
+            self._forward = module.forward
+            if self._fuses:
+                _keeps_nan()
+            with torch.no_grad():
+                self(example_inputs)
+        except Exception as e:  # a private operation is missing, or two dtypes do not meet
+            reason = str(e).partition("\n")[0][:160]
+            raise Unsupported(f"it does not run fused in {_name(dtype)}: {reason}") from None
+
+    def __call__(self, inputs: Any) -> Tensor:
+        """Return the output on a batch, float32 or better."""
+        leaves = self._leaves(inputs)
+        weights: Sequence[Tensor] = self._weights
+        if self._casts:
+            version = self._weights[0]._version
+            if version != self._version:  # in place changes count themselves: this is a new point
+                torch._foreach_copy_(self._casts, self._weights)
+                self._version = version
+            weights = self._casts
+        output: Tensor = self._forward(*weights, *leaves)
+        if self._fuses and not math.isfinite(output.sum().item()):
+            return cast(Tensor, self._exact(*self._weights, *leaves))
+        return output
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _keeps_nan() -> None:
+    """Check that the fused operations exist and let NaN pass."""
+    x = torch.full((1, 1, 1, 1), math.nan)
+    w = torch.ones(1, 1, 1, 1)
+    leaky = ("leaky_relu", [SLOPE], "")
+    found = [
+        torch.ops.mkldnn._convolution_pointwise(x, w, None, [0] * 2, [1] * 2, [1] * 2, 1, *leaky),
+        torch.ops.mkldnn._linear_pointwise(x.view(1, 1), w.view(1, 1), None, *leaky),
+    ]
+    if not all(bool(y.isnan().all()) for y in found):
+        raise Unsupported("oneDNN's activations lose NaN here")
+
+
+# -- rewriting -------------------------------------------------------------------------------------
+
+
+def _rewritten(source: fx.GraphModule, fuses: bool, reduced: torch.dtype | None) -> fx.GraphModule:
+    graph = fx.Graph()
+    result = graph.graph_copy(source.graph, {})
+    graph.output(result)
+    module = fx.GraphModule(source, graph)
+    inputs = [n for n in graph.nodes if n.op == "placeholder" and "name" not in n.meta]
+    for node in inputs:
+        _prepare(graph, node, reduced)
+    if fuses:
+        for node in list(graph.nodes):
+            if node.op == "call_function" and node.target in LAYERS:
+                _fuse(graph, node)
+    if reduced is not None:
+        _reduce(module, reduced)
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.recompile()
+    return module
+
+
+def _prepare(graph: fx.Graph, node: fx.Node, reduced: torch.dtype | None) -> None:
+    """Bring an input into the dtype and the memory order of the activations."""
+    value = node.meta["val"]
+    images = value.dim() == 4 and any(n.target in CONVOLUTIONS for n in graph.nodes)
+    keywords: dict[str, Any] = {"memory_format": torch.channels_last} if images else {}
+    if reduced is not None and value.is_floating_point():
+        keywords["dtype"] = reduced
+    if keywords:
+        users = list(node.users)
+        with graph.inserting_after(node):
+            new = graph.call_method("to", (node,), keywords)
+        new.meta["val"] = value
+        for user in users:
+            user.replace_input_with(node, new)
+
+
+def _fuse(graph: fx.Graph, node: fx.Node) -> None:
+    """Write a layer as one operation with its activation, then what is added to it in place."""
+    last = node
+    activation: tuple[str, list[float], str] = ("none", [], "")
+    user = _only_user(node)
+    if user is not None and (found := _activation(user)) is not None:
+        activation, last = found, user
+    with graph.inserting_after(last):
+        new = _layer(graph, node, activation)
+    if new is None:
+        return
+    new.meta["val"] = last.meta["val"]
+    last.replace_all_uses_with(new)
+    if last is not node:
+        graph.erase_node(last)
+    graph.erase_node(node)
+    user = _only_user(new)
+    if user is not None and user.target is aten.add.Tensor and not user.kwargs:
+        other = next((a for a in user.args if a is not new), None)
+        if not isinstance(other, fx.Node) or user.meta["val"].shape != new.meta["val"].shape:
+            return
+        user.target, user.args = aten.add_.Tensor, (new, other)
+        after = _only_user(user)
+        if after is not None and after.target is aten.relu.default:
+            after.target = aten.relu_.default
+
+
+def _layer(graph: fx.Graph, node: fx.Node, activation: tuple[Any, ...]) -> fx.Node | None:
+    if node.target in CONVOLUTIONS:
+        rank = node.meta["val"].dim() - 2
+        x, w, b, stride, padding, dilation, groups = _filled(
+            node, (None, None, None, [1] * rank, [0] * rank, [1] * rank, 1)
+        )
+        spread = [list(v) * (rank // len(v)) for v in (padding, stride, dilation)]
+        arguments = (x, w, b, *spread, groups, *activation)
+        return graph.call_function(torch.ops.mkldnn._convolution_pointwise.default, arguments)
+    if node.target is aten.linear.default:
+        x, w, b = _filled(node, (None, None, None))
+    elif node.kwargs:  # addmm with factors of its own
+        return None
+    else:
+        b, x, matrix = node.args
+        if b.meta["val"].dim() != 1:  # type: ignore[union-attr]
+            return None
+        with graph.inserting_before(node):
+            w = graph.call_function(aten.t.default, (matrix,))
+    return graph.call_function(torch.ops.mkldnn._linear_pointwise.default, (x, w, b, *activation))
+
+
+def _filled(node: fx.Node, defaults: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (*node.args, *defaults[len(node.args) :])
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].op == "call_function" else None
+
+
+def _activation(node: fx.Node) -> tuple[str, list[float], str] | None:
+    """Return what oneDNN calls an activation; those that lose NaN there are left out."""
+    plain = {
+        aten.sigmoid.default: "sigmoid",
+        aten.tanh.default: "tanh",
+        aten.silu.default: "swish",
+        aten.hardswish.default: "hardswish",
+    }
+    if node.target in plain:
+        return plain[node.target], [], ""
+    if node.target is aten.relu.default:
+        return "leaky_relu", [SLOPE], ""
+    if node.target is aten.leaky_relu.default:
+        return "leaky_relu", [_filled(node, (None, 0.01))[1]], ""
+    if node.target is aten.gelu.default:
+        return "gelu", [], node.kwargs.get("approximate", "none")  # type: ignore[return-value]
+    return None
+
+
+def _reduce(module: fx.GraphModule, dtype: torch.dtype) -> None:
+    """Keep exponentials and logarithms in float32, the operands of layers and attention reduced."""
+    graph = module.graph
+    for name, constant in list(module.named_buffers()):
+        if constant.is_floating_point():
+            module.register_buffer(name, constant.to(dtype))
+    late = False  # something before is float32
+    for node in list(graph.nodes):
+        to = None
+        if node.target in FLOAT:
+            to, late = torch.float32, True
+        elif late and ("mkldnn" in str(node.target) or node.target in LAYERS):
+            to = dtype
+        if to is not None:
+            with graph.inserting_before(node):
+                cast_ = graph.call_method("to", (node.args[0], to))
+            node.replace_input_with(node.args[0], cast_)
+    output = graph.output_node()
+    with graph.inserting_before(output):
+        output.args = (graph.call_method("to", (output.args[0], torch.float32)),)

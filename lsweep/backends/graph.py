@@ -1,0 +1,242 @@
+"""A network as a graph whose batch norm is folded into its weights where that is exact.
+
+The fold: gamma·(w∗x + b - mean)/sqrt(var + eps) + beta = (s·w)∗x + (beta + s·(b - mean)) with
+s = gamma/sqrt(var + eps) (Jacob et al. 2018, arXiv:1712.05877, section 3.2). It is linear in w, b
+and beta, so origin and directions are folded once and a point stays one axpy per axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from lsweep.backends.tracing import Unsupported as Unsupported
+from lsweep.backends.tracing import plain_graph, tidy
+from lsweep.errors import LsweepError
+from lsweep.problems.weights import State, buffers_of, parameters_of
+
+aten = torch.ops.aten
+CONVOLUTIONS = {
+    aten.conv1d.default: 6, aten.conv2d.default: 6, aten.conv3d.default: 6,
+    aten.conv1d.padding: 6, aten.conv2d.padding: 6, aten.conv3d.padding: 6,
+    aten.conv_transpose1d.default: 6, aten.conv_transpose2d.input: 6,
+    aten.conv_transpose3d.input: 6, aten.convolution.default: 8,
+}  # fmt: skip  # -> which argument is the number of groups
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One batch norm that is part of a weight: names in a state, and the packed names made of them.
+
+    ``groups`` is 0 but for transposed convolutions, whose output units lie along dimension 1.
+    """
+
+    weight: str
+    bias: str | None
+    gamma: str | None
+    beta: str | None
+    mean: str
+    variance: str
+    eps: float
+    groups: int
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Names of the packed weight and bias."""
+        norm = self.mean.rpartition(".")[0] or self.mean
+        return f"{self.weight}*{norm}", f"{self.bias or ''}*{norm}+shift"
+
+    def scale(self, state: Mapping[str, Tensor]) -> Tensor:
+        """Return s = gamma/sqrt(var + eps), float64 of shape (units,)."""
+        s = (state[self.variance].double() + self.eps).rsqrt()
+        return s if self.gamma is None else s * state[self.gamma].double()
+
+    def scaled(self, weight: Tensor, s: Tensor) -> Tensor:
+        """Return s·w, each output unit by its own number, in the weight's dtype."""
+        if self.groups:
+            w = weight.double().view(self.groups, -1, *weight.shape[1:])
+            per_unit = s.view(self.groups, 1, -1, *[1] * (weight.dim() - 2))
+            return (w * per_unit).view_as(weight).to(weight.dtype)
+        return (weight.double() * s.view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A network as functional aten operations on packed tensors and inputs.
+
+    Attributes:
+        module: its placeholders are the packed tensors in the order of ``names``, then the
+            inputs; a node's ``meta["val"]`` has its shape and dtype, ``meta["name"]`` of a
+            placeholder its packed name. Returns one tensor.
+        names: the packed tensors.
+        folds: the batch norms that are part of packed tensors.
+        scales: s of each fold at the origin, float64.
+        keys: the inputs' names where they are a dict.
+        shapes: the inputs' shapes without the batch dimension.
+    """
+
+    module: fx.GraphModule
+    names: tuple[str, ...]
+    folds: tuple[Fold, ...]
+    scales: tuple[Tensor, ...]
+    keys: tuple[str, ...] | None
+    shapes: tuple[torch.Size, ...]
+
+    def leaves(self, inputs: Any) -> Sequence[Tensor]:
+        """Return a batch's inputs in the order of the graph's placeholders.
+
+        Raises:
+            Unsupported: all but their length must be as it was traced.
+        """
+        if isinstance(inputs, Tensor):
+            found: Sequence[Tensor] = (inputs,)
+        elif self.keys is not None:
+            found = [inputs[k] for k in self.keys]
+        else:
+            found = tuple(inputs)
+        for t, shape in zip(found, self.shapes, strict=True):
+            if t.shape[1:] != shape:
+                raise Unsupported(
+                    f"batches differ in more than length: {tuple(t.shape[1:])}, {tuple(shape)}"
+                )
+        return found
+
+    def pack(self, state: Mapping[str, Tensor]) -> State:
+        """Return the packed tensors of a whole state, batch norm folded with its own statistics.
+
+        Args:
+            state: every parameter and floating-point buffer by canonical name.
+
+        Returns:
+            packed name -> tensor in the dtype of the state; folds are computed in float64.
+        """
+        folded: State = {}
+        for f in self.folds:
+            weight, bias = f.names
+            s = f.scale(state)
+            shift = -state[f.mean].double()
+            if f.bias is not None:
+                shift += state[f.bias].double()
+            shift *= s
+            if f.beta is not None:
+                shift += state[f.beta].double()
+            folded[weight] = f.scaled(state[f.weight], s)
+            folded[bias] = shift.to(state[f.weight].dtype)
+        return {n: folded[n] if n in folded else state[n] for n in self.names}
+
+    def pack_direction(self, direction: Mapping[str, Tensor]) -> State:
+        """Return what a direction moves: packed(origin + x·d) = packed(origin) + x·(this).
+
+        Args:
+            direction: tensors by canonical name; those that do not move may be left out.
+
+        Returns:
+            packed name -> tensor, without those that do not move.
+
+        Raises:
+            LsweepError: it moves a batch norm's scale or statistics that were folded as fixed.
+        """
+        out = {n: direction[n] for n in self.names if n in direction}
+        for f, scale in zip(self.folds, self.scales, strict=True):
+            for name in (f.gamma, f.mean, f.variance):
+                if name is not None and name in direction and bool(direction[name].any()):
+                    raise LsweepError(f"{name} moves, but was folded as fixed: name it in moving")
+            weight, bias = f.names
+            if f.weight in direction:
+                d = direction[f.weight]
+                out[weight] = f.scaled(d, scale.to(d.device))
+            if f.beta is not None and f.beta in direction:
+                out[bias] = direction[f.beta]
+            if f.bias is not None and f.bias in direction:
+                d = direction[f.bias]
+                shift = d.double() * scale.to(d.device)
+                out[bias] = (shift + out[bias] if bias in out else shift).to(d.dtype)
+        return out
+
+
+def traced(model: nn.Module, inputs: Any, moving: frozenset[str]) -> Graph:
+    """Return a network as a graph; the network, its mode and the generators stay as they are.
+
+    Args:
+        model: any network, at the origin.
+        inputs: an example batch's inputs: a tensor, a tuple or a dict of tensors [B, …].
+        moving: names of the tensors that a direction moves. Batch norm is folded where its scale
+            and statistics are not among them. A state that is loaded whole need not be counted:
+            `Graph.pack` folds each with its own.
+
+    Raises:
+        Unsupported: it does not trace, fixes its batch length, draws random numbers, changes its
+            own buffers or its input, or takes minutes.
+
+    >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Dropout())
+    >>> graph = traced(net, torch.zeros(2, 1, 4, 4), frozenset({"0.weight"}))
+    >>> [n.target for n in graph.module.graph.nodes if n.op == "call_function"]
+    [<OpOverload(op='aten.conv2d', overload='default')>]
+    >>> graph.names
+    ('0.weight*1', '0.bias*1+shift')
+    """
+    state = {**parameters_of(model), **buffers_of(model)}
+    module = plain_graph(model, inputs, state)
+    folds = _fold(module, moving)
+    nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
+    names = tuple(n.meta["name"] for n in nodes if "name" in n.meta)
+    scales = tuple(f.scale(state).detach() for f in folds)
+    keys = tuple(inputs) if isinstance(inputs, Mapping) else None
+    shapes = tuple(n.meta["val"].shape[1:] for n in nodes if "name" not in n.meta)
+    return Graph(module, names, folds, scales, keys, shapes)
+
+
+# -- folding ---------------------------------------------------------------------------------------
+
+
+def _fold(module: fx.GraphModule, moving: frozenset[str]) -> tuple[Fold, ...]:
+    """Fold each batch norm that follows a convolution or linear layer with no other user."""
+    graph, folds = module.graph, {}
+    packed: dict[str, fx.Node] = {}
+    for node in [n for n in graph.nodes if n.target is aten.batch_norm.default]:
+        fold = _foldable(node, moving)
+        if fold is None:
+            continue
+        layer = node.args[0]
+        sources = (layer.args[1], node.args[3])
+        values = (layer.args[1].meta["val"], node.args[3].meta["val"])
+        for name, like, value in zip(fold.names, sources, values, strict=True):
+            if name not in packed:
+                with graph.inserting_before(like):
+                    packed[name] = graph.placeholder(f"folded_{len(packed)}")
+                packed[name].meta.update(val=value, name=name)
+        weight, bias = (packed[n] for n in fold.names)
+        layer.args = (layer.args[0], weight, bias, *layer.args[3:])
+        node.replace_all_uses_with(layer)
+        graph.erase_node(node)
+        folds[fold.names] = fold
+    tidy(module)
+    return tuple(folds.values())
+
+
+def _foldable(node: fx.Node, moving: frozenset[str]) -> Fold | None:
+    layer, gamma, beta, mean, variance, training, _, eps, *_ = cast(Any, node.args)
+    if training or len(layer.users) != 1:
+        return None
+    plain = layer.target is aten.linear.default and layer.meta["val"].dim() == 2
+    if not plain and layer.target not in CONVOLUTIONS:
+        return None
+    arguments = (*layer.args, None)[1:3]
+    names = [  # "" where it is computed, or is a constant that no state has
+        n.meta.get("name", "") if isinstance(n, fx.Node) else n
+        for n in (*arguments, gamma, beta, mean, variance)
+    ]
+    if "" in names or None in (names[4], names[5]) or {names[2], names[4], names[5]} & moving:
+        return None
+    groups = 0
+    if "transpose" in str(layer.target) or (
+        layer.target is aten.convolution.default and layer.args[6]
+    ):
+        at = CONVOLUTIONS[layer.target]
+        groups = layer.args[at] if len(layer.args) > at else 1
+    weight, bias, gamma, beta, mean, variance = names
+    return Fold(weight, bias, gamma, beta, mean, variance, eps, groups)

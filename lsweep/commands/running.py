@@ -1,0 +1,246 @@
+"""What `lsweep run` does: plan, evaluate with workers started here or by MPI, merge, show.
+
+A run's children, which compute its measures, come after it, each by the same way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import sys
+import time
+from argparse import Namespace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lsweep.commands.making import (
+    INCOMPLETE,
+    INTERRUPTED,
+    along_eigenvectors,
+    planned,
+    planned_children,
+    role_for,
+    wanted_children,
+)
+from lsweep.errors import LsweepError, SickDevice
+from lsweep.hosts.ranks import Rank, own_rank
+from lsweep.hosts.requeue import another_turn, end_of_job
+from lsweep.hosts.startup import CROWD, delay, turn
+from lsweep.hosts.stopping import Stop, Stopped
+from lsweep.storage.folder import RunFolder
+from lsweep.working.role import Role
+
+if TYPE_CHECKING:
+    from lsweep.plans.children import Child
+    from lsweep.problems.problem import Problem
+    from lsweep.runs.display import Display
+
+
+def do_run(options: Namespace) -> int:
+    """Plan if needed, evaluate what is missing, merge, draw; the same for its children."""
+    wanted = wanted_children(options)
+    if options.on == "mpi":
+        return _run_on_mpi(options, wanted)
+    folder, problem = planned(options)
+    if problem is not None:  # it was planned here
+        _say_how_far(folder)
+    children, problem = planned_children(folder, wanted, problem, options)
+    code = _run_here(folder, problem, options, Look(not options.no_picture))
+    for child in children:
+        if code == INTERRUPTED:
+            return code
+        try:
+            code = max(code, _run_here(child, problem, options, CHILD))
+        except LsweepError as e:  # what one of them cannot, the others may
+            print(f"lsweep: {child.root.name}: {e}", file=sys.stderr)
+            code = max(code, e.exit_code)
+    then = getattr(options, "then", folder.root)  # of a study's runs, the last tells what is next
+    if children and then:
+        print(f"next: lsweep measure {then}")
+    return code
+
+
+def _say_how_far(folder: RunFolder) -> None:
+    for axis, lines in along_eigenvectors(folder).items():
+        for line in lines:
+            print(f"{axis}: {line}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What is shown of a run at its end: a picture, and the centre and the minimum."""
+
+    draw: bool
+    values: bool = True
+
+
+CHILD = Look(draw=False, values=False)  # 'lsweep measure' shows what it holds
+
+
+def _run_here(folder: RunFolder, problem: Problem | None, options: Namespace, look: Look) -> int:
+    """Evaluate what is missing of a planned run on this machine, and merge."""
+    from lsweep.outcomes.committed import read_run
+    from lsweep.runs.display import Display
+
+    _, rounds, committed = read_run(folder)
+    done, total = committed.share
+    code, interrupted = 0, False
+    if not committed.complete:
+        more = ", then more where the picture needs them" if rounds.refining else ""
+        print(f"{folder.root}: {total - done} of {total} points to evaluate{more}", flush=True)
+        before = done
+        with Stop(end_of_job()) as stop, Display(folder, total, done, sys.stderr) as display:
+            code, interrupted = _evaluate(folder, options, problem, display, stop)
+        _, _, committed = read_run(folder)
+        done, total = committed.share
+    if interrupted:
+        again = another_turn(stop.reason, done - before)
+        if again:
+            print(f"lsweep: {again}", file=sys.stderr)
+        print(f"lsweep: interrupted with {done} of {total} points committed; the same command "
+              "goes on", file=sys.stderr)  # fmt: skip
+        return INTERRUPTED
+    if code and not done:
+        return code
+    merged = _merge_and_show(folder, look)
+    return merged if committed.complete else (code or merged)
+
+
+def _evaluate(
+    folder: RunFolder, options: Namespace, problem: Problem | None, display: Display, stop: Stop
+) -> tuple[int, bool]:
+    if options.on == "inline" and (options.workers or 1) > 1:
+        raise LsweepError(f"--on inline is one worker: leave out --workers {options.workers}")
+    count = 1 if options.on == "inline" else options.workers
+    if count is None:
+        import torch
+
+        from lsweep.working.launch import default_workers
+
+        gpus = 0 if options.device == "cpu" else torch.cuda.device_count()
+        count = default_workers(gpus, options.workers_per_gpu)
+    role = role_for(options, Rank(job=own_rank().job), 1.0)
+    if count == 1:
+        from lsweep.working.worker import work
+
+        try:
+            work(folder, role, problem, stop)
+        except KeyboardInterrupt:
+            return 0, True
+        return 0, False
+    from lsweep.working.launch import run_workers
+
+    outcome = run_workers(folder, role, count, stop, on_event=display.say)
+    return outcome.code, outcome.interrupted
+
+
+def _run_on_mpi(options: Namespace, wanted: list[Child]) -> int:
+    """Be one rank of several, or alone where no launcher is found."""
+    from lsweep.runs.status import share_done
+    from lsweep.working import together
+    from lsweep.working.shift import STANDING_BY
+
+    if options.threads:
+        os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
+    with Stop(end_of_job()) as stop:
+        rank = own_rank(ask_mpi=True)
+        folder, before = None, 0
+        try:
+            try:
+                if options.workers is not None:
+                    raise LsweepError("--on mpi starts no processes: leave out --workers, and give "
+                                      f"mpiexec or srun -n {options.workers}")  # fmt: skip
+                if not rank.source:
+                    together.say("found no launcher (mpiexec, mpirun, srun): this is one worker "
+                                 "alone")  # fmt: skip
+                time.sleep(delay(rank.of))
+                with turn(str(options.sweep.absolute())):
+                    folder, problem = planned(options)
+                    say = print if rank.index == 0 else _silent
+                    if problem is not None and rank.index == 0:
+                        _say_how_far(folder)
+                    children, problem = planned_children(folder, wanted, problem, options, say)
+                # Someone looks at a live line.
+                role = role_for(options, rank, 1.0 if rank.of <= CROWD else None)
+                look, worst = Look(not options.no_picture), 0
+                for target in (folder, *children):
+                    folder = target
+                    before = share_done(folder)[0]
+                    work = functools.partial(_be_rank, folder, role, problem, stop,
+                                             options.workers_per_gpu)  # fmt: skip
+                    code = together.take_part(
+                        folder, rank, rank.of * options.workers_per_gpu, work, stop,
+                        may_leave=role.claims == "lease" and rank.of > STANDING_BY)  # fmt: skip
+                    if code:
+                        return max(code, worst)
+                    if code is not None and together.is_closer(folder, rank, stop):
+                        worst = max(worst, _merge_and_show(folder, look))
+                    look = CHILD
+                return worst
+            except (LsweepError, OSError) as e:
+                return together.refuse(rank, e, stop)
+        except KeyboardInterrupt:
+            if rank.index == 0 and folder is not None:
+                done, total = share_done(folder)
+                again = another_turn(stop.reason, done - before)
+                together.say(again or f"interrupted with {done} of {total} points committed; the "
+                             "same command goes on")  # fmt: skip
+            return INTERRUPTED
+
+
+def _be_rank(
+    folder: RunFolder,
+    role: Role,
+    problem: Problem | None,
+    stop: Stop,
+    per_gpu: int,
+    display: Display,
+    pids: set[int],
+) -> None:
+    """Evaluate with this rank's workers: itself, or several on its device."""
+    if per_gpu == 1:
+        from lsweep.working.worker import work
+
+        work(folder, role, problem, stop)
+        return
+    from lsweep.working.launch import run_workers
+
+    outcome = run_workers(folder, role, per_gpu, stop, one_device=True, on_event=display.say,
+                          on_refusal=lambda text: None)  # fmt: skip
+    pids |= outcome.pids
+    if outcome.interrupted:
+        raise Stopped(stop.reason)
+    if outcome.code:
+        kind = SickDevice if outcome.code == SickDevice.exit_code else LsweepError
+        raise kind(outcome.refusal or outcome.events[-1])
+
+
+def _silent(text: str) -> None:
+    """Say nothing: another rank does."""
+
+
+def _merge_and_show(folder: RunFolder, look: Look) -> int:
+    from lsweep.merging.merge import merge
+
+    surface, report = merge(folder)
+    for line in report.lines():
+        print(f"lsweep: {line}", file=sys.stderr)
+    if report.missing == report.points:
+        return INCOMPLETE
+    surface.save(folder.surface)
+    name = surface.metrics[0]
+    if look.values and np.isfinite(surface[name]).any():
+        where, least = surface.minimum(name)
+        at = ", ".join(f"{axis} = {offset:.4g}" for axis, offset in where.items())
+        center = surface.center(name)
+        middle = f"{center:.6g} at the centre, " if np.isfinite(center) else ""
+        guess = "" if surface.evaluated_at(where) else " (interpolated)"
+        print(f"{name}: {middle}minimum {least:.6g} at {at}{guess}")
+    print(f"wrote {folder.surface}")
+    if look.draw:
+        from lsweep.pictures.drawing import draw_run
+
+        print(f"wrote {draw_run(surface, folder)}")
+    return 0 if report.clean else INCOMPLETE

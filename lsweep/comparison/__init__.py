@@ -1,0 +1,1 @@
+"""Comparison: measures of several networks beside each other."""

@@ -1,0 +1,1 @@
+"""Derivatives: what gradients and Hessians tell of a point."""

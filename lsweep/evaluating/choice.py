@@ -1,0 +1,334 @@
+"""The choice of a backend by measurement: what supports the problem, agrees with eager, is fast.
+
+Candidates are timed on the first samples, at the centre and far out, interleaved with each other;
+all trials together may take a small share of what the sweep would cost with eager.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lsweep.backends import catalogue
+from lsweep.backends.eager import Backend
+from lsweep.backends.packed import Spot
+from lsweep.backends.summing import Reference, Samples, stacked
+from lsweep.errors import LsweepError
+from lsweep.evaluating.evaluate import Evaluator
+from lsweep.hosts.device import is_out_of_memory, timed
+from lsweep.problems.data import Batch, samples_in
+from lsweep.problems.factory import describe
+
+WORTH = 2.0  # seconds of a sweep with eager, below which nothing is tried
+SHARE = 0.2  # of them may be spent on trials: the best are three to four times faster than eager
+LONG = 30.0  # seconds of set-up, which are spent only where there is none of these:
+SHORTER = ("fused", "native")
+LEAST = 4  # passes over one batch at each spot: below, nothing can be told
+ROUNDS = 3  # passes of those that were near the fastest in the first
+NEAR = 1.3  # times the fastest
+LARGER = (2.0, 4.0, 8.0)  # times the default batch size, as long as that is faster
+SMALLER = 0.5
+TOLERANCE = {"float64": 1e-9, "float32": 2e-5}
+REDUCED_TOLERANCE = 0.1  # nonsense; the error that was measured stands in the record
+FLOOR = 0.05  # of the usual value: below, an error counts as one of that much
+TIES = 200  # of so many samples one may fall on the other side of a metric that has steps
+
+
+@dataclass
+class Trial:
+    """What came of one candidate.
+
+    Attributes:
+        backend: its name.
+        batch_sizes: split -> samples.
+        seconds: of one point, extrapolated; None when it was not timed.
+        set_up: seconds to build it and run it the first time.
+        error: largest relative difference of a mean to float32 (or float64) eager.
+        why_not: why it was not taken; "" for those that could have been.
+    """
+
+    backend: str
+    batch_sizes: dict[str, int]
+    seconds: float | None = None
+    set_up: float = 0.0
+    error: float | None = None
+    why_not: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which backend, with which batch sizes, and what else was tried."""
+
+    backend: str
+    batch_sizes: dict[str, int]
+    tried: tuple[Trial, ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        wanted = (self.backend, self.batch_sizes)
+        taken = [t for t in self.tried if (t.backend, t.batch_sizes) == wanted]
+        eager = [t.seconds for t in self.tried if t.backend == "eager" and t.seconds]
+        return {
+            "backend": self.backend,
+            "batch_sizes": self.batch_sizes,
+            "error": taken[0].error if taken else None,
+            "speed": eager[0] / taken[0].seconds if taken and taken[0].seconds and eager else None,
+            "tried": [dataclasses.asdict(t) for t in self.tried],
+        }
+
+
+def choose(evaluator: Evaluator, spots: Sequence[Spot], seconds: float, points: float) -> Choice:
+    """Choose a backend and batch sizes.
+
+    Args:
+        evaluator: at its default batch sizes, with eager.
+        spots: where to time and compare: the centre and far out.
+        seconds: of one point with eager.
+        points: how many this worker would evaluate, about.
+
+    Returns:
+        The choice: eager, untried, where the sweep is short.
+
+    Raises:
+        LsweepError: a backend that was asked for by name is not for this problem, or disagrees.
+    """
+    asked = str(evaluator.settings["backend"])
+    total = seconds * points
+    if asked == "eager" or (asked == "auto" and total < WORTH):
+        return Choice("eager", dict(evaluator.batch_sizes))
+    split = evaluator.splits[0]
+    batch = samples_in(next(evaluator.fresh(split, evaluator.batch_sizes[split])))
+    least = LEAST * len(spots) * seconds * batch / max(1, len(evaluator.centre()[0].values))
+    if asked == "auto" and least > SHARE * total:
+        return Choice("eager", dict(evaluator.batch_sizes))
+    trials = _Trials(evaluator, spots, seconds, SHARE * total)
+    if asked != "auto":
+        trial = trials.first(asked)
+        if trial.why_not:
+            raise LsweepError(f'evaluate.backend = "{asked}": {trial.why_not}')
+    else:
+        for name, kind in catalogue.KINDS.items():
+            if name != "eager" and kind.worth(evaluator.ground):
+                trials.first(name, kind.set_up)
+    for backend in trials.fastest(2):
+        trials.sizes(backend, asked)
+    return trials.decision(asked)
+
+
+class _Trials:
+    """Candidates on trial, on the same samples at the same spots."""
+
+    def __init__(
+        self, evaluator: Evaluator, spots: Sequence[Spot], seconds: float, budget: float
+    ) -> None:
+        self._evaluator, self._spots, self._budget = evaluator, list(spots), budget
+        self._start = time.perf_counter()
+        self._split = evaluator.splits[0]
+        counts = [len(s.values) for s in evaluator.centre()[:: len(evaluator.metrics)]]
+        self._all = sum(counts) * evaluator.slices  # about: of all splits
+        self._opaque = any(s.opaque for s in evaluator.centre())
+        self._default = dict(evaluator.batch_sizes)
+        # Four default batches, but no more than a few passes that the budget has room for.
+        most = budget / 12 / (seconds / max(1, self._all) * len(spots))
+        size = self._default[self._split]
+        self._samples = int(min(counts[0], max(size, min(4 * size, most))))
+        self._built: dict[str, Backend] = {}
+        self._cut: dict[int, list[Batch]] = {}
+        self._done: list[Trial] = []
+        self._times: dict[int, list[float]] = {}
+        self._builder = evaluator.builder()
+        self._reference = self._found(evaluator.plain, self._batches(self._default))
+        self.first("eager")
+
+    @property
+    def _left(self) -> float:
+        return self._budget - (time.perf_counter() - self._start)
+
+    def _batches(self, sizes: dict[str, int]) -> list[Batch]:
+        """Return the first batches of the first split, on the device."""
+        size, seen = sizes[self._split], 0
+        if size not in self._cut:
+            self._cut[size] = []
+            for batch in self._evaluator.fresh(self._split, size):
+                self._cut[size].append(batch)
+                seen += samples_in(batch)
+                if seen >= self._samples:
+                    break
+        return self._cut[size]
+
+    def _found(self, backend: Backend, batches: list[Batch]) -> list[list[Samples]]:
+        """Return for each spot the samples of each metric."""
+        parts = [[[] for _ in self._evaluator.metrics] for _ in self._spots]  # type: ignore[var-annotated]
+        for batch in batches:
+            for k, found in enumerate(backend.values(self._spots, batch)):
+                for m, metric in enumerate(self._evaluator.metrics):
+                    parts[k][m].append(Samples.of(found[metric]))
+        return [[Samples.joined(p) for p in variables] for variables in parts]
+
+    # -- one candidate --------------------------------------------------------------------------
+
+    def first(self, name: str, set_up: float = -math.inf) -> Trial:
+        """Build a backend, compare it, time it once; where there is time for its set-up."""
+        trial = Trial(name, self._default)
+        self._done.append(trial)
+        reason = catalogue.KINDS[name].why_not(self._evaluator.ground)
+        if reason is None and set_up > self._left:
+            reason = f"not tried: {max(0.0, self._left):.1f} s are left for trials"
+        if reason is None and set_up >= LONG and any(t.backend in SHORTER for t in self._sound()):
+            reason = f"not tried: it takes long to build, and there is {' or '.join(SHORTER)}"
+        if reason is not None:
+            trial.why_not = reason
+            return trial
+        start = time.perf_counter()
+        try:
+            self._built[name] = catalogue.build(name, self._builder)
+            self._compare(trial)
+            trial.set_up = time.perf_counter() - start
+            if not trial.why_not:
+                self._time(trial)
+        except Exception as e:
+            trial.set_up = time.perf_counter() - start
+            trial.why_not = _reason(e)
+        return trial
+
+    def sizes(self, name: str, asked: str) -> None:
+        """Try other batch sizes for a backend."""
+        ev = self._evaluator
+        free = ev.settings["batch_size"] == "auto" and ev.settings["batch_norm"] == "eval"
+        long = max(t.set_up for t in self._done if t.backend == name) > self._left
+        if long or not free or self._opaque or not ev.problem.splits[self._split].sizable:
+            return
+        for factor in LARGER:
+            if not self._is_faster(name, factor):
+                break
+        if self._best(name).batch_sizes == self._default:
+            self._is_faster(name, SMALLER)
+
+    def _best(self, name: str) -> Trial:
+        return next(t for t in self._sound() if t.backend == name)
+
+    def _is_faster(self, name: str, factor: float) -> bool:
+        """Try some times the default batch sizes; True when they are the fastest of a backend."""
+        splits = self._evaluator.problem.splits
+        counts = {s: splits[s].samples or math.inf for s in self._default}
+        sizes = {
+            s: max(1, int(min(counts[s], min(n, counts[s]) * factor)))
+            for s, n in self._default.items()
+        }
+        before = self._best(name)
+        most = {s: min(n, counts[s]) for s, n in before.batch_sizes.items()}
+        if most == sizes or sizes[self._split] > 2 * self._samples or self._left <= 0:
+            return False
+        trial = Trial(name, sizes)
+        self._done.append(trial)
+        try:
+            self._compare(trial)
+            if not trial.why_not:
+                self._time(trial)
+        except Exception as e:
+            trial.why_not = _reason(e)
+        return self._best(name) is trial
+
+    def _compare(self, trial: Trial) -> None:
+        found = self._found(self._built[trial.backend], self._batches(trial.batch_sizes))
+        precision = self._evaluator.settings["precision"]
+        tolerance = TOLERANCE.get(precision, REDUCED_TOLERANCE)
+        trial.error = 0.0
+        for m, metric in enumerate(self._evaluator.metrics):
+            pairs = [(f[m], r[m]) for f, r in zip(found, self._reference, strict=True)]
+            error = disagreement(pairs, steps=metric != "loss")
+            trial.error = max(trial.error, error)
+        if trial.error > tolerance and trial.backend != "eager":
+            trial.why_not = f"disagrees with eager by {trial.error:.2g}"
+        if math.isinf(trial.error):
+            trial.error = None  # a number where eager has none, or none where it has
+
+    def _time(self, trial: Trial) -> None:
+        """Time one pass over the samples; a trial's seconds are the median of its passes."""
+        ev, backend = self._evaluator, self._built[trial.backend]
+        batches = self._batches(trial.batch_sizes)
+        samples = sum(map(samples_in, batches))
+        like = next(iter(backend.values(self._spots[:1], batches[0])))
+        references = [Reference(Samples.of(like[m])) for m in ev.metrics]
+        n = samples_in(batches[0])
+
+        def once() -> None:
+            together = backend.together or len(batches) == 1
+            groups = [self._spots] if together else [[s] for s in self._spots]
+            for group in groups:
+                for b, batch in enumerate(batches):
+                    found = list(backend.values(group, batch, stay=len(group) == 1 and b > 0))
+                    if samples_in(batch) == n:
+                        stacked(references, ev.metrics, found)
+
+        times = self._times.setdefault(id(trial), [])
+        times.append(timed(ev.device, once) / len(self._spots) / samples * self._all)
+        trial.seconds = statistics.median(times)
+
+    # -- which ----------------------------------------------------------------------------------
+
+    def _sound(self) -> list[Trial]:
+        sound = [t for t in self._done if not t.why_not and t.seconds is not None]
+        return sorted(sound, key=lambda t: t.seconds or 0.0)
+
+    def fastest(self, number: int) -> list[str]:
+        """Return the names of the fastest backends so far."""
+        return list(dict.fromkeys(t.backend for t in self._sound()))[:number]
+
+    def decision(self, asked: str) -> Choice:
+        """Time those near the fastest a few times more, in turns, and take the fastest."""
+        best = self._sound()[0].seconds or 0.0
+        near = [t for t in self._sound() if (t.seconds or 0.0) <= NEAR * best]
+        for _ in range(ROUNDS - 1):
+            for trial in near:
+                if self._left > 0:
+                    self._time(trial)
+        sound = [t for t in self._sound() if asked in ("auto", t.backend)]
+        return Choice(sound[0].backend, dict(sound[0].batch_sizes), tuple(self._done))
+
+
+def disagreement(pairs: Sequence[tuple[Samples, Samples]], steps: bool) -> float:
+    """Return the largest relative difference of a metric's mean to the reference.
+
+    Args:
+        pairs: for each spot the samples found and those of the reference.
+        steps: some samples may fall on the other side of a step, as accuracy does at a tie.
+
+    >>> a = Samples(torch.tensor([1.0, 2.0]), torch.ones(2), False)
+    >>> b = Samples(torch.tensor([1.0, 2.3]), torch.ones(2), False)
+    >>> round(disagreement([(b, a)], steps=False), 3)
+    0.1
+    """
+    errors, sizes = [], []
+    for found, reference in pairs:
+        n = min(len(found.values), len(reference.values))
+        v, r, w = found.values[:n], reference.values[:n], reference.weights[:n]
+        difference = w * (v - r)
+        if steps:
+            ties = max(1, n // TIES)
+            keep = difference.abs().argsort()[: n - ties] if n > ties else slice(0, 0)
+            difference = difference[keep]
+        total = w.sum()
+        size, error = float((w * r).sum() / total), float(difference.sum() / total)
+        if math.isfinite(size):
+            sizes.append(abs(size))
+            errors.append(abs(error) if math.isfinite(error) else math.inf)
+        elif bool(torch.isfinite((w * v).sum())):
+            return math.inf  # a number where eager has none
+    if not sizes:
+        return 0.0
+    floor = FLOOR * statistics.median(sizes) or 1.0
+    return max(e / max(s, floor) for e, s in zip(errors, sizes, strict=True))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, LsweepError):
+        return str(error)
+    return "out of memory" if is_out_of_memory(error) else f"it fails: {describe(error)}"

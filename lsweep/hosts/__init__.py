@@ -1,0 +1,1 @@
+"""Hosts: the machine, the device and the launcher around this process."""

@@ -1,0 +1,1 @@
+"""Measures: numbers from surfaces, with errors."""

@@ -1,0 +1,253 @@
+"""From the surface alone: what the values of a line or a plane tell, as measured numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from lsweep.errors import LsweepError
+from lsweep.measures.basins import basin
+from lsweep.measures.central import central
+from lsweep.measures.convexity import nonconvexity
+from lsweep.measures.persistence import persistence
+from lsweep.measures.roughness import roughness
+from lsweep.outcomes.measured import Measured
+from lsweep.refinement.audit import phrase
+from lsweep.surfaces.surface import Status, Surface
+
+RESIDUAL = "_residual"
+
+
+def context_of(surface: Surface, split: str) -> dict[str, Any]:
+    """Return what a number of a surface must be read with, from its provenance.
+
+    Args:
+        surface: of a run; one without provenance has no context.
+        split: the data split that the number is of.
+
+    Returns:
+        ``samples``, ``of`` (where it is a subset), ``batch_norm``, ``precision``, ``l2`` (where a
+        penalty was added to the losses); of a random direction ``seed``, ``normalize``,
+        ``ignore``, ``gauge``, ``parameters`` (where not all).
+    """
+    plan = surface.provenance.get("plan")
+    penalty = {"l2": surface.provenance["l2"]} if "l2" in surface.provenance else {}
+    if not plan or split not in plan["data"]:
+        return penalty
+    evaluate, data = plan["evaluate"], plan["data"][split]
+    devices = surface.provenance.get("devices", {}).values()
+    counted = next((d["samples"].get(split) for d in devices), None)
+    out = {"split": split, "samples": counted or data["samples"], **penalty}
+    if "of" in data:
+        out["of"] = data["of"]
+    out |= {key: evaluate[key] for key in ("batch_norm", "precision")}
+    recipes = [plan["directions"][axis] for axis in sorted(plan["directions"])]
+    recipe = next((r for r in recipes if r["kind"] == "random"), recipes[0])
+    out["seed"] = recipe["seed"]
+    if recipe["kind"] == "random":
+        out["normalize"] = recipe["normalize"]
+    out["ignore"] = recipe["ignore"]
+    out["gauge"] = _gauge(plan)
+    if list(recipe["parameters"]) != ["*"]:
+        out["parameters"] = list(recipe["parameters"])
+    return out
+
+
+def _gauge(plan: Mapping[str, Any]) -> str:
+    """Return the gauge of all axes, which start from one origin."""
+    return next((r["gauge"] for r in plan["directions"].values() if "gauge" in r), "none")
+
+
+def split_of(surface: Surface, name: str) -> str:
+    """Return the data split that a variable is of."""
+    said = surface.attributes.get(name, {}).get("split")
+    return said or name.partition("_")[0]
+
+
+def centre_of(surface: Surface, name: str) -> float:
+    """Return a variable at the trained weights; NaN where nobody evaluated them.
+
+    The workers did so before all else, also where the lattice has no point there.
+    """
+    value = surface.center(name)
+    if math.isfinite(value) or "l2" in surface.provenance:  # workers know of no penalty
+        return value
+    devices = surface.provenance.get("devices", {})
+    found = (devices[d]["centre"].get(name) for d in sorted(devices))
+    return next((float(v) for v in found if v is not None), math.nan)
+
+
+def rows_at_centre(surface: Surface) -> list[Measured]:
+    """Return every metric at the trained weights, and the norm of the weights."""
+    out = []
+    for name in surface.metrics:
+        value, split = centre_of(surface, name), split_of(surface, name)
+        if math.isnan(value) and (not surface.complete or "l2" in surface.provenance):
+            continue
+        if name.removesuffix(RESIDUAL) in surface.metrics and name.endswith(RESIDUAL):
+            continue  # it stands beside what it is of
+        errors = surface.values.get(f"{name}_se")
+        se = None if errors is None else surface.center(f"{name}_se")
+        known = se is not None and math.isfinite(se)
+        units = surface.attributes.get(name, {}).get("units", "1")
+        context = context_of(surface, split) | ({"units": units} if units != "1" else {})
+        if f"{name}{RESIDUAL}" in surface.metrics:
+            context["residual"] = centre_of(surface, f"{name}{RESIDUAL}")
+        out.append(
+            Measured(name, value, se if known else None, "samples" if known else "", context,
+                     "at the trained weights")
+        )  # fmt: skip
+    square = surface.center("weight_sq") if "weight_sq" in surface.values else math.nan
+    plan = surface.provenance.get("plan")
+    if not math.isfinite(square) and plan and plan["facts"].get("weight_sq"):
+        square = float(plan["facts"]["weight_sq"]["origin"])
+    if math.isfinite(square):
+        about: dict[str, Any] = {}
+        if plan:
+            about = {"weights": plan["facts"]["parameters"], "gauge": _gauge(plan)}
+        out.append(Measured("weight_norm", math.sqrt(square), context=about, note="‖θ‖₂"))
+    return out
+
+
+def rows_of_plane(surface: Surface, name: str) -> tuple[list[Measured], list[str]]:
+    """Return the numbers of a line or a plane, and in lines what could not be computed.
+
+    Args:
+        surface: a line or a plane; of a volume there is nothing but its minimum.
+        name: the variable.
+    """
+    context = context_of(surface, split_of(surface, name)) | {
+        "range": [[float(c[0]), float(c[-1])] for c in surface.axes.values()],
+        "grid": " x ".join(str(len(c)) for c in surface.axes.values()),
+    }
+    rows: list[Measured] = []
+    refused: list[str] = []
+    if not np.isfinite(surface[name]).any():
+        return [], [f"no value of {name} is finite"] if surface.complete else []
+    for reader in _READERS:
+        try:
+            found = reader(surface, name)
+        except LsweepError as e:
+            refused += [str(e)] if str(e) not in refused else []
+            continue
+        rows += [row for row in found if not math.isnan(row.value)]
+        refused += [f"{r.name}: {r.note or 'no value'}" for r in found if math.isnan(r.value)]
+    rest = on_interpolated(surface, name)
+    return [
+        dataclasses.replace(
+            row,
+            context={**context, **row.context},
+            note="; ".join(filter(None, [row.note, rest])),
+        )
+        for row in rows
+    ], refused
+
+
+def on_interpolated(surface: Surface, name: str) -> str:
+    """Say that numbers rest on interpolated values, how far those may be off, and who checked."""
+    if not (surface.status == Status.INTERPOLATED).any():
+        return ""
+    error = surface.values.get(f"{name}_error")
+    words = f"from interpolated values: {int(surface.evaluated.sum())} points evaluated"
+    if error is not None:
+        words += f", stated error at most {float(np.nanmax(error)):.2%} of the log range"
+    refinement = surface.provenance.get("refinement") or {}
+    checked = phrase(refinement.get("audit") or {})
+    return f"{words}; {checked or 'no audit of interpolated points'}"
+
+
+def _minimum(surface: Surface, name: str) -> list[Measured]:
+    where, least = surface.minimum(name)
+    at = ", ".join(f"{axis} = {offset:.4g}" for axis, offset in where.items())
+    kind = "" if surface.evaluated_at(where) else ", interpolated"
+    return [Measured("minimum", least, context={"at": where}, note=f"at {at}{kind}")]
+
+
+def _convexity(surface: Surface, name: str) -> list[Measured]:
+    if len(surface.axes) != 2:
+        return []
+    found = nonconvexity(surface, name)
+    shared = {"step": found.step, "threshold": found.threshold}
+    notes = "; ".join(found.notes)
+    return [
+        Measured("nonconvex_fraction", found.plain, context={**shared, "cells": found.cells},
+                 note=notes),
+        Measured("nonconvex_fraction_guarded", found.guarded,
+                 context={**shared, "cells": found.guarded_cells},
+                 note="; ".join(["beyond noise and with both steps h, 2h", *found.notes])),
+    ]  # fmt: skip
+
+
+def _basin(surface: Surface, name: str) -> list[Measured]:
+    found = basin(surface, name)
+    shared = {"rise": found.rise, "cells": found.cells}
+    notes, at = "; ".join(found.notes), f"@{found.rise:g}"
+    about = "; ".join([f"of {found.rays} rays", *found.notes])
+    se = found.share_se
+    return [
+        # The same samples serve every point, so its error is one over samples.
+        Measured(f"basin_share{at}", found.share, se, "" if se is None else "samples", shared,
+                 notes),
+        Measured(f"basin_area{at}", found.area, context=shared, note=notes),
+        Measured(f"basin_width_least{at}", found.least, context=shared, note=about),
+        Measured(f"basin_width_median{at}", found.median, context=shared, note=about),
+    ]  # fmt: skip
+
+
+def _roughness(surface: Surface, name: str) -> list[Measured]:
+    found = roughness(surface, name)
+    shared = {"step": found.step, "scale": found.scale}
+    notes = list(found.notes)
+    each = (
+        ("roughness", found.variation, "mean total variation / range along rays; 1 is monotone"),
+        ("largest_gradient", found.gradient, f"of {found.scale}, per offset"),
+        ("gradient_95", found.gradient_95, "its 95 % quantile"),
+        ("gradient_lipschitz", found.curvature, f"largest curvature of {found.scale}"),
+    )
+    return [
+        Measured(key, value, context=shared, note="; ".join([words, *notes]))
+        for key, value, words in each
+    ]
+
+
+def _persistence(surface: Surface, name: str) -> list[Measured]:
+    found = persistence(surface, name)
+    shared = {"step": found.step, "neighbours": found.neighbours}
+    inside = f"{found.deep_border} more on the border, {found.shallow} within noise"
+    each = (
+        ("basins", float(found.deep + len(found.essential)), f"deeper than noise; {inside}"),
+        ("basin_depths", found.total, "sum of the depths of all but the deepest"),
+        ("deepest_second_basin", found.largest, "depth"),
+    )
+    return [
+        Measured(key, value, context=shared, note="; ".join([words, *found.notes]))
+        for key, value, words in each
+    ]
+
+
+def _central(surface: Surface, name: str) -> list[Measured]:
+    found = central(surface, name)
+    shared = {"radius": found.radius, "points": found.points, "misfit": found.residual}
+    notes = "; ".join([f"quadratic fit, {found.residual:.1%} left over", *found.notes])
+    fit = {"fit_se": found.se} if math.isfinite(found.se) else {}
+    out = [Measured("plane_curvature_max", found.largest, context={**shared, **fit}, note=notes)]
+    if len(surface.axes) == 2:
+        out += [
+            Measured("plane_curvature_min", found.smallest, context={**shared, **fit}, note=notes),
+            Measured("plane_anisotropy", found.anisotropy, context=shared, note=notes),
+        ]
+    return out
+
+
+_READERS: tuple[Callable[[Surface, str], list[Measured]], ...] = (
+    _minimum,
+    _convexity,
+    _basin,
+    _roughness,
+    _persistence,
+    _central,
+)

@@ -1,0 +1,1 @@
+"""Merging: from committed rows to a surface."""

@@ -1,0 +1,1 @@
+"""Native: a network as C++ that is compiled for this machine."""

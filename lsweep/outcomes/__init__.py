@@ -1,0 +1,1 @@
+"""Outcomes: what has been committed, and what it amounts to."""

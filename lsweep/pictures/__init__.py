@@ -1,0 +1,1 @@
+"""Pictures: surfaces and measures, drawn."""

@@ -1,0 +1,135 @@
+"""Relief: a plane seen in three dimensions, heights and colours in units of T, see `scales`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.ticker import MaxNLocator
+from mpl_toolkits.mplot3d import Axes3D
+from mpl_toolkits.mplot3d.art3d import Poly3DCollection
+
+from lsweep.errors import LsweepError
+from lsweep.pictures.cells import Cells
+from lsweep.pictures.maps import COLORS, FAILED, NONFINITE, finish, given
+from lsweep.pictures.marks import SMALL, Height, lengths
+from lsweep.surfaces.scales import FloatArray, Scale
+from lsweep.surfaces.surface import Surface
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def relief(
+    surface: Surface,
+    name: str | None,
+    ax: Axes,
+    *,
+    scale: Scale | None = None,
+    bar: bool = True,
+) -> Axes:
+    """Draw the plane in three dimensions, heights and colours in T; arguments as in `heat`.
+
+    What is above the scale is a plateau, drawn as a dark net; points of incomplete squares are
+    dots; cells that are not finite lie grey on the floor.
+
+    Raises:
+        LsweepError: ``ax`` is not three-dimensional.
+
+    >>> from matplotlib.figure import Figure
+    >>> s = Surface({"x": np.arange(3.0), "y": np.arange(2.0)}, {"a": np.arange(6.0).reshape(2, 3)})
+    >>> relief(s, "a", Figure().add_subplot(projection="3d")).get_zlim()
+    (np.float64(0.0), np.float64(4.9))
+    """
+    if not isinstance(ax, Axes3D):
+        raise LsweepError("a relief needs ax = figure.add_subplot(projection='3d')")
+    surface, name, scale = given(surface, name, scale)
+    cells = Cells.of(surface, name, scale)
+    low, high = scale.limits
+    t = np.clip(cells.t, low, high)
+    ax.computed_zorder = False  # marks stay visible: in a bowl the wall would hide the minimum
+    _net(surface, ax, t, cells, scale)
+    single = min(surface.shape) < 2
+    ends = [e if single else c for e, c in ((cells.x_edges, surface.x), (cells.y_edges, surface.y))]
+    for mask, color in ((cells.bad & ~cells.failed, NONFINITE), (cells.failed, FAILED)):
+        flat = cells.rectangles(mask)
+        flat = np.clip(flat, [e[0] for e in ends], [e[-1] for e in ends])
+        floor = np.concatenate([flat, np.full((*flat.shape[:2], 1), low)], 2)
+        if len(floor):
+            ax.add_collection3d(Poly3DCollection(list(floor), facecolors=color, zorder=1))
+    ax.set_xlim(ends[0][0], ends[0][-1])
+    ax.set_ylim(ends[1][0], ends[1][-1])
+    ax.set_zlim(low, high)
+    sides = np.array(lengths(surface) or (1.0, 1.0))
+    ax.set_box_aspect((*(sides / sides.max()), 0.62), zoom=1.0)
+    ax.view_init(elev=32, azim=-58)
+    tick, text = scale.ticks(6)
+    ax.set_zticks(scale.transform.forward(tick), text)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
+    ax.yaxis.set_major_locator(MaxNLocator(4, prune="lower"))  # the corner belongs to x
+    ax.tick_params(labelsize=SMALL + 0.5, pad=1)
+    for axis in (ax.xaxis, ax.yaxis, ax.zaxis):
+        axis.pane.set_alpha(0.0)
+    return finish(surface, name, ax, scale, cells, bar, height=_height(surface, t))
+
+
+def _net(surface: Surface, ax: Axes3D, t: FloatArray, cells: Cells, scale: Scale) -> None:
+    """Add a quadrilateral for every complete square, and a dot for every point without one."""
+    full = cells.squares()
+    y, x = np.meshgrid(surface.y, surface.x, indexing="ij")
+    points = np.stack([x, y, t], -1)
+    around = np.stack([points[:-1, :-1], points[:-1, 1:], points[1:, 1:], points[1:, :-1]], 2)
+    corners = around[full]  # (n, 4, 3)
+    low, high = scale.limits
+    paint = ScalarMappable(Normalize(low, high), COLORS)
+    if len(corners):
+        flat = (corners[..., 2] >= high).all(1)
+        face = paint.to_rgba(corners[..., 2].mean(1))
+        edge = face.copy()
+        edge[:, :3] *= 0.8
+        edge[flat] = (0.19, 0.19, 0.19, 1.0)
+        ax.add_collection3d(
+            Poly3DCollection(
+                list(corners),
+                facecolors=face,
+                edgecolors=edge,
+                linewidths=np.where(flat, 0.6, 0.25),
+                shade=False,
+                zorder=2,
+            )
+        )
+    alone = np.isfinite(t) & ~cells.covered()
+    if alone.any():
+        ax.scatter(
+            x[alone], y[alone], t[alone],
+            c=paint.to_rgba(t[alone]), s=14, depthshade=False, zorder=3,
+        )  # fmt: skip
+
+
+def _height(surface: Surface, t: FloatArray) -> Height:
+    """Return the bilinear interpolation of t, NaN outside of the plane and beside blanks."""
+
+    def height(x: FloatArray, y: FloatArray) -> FloatArray:
+        (i, u), (j, v) = _place(surface.x, x), _place(surface.y, y)
+        i1, j1 = np.minimum(i + 1, t.shape[1] - 1), np.minimum(j + 1, t.shape[0] - 1)
+        parts = (
+            ((1 - v) * (1 - u), t[j, i]),
+            ((1 - v) * u, t[j, i1]),
+            (v * (1 - u), t[j1, i]),
+            (v * u, t[j1, i1]),
+        )
+        return np.asarray(sum(np.where(w == 0, 0.0, w * z) for w, z in parts))
+
+    return height
+
+
+def _place(grid: FloatArray, at: FloatArray) -> tuple[npt.NDArray[np.intp], FloatArray]:
+    """Return the cell of the grid that holds a coordinate and where in it; NaN outside."""
+    if len(grid) == 1:
+        return np.zeros(len(at), np.intp), np.where(at == grid[0], 0.0, np.nan)
+    i = np.clip(np.searchsorted(grid, at, "right") - 1, 0, len(grid) - 2)
+    u = (at - grid[i]) / (grid[i + 1] - grid[i])
+    return i, np.where((u >= 0) & (u <= 1), u, np.nan)

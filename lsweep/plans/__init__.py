@@ -1,0 +1,1 @@
+"""Plans: what is asked, as frozen values: settings, axes, points, rounds."""

@@ -1,0 +1,339 @@
+"""A problem: a network, its data, and what is computed from one batch of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lsweep.errors import LsweepError, nearest
+from lsweep.plans.settings import ProblemSource
+from lsweep.problems.data import Batch, Split, map_tensors, moved, samples_in, tensors_of
+from lsweep.problems.factory import call_factory
+from lsweep.problems.losses import Values, accuracy, flatten, per_sample, whole
+from lsweep.problems.takeover import generators_kept, model_kept
+
+Forward = Callable[[nn.Module, Batch], Mapping[str, Values]]
+TARGETS = ("labels", "label", "targets", "target", "y")
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One metric on one batch: values [B], weights [B]; ``opaque`` when only a mean is known."""
+
+    values: Tensor
+    weights: Tensor
+    opaque: bool = False
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A network with its data and loss: everything a sweep needs to know about it.
+
+    Args:
+        model: any `nn.Module`, at the trained weights; evaluated in eval mode.
+        data: split name -> tensors ``(x, y)``, a dict of tensors, a `Dataset`, or a re-iterable
+            of batches. The same samples in the same order every time, without augmentation.
+        loss: ``loss(output, target)``: a torch loss, or a callable that returns per-sample values
+            [B], ``(values, weights)``, or an opaque scalar mean.
+        metrics: further ``name -> f(output, target)``, each per sample.
+        forward: ``forward(model, batch) -> {metric: values or (values, weights)}`` instead of
+            ``loss`` and ``metrics``; see `classifier` and `causal_lm`.
+        grad: True where computing the loss needs autograd inside (physics-informed networks).
+        source: where it came from; `from_factory` fills it in.
+
+    Raises:
+        LsweepError: data is empty or of an unknown kind, or neither loss nor forward is given.
+
+    >>> net = nn.Linear(2, 2)
+    >>> p = Problem(net, {"train": (torch.zeros(3, 2), torch.tensor([0, 1, 1]))},
+    ...             loss=nn.CrossEntropyLoss(), metrics={"accuracy": accuracy})
+    >>> p.metric_names
+    ('loss', 'accuracy')
+    """
+
+    model: nn.Module
+    data: Mapping[str, Any]
+    loss: Callable[..., Any] | None = None
+    metrics: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    forward: Forward | None = None
+    grad: bool = False
+    source: ProblemSource | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, nn.Module):
+            raise LsweepError(f"model is a {type(self.model).__name__}, not an nn.Module")
+        if not isinstance(self.data, Mapping) or not self.data:
+            raise LsweepError('data must be a dict of splits, such as {"train": (x, y)}')
+        if (self.loss is None) == (self.forward is None):
+            raise LsweepError("give a Problem either loss=… (and metrics=…) or forward=…")
+        if self.forward is not None and self.metrics:
+            raise LsweepError(
+                "with forward=… its returned dict holds all metrics: leave out metrics="
+            )
+        if "loss" in self.metrics:
+            raise LsweepError("metrics must not contain 'loss': that is loss=…")
+        splits = {n: d if isinstance(d, Split) else Split(n, d) for n, d in self.data.items()}
+        object.__setattr__(self, "splits", splits)
+        if self.loss is not None:
+            functions = {"loss": self.loss, **self.metrics}
+            found = {n: per_sample(f) for n, f in functions.items()}
+            object.__setattr__(self, "_functions", found)
+
+    splits: dict[str, Split] = field(init=False, repr=False, compare=False)
+    _functions: dict[str, Callable[..., Any]] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
+
+    @classmethod
+    def from_factory(cls, factory: str, **options: Any) -> Problem:
+        """Make the problem that ``FILE.py:function(**options)`` returns; workers can, too."""
+        return make_problem(ProblemSource(factory, options))
+
+    @functools.cached_property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of the metrics; a ``forward`` is run on one batch where it does not say."""
+        if self.forward is None:
+            return tuple(self._functions)
+        known = getattr(self.forward, "metrics", None)
+        if known:
+            return tuple(known)
+        split = next(iter(self.splits.values()))
+        with generators_kept(), model_kept(self.model), torch.set_grad_enabled(self.grad):
+            self.model.eval()
+            like = next(self.model.parameters(), torch.empty(0))
+            batch = next(iter(split.batches(2)))
+            batch = map_tensors(batch, lambda t: moved(t, like.device, like.dtype))
+            return tuple(self.forward(self.model, batch))
+
+    def evaluate(
+        self,
+        batch: Batch,
+        names: tuple[str, ...],
+        network: Callable[..., Any] | None = None,
+        *,
+        graph: bool = False,
+    ) -> dict[str, Sampled]:
+        """Return the metrics ``names`` on one batch at the model's present weights.
+
+        Args:
+            batch: as the split yields it, on the model's device.
+            names: which metrics.
+            network: called in place of the model.
+            graph: values stay attached to the weights, so that they can be differentiated.
+
+        Raises:
+            LsweepError: a metric is unknown or not per sample.
+        """
+        n = samples_in(batch)
+        if self.forward is not None:
+            results = self.forward(network or self.model, batch)  # type: ignore[arg-type]
+            if not isinstance(results, Mapping):
+                raise LsweepError(
+                    f"forward returned a {type(results).__name__}, not {{metric: values}}"
+                )
+        else:
+            inputs, target = split_batch(batch)
+            output = full(call(network or self.model, inputs))
+            with torch.autocast(_device_type(batch), enabled=False):  # a loss is float32 or better
+                results = {
+                    m: self._functions[m](output, target) for m in names if m in self._functions
+                }
+        out = {}
+        for name in names:
+            if name not in results:
+                raise LsweepError(f"no metric {name!r}{nearest(name, results or self._functions)}")
+            out[name] = _sampled(results[name], n, name, graph)
+        return out
+
+    def check_mean(self, batch: Batch) -> None:
+        """Check on one batch that per-sample values average to the loss as it was given.
+
+        Raises:
+            LsweepError: they do not, so Σwv/Σw would be another number than the user's loss.
+        """
+        reduction = getattr(self.loss, "reduction", None)
+        if self.loss is None or (reduction is None and self._functions["loss"] is self.loss):
+            return
+        if reduction == "none":
+            return
+        inputs, target = split_batch(batch)
+        with torch.set_grad_enabled(self.grad):
+            output = full(call(self.model, inputs))
+            wanted = float(whole(self.loss, output, target))
+            s = _sampled(self._functions["loss"](output, target), samples_in(batch), "loss")
+        found = float((s.weights.double() * s.values.double()).sum() / s.weights.double().sum())
+        if wanted == wanted and abs(found - wanted) > 1e-4 * max(1.0, abs(wanted)):
+            raise LsweepError(
+                f"loss: the weighted mean of its per-sample values is {found:.6g}, but the loss "
+                f"itself gives {wanted:.6g}; return (values, weights) from a function of your own"
+            )
+
+
+def make_problem(
+    source: ProblemSource, base: Path | None = None, code: Path | None = None, trust: bool = False
+) -> Problem:
+    """Return the problem that a factory makes; the arguments are those of `call_factory`.
+
+    Raises:
+        LsweepError: the factory is missing, raises, or returns something else than a Problem.
+    """
+    problem = call_factory(source, base, code, trust)
+    if not isinstance(problem, Problem):
+        raise LsweepError(
+            f"the factory {source.factory} returned an object of type "
+            f"{type(problem).__name__}, not an lsweep.Problem"
+        )
+    return replace(problem, source=source)
+
+
+def split_batch(batch: Batch) -> tuple[Any, Any]:
+    """Return inputs and target of a batch: the last of a tuple, or ``labels`` of a dict.
+
+    >>> split_batch({"x": 1, "labels": 2})
+    ({'x': 1}, 2)
+    """
+    if isinstance(batch, Mapping):
+        for key in TARGETS:
+            if key in batch:
+                return {k: v for k, v in batch.items() if k != key}, batch[key]
+        raise LsweepError(
+            f"a dict batch with keys {', '.join(batch)} has no target ({', '.join(TARGETS)}): "
+            "give forward=…"
+        )
+    if isinstance(batch, list | tuple) and len(batch) >= 2:
+        return (batch[0] if len(batch) == 2 else tuple(batch[:-1])), batch[-1]
+    raise LsweepError("a batch is neither (input, target) nor a dict: give forward=…")
+
+
+def call(model: Callable[..., Any], inputs: Any) -> Any:
+    """Run a network on a tensor, a tuple or a dict of inputs; return its logits or output."""
+    if isinstance(inputs, Mapping):
+        output = model(**inputs)
+    elif isinstance(inputs, tuple):
+        output = model(*inputs)
+    else:
+        output = model(inputs)
+    return logits_of(output)
+
+
+def logits_of(output: Any) -> Any:
+    """Return what a network that returns several things has to say: its logits, or all of it.
+
+    >>> logits_of({"logits": 1, "hidden": 2}), logits_of(3)
+    (1, 3)
+    """
+    if isinstance(output, Mapping) and "logits" in output:
+        return output["logits"]
+    return getattr(output, "logits", output)
+
+
+def _device_type(batch: Batch) -> str:
+    return next((t.device.type for t in tensors_of(batch)), "cpu")
+
+
+def full(output: Any) -> Any:
+    """Return a network's output in float32 or better, as a loss needs it.
+
+    >>> full(torch.zeros(1, dtype=torch.bfloat16)).dtype, full(torch.zeros(1).double()).dtype
+    (torch.float32, torch.float64)
+    """
+    if type(output) in (tuple, list):
+        return type(output)(full(o) for o in output)
+    if isinstance(output, Tensor) and output.dtype in (torch.float16, torch.bfloat16):
+        return output.float()
+    return output
+
+
+def _sampled(result: Values, n: int, name: str, graph: bool = False) -> Sampled:
+    values, weights = result if isinstance(result, tuple) else (result, None)
+    if not isinstance(values, Tensor):
+        values = torch.as_tensor(values)
+    values = values if graph else values.detach()
+    if values.is_complex():
+        raise LsweepError(f"metric {name!r} is complex: a value is a real number")
+    if values.dim() == 0 or (values.numel() == 1 and n > 1 and weights is None):
+        if name != "loss":
+            raise LsweepError(
+                f"metric {name!r} returned one number for a batch of {n} samples. A metric is a "
+                "mean over samples; batch values of F1, AUC and other non-means cannot be merged. "
+                "Return one value per sample"
+            )
+        total = torch.tensor(float(n)) if weights is None else weights.detach().double().sum()
+        return Sampled(values.reshape(1), total.reshape(1).to(values.device), opaque=True)
+    if values.dim() > 1:
+        reduced = flatten(values, weights)
+        values, weights = reduced if isinstance(reduced, tuple) else (reduced, weights)
+    if weights is None:
+        if len(values) != n:
+            raise LsweepError(
+                f"metric {name!r} returned {len(values)} values for a batch of {n} samples: return "
+                "one per sample, or (values, weights)"
+            )
+        weights = torch.ones_like(values)
+    weights = weights.detach().to(values.device)
+    if weights.shape != values.shape:
+        raise LsweepError(
+            f"metric {name!r}: weights have shape {tuple(weights.shape)}, "
+            f"values {tuple(values.shape)}"
+        )
+    return Sampled(values, weights)
+
+
+def classifier(model: nn.Module, batch: Batch) -> dict[str, Values]:
+    """Return cross-entropy and accuracy of a classifier, for tuple and dict batches alike.
+
+    Args:
+        model: returns logits [B, C], or an object or dict with ``logits``.
+        batch: ``(x, y)`` or a dict with ``labels``; labels of -100 are ignored.
+
+    Returns:
+        ``loss`` in nats and ``accuracy`` in per cent, per sample.
+
+    >>> classifier(nn.Identity(), (torch.zeros(1, 4), torch.tensor([2])))["loss"][0]
+    tensor([1.3863])
+    """
+    inputs, target = split_batch(batch)
+    output = full(call(model, inputs))
+    return {"loss": _cross_entropy(output, target), "accuracy": accuracy(output, target)}
+
+
+def causal_lm(model: nn.Module, batch: Batch) -> dict[str, Values]:
+    """Return next-token cross-entropy and accuracy of a language model, weighted by tokens.
+
+    A sample is a sequence: its value is the mean over its predicted tokens and its weight their
+    number, so Σwv/Σw is the mean over tokens, while standard errors treat the tokens of one
+    sequence as dependent.
+
+    Args:
+        model: ``model(input_ids)`` or ``model(input_ids=…)`` returns logits [B, T, V],
+            or an object or dict with ``logits``.
+        batch: token ids [B, T], or a dict with ``input_ids`` and optionally ``attention_mask``
+            and ``labels`` (-100 ignored).
+
+    Returns:
+        ``loss`` in nats per token and ``accuracy`` in per cent of tokens.
+
+    >>> causal_lm(lambda ids: torch.zeros(1, 3, 8), torch.tensor([[1, 2, 3]]))["loss"]
+    (tensor([2.0794]), tensor([2.]))
+    """
+    if isinstance(batch, Mapping):
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        labels = batch.get("labels", batch["input_ids"])
+        if "labels" not in batch and "attention_mask" in batch:
+            labels = torch.where(batch["attention_mask"].bool(), labels, -100)
+    else:
+        inputs = batch[0] if isinstance(batch, list | tuple) else batch
+        labels = inputs
+    logits = full(call(model, inputs))[:, :-1].transpose(1, 2)  # [B, V, T-1]
+    target = labels[:, 1:]
+    return {"loss": _cross_entropy(logits, target), "accuracy": accuracy(logits, target)}
+
+
+classifier.metrics = causal_lm.metrics = ("loss", "accuracy")  # type: ignore[attr-defined]
+_cross_entropy = per_sample(nn.CrossEntropyLoss())

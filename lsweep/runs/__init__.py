@@ -1,0 +1,1 @@
+"""Runs: looking at, checking and tidying a run folder, without its network."""

@@ -1,0 +1,1 @@
+"""Slurm: asking it, and handing runs to it."""

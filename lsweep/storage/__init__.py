@@ -1,0 +1,1 @@
+"""Storage: files that are whole or absent, on file systems that lose answers."""

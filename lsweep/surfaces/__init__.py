@@ -1,0 +1,1 @@
+"""Surfaces: merged values on a lattice, and the files of others."""

@@ -1,0 +1,1 @@
+"""Working: one worker function, and its launchers."""
