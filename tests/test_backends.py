@@ -256,7 +256,7 @@ class Lying:
 
     name, together = "channels_last", False
 
-    def __init__(self, builder):
+    def __init__(self, builder, ground):
         self._eager = builder.eager
 
     def values(self, spots, batch, stay=False):

@@ -165,13 +165,17 @@ class Evaluator:
             )
         return self._builder
 
-    def use(self, name: str, batch_sizes: Mapping[str, int]) -> None:
-        """Evaluate with a backend and batch sizes from now on.
+    def use(self, name: str, batch_sizes: Mapping[str, int], precision: str = "") -> None:
+        """Evaluate with a backend, batch sizes and precision (the plan's own) from now on.
 
         Raises:
             LsweepError: the backend is not for this problem, or does not build here.
         """
-        backend = catalogue.build(name, self.builder()) if name != "eager" else self.eager
+        asked = self.ground.precisions[0]
+        wanted = (name, precision or asked)
+        backend: Backend = self.eager
+        if wanted != ("eager", asked):
+            backend = catalogue.build(name, self.builder(), wanted[1])
         if backend is not self.backend or self.batch_sizes != batch_sizes:
             self.batch_sizes |= batch_sizes
             self._supply.clear()
