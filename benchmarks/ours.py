@@ -91,6 +91,4 @@ def ready(
             folder, planned.plan, evaluator, {}, "benchmark", corners, planned.rounds.total
         )
         evaluator.use(known["backend"], known["batch_sizes"], known["precision"])
-        yield Ours(
-            evaluator, known["backend"], known["precision"], planned.rounds.last.unit_points
-        )
+        yield Ours(evaluator, known["backend"], known["precision"], planned.rounds.last.unit_points)
