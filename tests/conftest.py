@@ -1,4 +1,4 @@
-"""What tests may ask for: a real Slurm cluster, one for all of them. And which run in one process."""
+"""What tests may ask for, a real Slurm cluster, one for all; and which stay in one process."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def cluster(only_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     only_cluster.clear()
 
 
-# In .ci/run two processes share the tests: a file stays together, as do those that want the cluster.
-# What takes longest comes first, so that neither process is left alone with it at the end.
+# In .ci/run two processes share the tests: a file stays together, as do all that want the cluster.
+# What takes longest comes first, so that no process is left alone with it at the end.
 CLUSTER = "slurm"
 LONGEST = (CLUSTER, "test_nfs", "test_mpi", "test_stopping", "test_doctor", "test_benchmarks")
 
