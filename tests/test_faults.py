@@ -98,7 +98,7 @@ def script_of(job: str) -> int:
 
 
 def is_as_if_nothing_had_been(run: RunFolder, undisturbed: Surface) -> None:
-    """The same command, with fewer tasks, does what is missing; the run is as it would have been."""
+    """The same command, with fewer tasks, does what is missing: as if nothing had been."""
     hurry(run)
     done = command("submit", run.root, "--tasks", 1, "--wait")
     assert done.code == 0, done
