@@ -1,4 +1,4 @@
-"""What tests may ask for: a real Slurm cluster, one for all of them."""
+"""What tests may ask for, a real Slurm cluster, one for all; and which stay in one process."""
 
 from __future__ import annotations
 
@@ -33,3 +33,27 @@ def cluster(only_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     only_cluster.clear()
     yield only_cluster
     only_cluster.clear()
+
+
+# In .ci/run two processes share the tests: a file stays together, as do all that want the cluster.
+# What takes longest comes first, so that no process is left alone with it at the end.
+CLUSTER = "slurm"
+LONGEST = (CLUSTER, "test_nfs", "test_mpi", "test_stopping", "test_doctor", "test_benchmarks")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not hasattr(config, "workerinput"):
+        return  # one process: in the order of files
+
+    def group(item: pytest.Item) -> str:
+        wants = getattr(item, "fixturenames", ())
+        return CLUSTER if "only_cluster" in wants else item.path.stem
+
+    def place(item: pytest.Item) -> int:
+        name = group(item)
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
