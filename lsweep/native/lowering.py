@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lsweep.backends.graph import Graph
-from lsweep.backends.tracing import Unsupported
+from lsweep.backends.tracing import Length, Unsupported
 
 POINTWISE = {  # {0} and {1} are tensors or numbers, {name} is an argument of the operator
     "relu": "relu({0})", "tanh": "vtanh({0})", "sigmoid": "sigmoid({0})", "exp": "vexp({0})",
@@ -93,14 +93,13 @@ class Lowering:
             value = node.meta["val"]
             if not isinstance(value, Tensor) or value.dtype != torch.float32:
                 raise Unsupported(f"{node.name} is not float32")
-            if node in inputs and isinstance(value.shape[0], int):
+            if node in inputs and isinstance(node.meta["shape"][0], int):
                 raise Unsupported(f"{node.name} is the same for all samples")
             if node in inputs:
                 self._values[node] = self._fresh([groups, *value.shape[1:]])
             else:
                 lies = torch.empty(tuple(value.shape), device="meta")
                 self._values[node] = _Array(lies, None, f"in[{len(self._values)}]")
-        (self._batch,) = {_symbol(n.meta["val"].shape[0]) for n in inputs}
         for node in nodes:
             if node.op == "call_function" and node not in self._values:
                 self._take(node)
@@ -150,10 +149,10 @@ class Lowering:
                 getattr(self, f"_on_{name}")(node, given, tuple(found.shape))
             else:
                 raise Unsupported(f"{target} is not among its operators")
-        value, shape = self._values[node], getattr(node.meta["val"], "shape", ())
+        value, shape = self._values[node], node.meta["shape"]
         if isinstance(value, _Array) and value.home:  # then its rows are the samples' in order
-            rows = self._batch * (value.lies.shape[0] // self.groups) if shape else 0
-            if not shape or _symbol(shape[0]) != rows or shape[1:] != value.lies.shape[1:]:
+            rows = Length(value.lies.shape[0] // self.groups, 0) if shape else None
+            if not shape or shape[0] != rows or shape[1:] != value.lies.shape[1:]:
                 raise Unsupported(f"{node.name} mixes the samples of a batch")
 
     # -- steps ------------------------------------------------------------------------------------
@@ -351,11 +350,6 @@ class Lowering:
 
 def _id(t: Tensor) -> int:
     return int(t.untyped_storage()._cdata)
-
-
-def _symbol(size: Any) -> Any:
-    """Return a length as an expression of the batch's: compared by form, not at the example."""
-    return size if isinstance(size, int) else size.node.expr
 
 
 def _pair(value: Any) -> list[int]:
