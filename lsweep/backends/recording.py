@@ -57,7 +57,7 @@ class _Held:
     view: fx.Node | None = None
 
 
-class Recording(TorchDispatchMode):
+class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes down what runs under it.
 
     Args:
@@ -79,7 +79,7 @@ class Recording(TorchDispatchMode):
     def __init__(
         self, model: nn.Module, state: Mapping[str, Tensor], inputs: Sequence[Tensor], end: float
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph, self.constants = fx.Graph(), dict[str, Tensor]()
         self._model, self._end, self._path = model, end, list[str]()
         self._own: dict[int, tuple[Tensor, _Held]] = {}  # what was there before, by identity
@@ -197,7 +197,8 @@ class Recording(TorchDispatchMode):
             several = looks.target is operator.getitem
             made = looks.args[0] if several else looks
             assert isinstance(made, fx.Node)
-            again = self.graph.call_function(made.target, (base, *made.args[1:]), made.kwargs)
+            func: Any = made.target
+            again = self.graph.call_function(func, (base, *made.args[1:]), made.kwargs)
             again.meta.update(made.meta)
             if several:
                 again = self.graph.call_function(operator.getitem, (again, looks.args[1]))
@@ -239,13 +240,14 @@ class Recording(TorchDispatchMode):
         """Return what a tensor holds where one of its views is another."""
         looks, val = held.view, whole.meta["val"]
         assert looks is not None
-        name = str(getattr(looks.target, "__name__", "")).partition(".")[0]
-        if looks.target in PARTS:
-            new = self.graph.call_function(PARTS[looks.target], (whole, part, *looks.args[1:]))
+        func: Any = looks.target
+        name = func.__name__.partition(".")[0]
+        if func in PARTS:
+            new = self.graph.call_function(PARTS[func], (whole, part, *looks.args[1:]))
         elif name in SAME_NUMBERS:
             new = self.graph.call_function(aten.reshape.default, (part, list(val.shape)))
         elif name in ("transpose", "t"):
-            new = self.graph.call_function(looks.target, (part, *looks.args[1:]))
+            new = self.graph.call_function(func, (part, *looks.args[1:]))
         else:
             raise Unsupported(f"it changes a part of a tensor in place ({name})")
         moves = whole.meta["moves"] or part.meta["moves"]

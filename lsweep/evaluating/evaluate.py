@@ -171,7 +171,9 @@ class Evaluator:
         Raises:
             LsweepError: the backend is not for this problem, or does not build here.
         """
-        backend = catalogue.build(name, self.builder()) if name != "eager" else self.eager
+        backend = self.backend
+        if name != backend.name:
+            backend = catalogue.build(name, self.builder()) if name != "eager" else self.eager
         if backend is not self.backend or self.batch_sizes != batch_sizes:
             self.batch_sizes |= batch_sizes
             self._supply.clear()
