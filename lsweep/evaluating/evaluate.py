@@ -151,6 +151,7 @@ class Evaluator:
         self.eager = Eager(self.ground, self.seat, packed)
         self.plain = Eager(self.ground, self.seat, packed, plain=True)
         self.backend: Backend = self.eager
+        self._using = ("eager", self.ground.precisions[0])
         self.differentiating = Differentiating(self.ground, self.plain, self._supply.batches)
 
     # -- backends -------------------------------------------------------------------------------
@@ -172,15 +173,16 @@ class Evaluator:
             LsweepError: the backend is not for this problem, or does not build here.
         """
         asked = self.ground.precisions[0]
-        wanted = (name, precision or asked)
-        backend: Backend = self.eager
-        if wanted != ("eager", asked):
-            backend = catalogue.build(name, self.builder(), wanted[1])
+        wanted, backend = (name, precision or asked), self.backend
+        if wanted != self._using:
+            backend = self.eager
+            if wanted != ("eager", asked):
+                backend = catalogue.build(name, self.builder(), wanted[1])
         if backend is not self.backend or self.batch_sizes != batch_sizes:
             self.batch_sizes |= batch_sizes
             self._supply.clear()
             self._centre.clear()
-        self.backend, self._builder = backend, None
+        self.backend, self._builder, self._using = backend, None, wanted
 
     # -- data -----------------------------------------------------------------------------------
 
