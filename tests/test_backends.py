@@ -31,11 +31,13 @@ from lsweep.evaluating import choice
 from lsweep.evaluating.choice import choose
 from lsweep.evaluating.evaluate import Evaluator
 from lsweep.hosts import machine
+from lsweep.merging.merge import merge
 from lsweep.plans import settings
 from lsweep.problems import supply
 from lsweep.problems.data import Split
 from lsweep.problems.problem import Sampled
 from lsweep.problems.takeover import products
+from lsweep.runs.status import lines, status
 from lsweep.storage.files import read_json, replace, sealed
 
 SINGLE = torch.float32
@@ -269,6 +271,7 @@ def test_a_point_has_its_bits_alone_and_among_others(backend, threads, monkeypat
         (cnn, "fused", {"batch_norm": "batch"}, "needs the network itself"),
         (cnn, "compiled", {"batch_norm": "recalibrate"}, "changes the network as it runs"),
         (mlp, "native", {"precision": "bfloat16"}, "float32 on a CPU, not bfloat16"),
+        (mlp, "fused", {"precision": "float16"}, "float16 is not among its precisions"),
         (mlp, "eagre", {}, "no backend 'eagre'.*eager"),
     ],
 )
@@ -300,7 +303,7 @@ class Lying:
 
     name, together = "channels_last", False
 
-    def __init__(self, builder):
+    def __init__(self, builder, ground):
         self._eager = builder.eager
 
     def values(self, spots, batch, stay=False):
@@ -336,11 +339,58 @@ def test_what_agrees_is_timed_and_what_does_not_says_why(monkeypatch):
         chosen(cnn(), points=1, asked="channels_last")
 
 
+def test_where_less_is_allowed_float32_competes():
+    """By name, too; and it is float32 to the last bit, not something between."""
+    for asked in ("auto", "fused"):
+        found = chosen(cnn(), points=400, precision="bfloat16", asked=asked)
+        fused = {t.precision: t for t in found.tried if t.backend == "fused" and not t.why_not}
+        assert fused["float32"].error < 2e-5 < 1e-4 < fused["bfloat16"].error
+        fastest = min((t for t in found.tried if t.seconds and not t.why_not
+                       and asked in ("auto", t.backend)), key=lambda t: t.seconds)  # fmt: skip
+        assert (found.backend, found.precision) == fastest.kind
+        assert found.record()["error"] == fastest.error
+    assert {t.precision for t in chosen(cnn(), points=400).tried} == {"float32"}
+    with evaluator(cnn(), "eager", precision="bfloat16") as ev:
+        for backend in ("eager", "channels_last", "fused"):
+            ev.use(backend, ev.batch_sizes, "float32")
+            assert ev.evaluate(SPOTS).tobytes() == sums(cnn, backend).tobytes()
+        with pytest.raises(LsweepError, match="not what the plan permits"):
+            ev.use("fused", ev.batch_sizes, "float16")
+
+
 def test_batch_sizes_are_tried_where_they_are_free():
     free = chosen(mlp(), points=400, batch_size="auto")
     assert {t.batch_sizes["train"] for t in free.tried} >= {2048, 20}
     given = chosen(mlp(), points=400)
     assert {t.batch_sizes["train"] for t in given.tried} == {8}
+
+
+def test_what_was_used_is_told(tmp_path):
+    """A plan that allows bfloat16, computed in float32: obeyed, and said wherever one looks."""
+    folder = planned(sweep_of_classifier(tmp_path, 'precision = "bfloat16"'), unit_points=2)
+    assert worked(folder) == 9
+    told = "\n".join(lines(status(folder)))
+    surface, report = merge(folder)
+    assert "eager in bfloat16, batches of" in told and report.audit["tolerance"] == 0.5
+    off = report.audit["largest_relative"]
+    assert 1e-6 < off < 0.1 and status(folder)["audit"]["largest_relative"] == off
+    said = f"bfloat16, off by up to {off:.1e} (relative) at 3 audited points."
+    assert surface.provenance["caption"].endswith(said)
+    path = folder.all_devices()[0]
+    known = {k: v for k, v in read_json(path).items() if k != "sha256"}
+    for part in folder.all_parts():
+        part.unlink()
+    path.unlink()
+    with evaluator(problems.classifier(), precision="float32") as ev:
+        exact = ev.centre()[0].mean
+    centre = known["centre"] | {"train_loss": exact}
+    replace(path, sealed(known | {"precision": "float32", "centre": centre}))
+    assert worked(folder) == 9
+    surface, report = merge(folder)
+    assert report.audit["largest_relative"] == 0 and report.audit["tolerance"] == 1e-4
+    assert "; float32 (bfloat16 was allowed and is no faster)" in surface.provenance["caption"]
+    assert surface.provenance["numerics"]["precision"] == "float32"
+    assert "eager in float32, batches of" in "\n".join(lines(status(folder)))
 
 
 def sweep_of_classifier(folder, evaluate):

@@ -6,6 +6,7 @@ Here is what they are built on, and eager itself, which moves the network as it 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -77,6 +78,19 @@ class Ground:
     def moves(self) -> list[Mapping[str, Tensor]]:
         """For each axis name -> tensor."""
         return [axis.tensors for axis in self.directions.axes.values()]
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """The precisions that the plan permits: the one it asks for, or more exact.
+
+        Only beside autocast can float32 stand: tf32 is a setting of the whole process.
+        """
+        asked = str(self.settings["precision"])
+        return (asked, "float32") if asked in AUTOCAST else (asked,)
+
+    def at(self, precision: str) -> Ground:
+        """Return the same in another precision that is permitted."""
+        return dataclasses.replace(self, settings={**self.settings, "precision": precision})
 
     def step(self, number: int) -> weights.State:
         """Read a step of the trajectory: a whole checkpoint."""

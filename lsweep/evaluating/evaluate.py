@@ -152,6 +152,7 @@ class Evaluator:
         self.eager = Eager(self.ground, self.seat, packed)
         self.plain = Eager(self.ground, self.seat, packed, plain=True)
         self.backend: Backend = self.eager
+        self._using = ("eager", self.ground.precisions[0])
         self.differentiating = Differentiating(self.ground, self.plain, self._supply.batches)
 
     # -- backends -------------------------------------------------------------------------------
@@ -166,18 +167,23 @@ class Evaluator:
             )
         return self._builder
 
-    def use(self, name: str, batch_sizes: Mapping[str, int]) -> None:
-        """Evaluate with a backend and batch sizes from now on.
+    def use(self, name: str, batch_sizes: Mapping[str, int], precision: str = "") -> None:
+        """Evaluate with a backend, batch sizes and precision (the plan's own) from now on.
 
         Raises:
             LsweepError: the backend is not for this problem, or does not build here.
         """
-        backend = catalogue.build(name, self.builder()) if name != "eager" else self.eager
+        asked = self.ground.precisions[0]
+        wanted, backend = (name, precision or asked), self.backend
+        if wanted != self._using:
+            backend = self.eager
+            if wanted != ("eager", asked):
+                backend = catalogue.build(name, self.builder(), wanted[1])
         if backend is not self.backend or self.batch_sizes != batch_sizes:
             self.batch_sizes |= batch_sizes
             self._supply.clear()
             self._centre.clear()
-        self.backend, self._builder = backend, None
+        self.backend, self._builder, self._using = backend, None, wanted
 
     # -- data -----------------------------------------------------------------------------------
 
