@@ -37,6 +37,7 @@ from lsweep.plans import settings
 from lsweep.problems import supply
 from lsweep.problems.data import Split
 from lsweep.problems.problem import Sampled
+from lsweep.problems.takeover import products
 from lsweep.runs.status import lines, status
 from lsweep.storage.files import read_json, replace, sealed
 
@@ -197,6 +198,49 @@ def test_a_number_of_samples_that_changes_is_refused():
     reference = Reference(Samples.of(Sampled(torch.ones(3), torch.ones(3))))
     with pytest.raises(LsweepError, match="gave 2 samples here and 3 at the centre"):
         reference.sums([Sampled(torch.ones(2), torch.ones(2))])
+
+
+@pytest.fixture
+def kinds():
+    """Where torch keeps how float32 is multiplied, on a GPU and on a CPU."""
+    b = torch.backends
+    kinds = [b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv]
+    before = [k.fp32_precision for k in kinds]
+    yield kinds
+    torch.set_float32_matmul_precision("highest")
+    b.fp32_precision = "none"
+    for kind, was in zip(kinds, before, strict=True):
+        kind.fp32_precision = was
+
+
+@pytest.mark.parametrize("newer", [False, True], ids=["in the older way", "in the newer way"])
+def test_products_are_full_float32_whatever_the_process_has_chosen(kinds, newer):
+    """In either of torch's two ways of asking for less; after the sweep that is asked for again."""
+    net = nn.Sequential(nn.Linear(512, 256), nn.Linear(256, 4))
+    data = {"train": (numbers(256, 512, dtype=SINGLE), labels(256, 4))}
+    problem = lsweep.Problem(fixed(net), data, loss=nn.CrossEntropyLoss())
+
+    def chosen():
+        return [k.fp32_precision for k in kinds]
+
+    def sums():
+        with evaluator(problem, batch_size=256) as ev:
+            return ev.evaluate(SPOTS).tobytes(), chosen()
+
+    calm = sums()
+    assert calm[1] == ["ieee"] * 5
+    if newer:  # which the older cannot even read
+        torch.backends.fp32_precision = "tf32"
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    else:
+        torch.set_float32_matmul_precision("medium")
+    before = chosen()
+    assert before != calm[1]
+    assert sums() == calm
+    assert chosen() == before
+    with products(tf32=True):
+        assert chosen() == ["tf32"] * 3 + ["ieee"] * 2
 
 
 @pytest.mark.parametrize("threads", [1, 2])
