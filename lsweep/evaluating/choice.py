@@ -33,6 +33,7 @@ SHARE = 0.2  # of them may be spent on trials: the best are three to four times 
 LONG = 30.0  # seconds of set-up, which are spent only where there is none of these,
 SHORTER = ("fused", "native")  # and so is time on the others in a better precision than asked for
 LEAST = 4  # passes over one batch at each spot: below, nothing can be told
+PASSES = 32  # over the samples of a trial: two a backend and batch size, and more rounds
 ROUNDS = 3  # passes of those that were near the fastest in the first
 NEAR = 1.3  # times the fastest
 LARGER = (2.0, 4.0, 8.0)  # times the default batch size, as long as that is faster
@@ -151,8 +152,8 @@ class _Trials:
         self._all = sum(counts) * evaluator.slices  # about: of all splits
         self._opaque = any(s.opaque for s in evaluator.centre())
         self._default = dict(evaluator.batch_sizes)
-        # Four default batches, but no more than a few passes that the budget has room for.
-        most = budget / 12 / (seconds / max(1, self._all) * len(spots))
+        # Four default batches, but so few samples that the budget has room for all the passes.
+        most = budget / PASSES / (seconds / max(1, self._all) * len(spots))
         size = self._default[self._split]
         self._samples = int(min(counts[0], max(size, min(4 * size, most))))
         self._built: dict[Kind, Backend] = {}
