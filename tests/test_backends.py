@@ -33,6 +33,7 @@ from lsweep.evaluating.evaluate import Evaluator
 from lsweep.hosts import machine
 from lsweep.measures.from_surface import context_of
 from lsweep.merging.merge import merge
+from lsweep.outcomes.audits import Audits
 from lsweep.plans import settings
 from lsweep.problems import supply
 from lsweep.problems.data import Split
@@ -40,6 +41,8 @@ from lsweep.problems.problem import Sampled
 from lsweep.problems.takeover import products
 from lsweep.runs.status import lines, status
 from lsweep.storage.files import read_json, replace, sealed
+from lsweep.storage.rows import Kind, row_type
+from lsweep.surfaces.surface import Status
 
 SINGLE = torch.float32
 COMPILES = pytest.mark.skipif(not machine.compiler(), reason="needs a C++ compiler")
@@ -393,6 +396,24 @@ def test_what_was_used_is_told(tmp_path):
     assert surface.provenance["numerics"]["precision"] == "float32"
     assert context_of(surface, "train")["precision"] == "float32"
     assert "eager in float32, batches of" in "\n".join(lines(status(folder)))
+
+
+def test_an_audit_finds_its_value_however_a_part_is_read():
+    rows = np.zeros(30, row_type(1))
+    kinds = np.tile([Kind.VALUE] * 4 + [Kind.AUDIT], 6)  # of 4 the second is audited
+    units = np.repeat(np.arange(6), 5)
+    rows["kind"], rows["status"] = kinds, Status.OK
+    rows["point"] = 4 * units + np.tile([0, 1, 2, 3, 1], 6)
+    rows["sums"][:, 0, 0], rows["sums"][:, 0, 2] = 1.0, 10.0
+    audited = kinds == Kind.AUDIT
+    rows["sums"][audited, 0, 2] -= units[audited]
+    for size in range(1, 31):
+        audits = Audits(4)
+        for start in range(0, 30, size):
+            audits.add("a", rows[start : start + size])
+            audits.add("b", rows[:0])
+        found = audits.compared(0)
+        assert (found["points"], found["largest_relative"]) == (6, 1.0)  # 10 and 5
 
 
 def sweep_of_classifier(folder, evaluate):
