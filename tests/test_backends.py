@@ -31,6 +31,7 @@ from lsweep.evaluating import choice
 from lsweep.evaluating.choice import choose
 from lsweep.evaluating.evaluate import Evaluator
 from lsweep.hosts import machine
+from lsweep.measures.from_surface import context_of
 from lsweep.merging.merge import merge
 from lsweep.plans import settings
 from lsweep.problems import supply
@@ -390,6 +391,7 @@ def test_what_was_used_is_told(tmp_path):
     assert report.audit["largest_relative"] == 0 and report.audit["tolerance"] == 1e-4
     assert "; float32 (bfloat16 was allowed and is no faster)" in surface.provenance["caption"]
     assert surface.provenance["numerics"]["precision"] == "float32"
+    assert context_of(surface, "train")["precision"] == "float32"
     assert "eager in float32, batches of" in "\n".join(lines(status(folder)))
 
 
