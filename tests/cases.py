@@ -72,9 +72,9 @@ def bowl(pause=0.0, trouble="", scale=1.0, shift=0.0, weight=1.0, company=0):
         x, y = model.place()
         here = round(x, 4)
         moved = x > 0 or y > 0
-        while moved and len(list(HERE.glob("*.run/workers/[!.]*"))) < company:
+        while moved and company and len(list(HERE.glob("*.run/workers/[!.]*"))) < company:
             time.sleep(0.02)
-        if moved and not (HERE / "hurry").exists():
+        if moved and pause and not os.path.exists(HERE / "hurry"):  # False on a sick disk
             time.sleep(pause)
         if trouble == "raise" and here in (0.25, 0.75) and (HERE / "broken").exists():
             raise ValueError(f"no value at {here}")

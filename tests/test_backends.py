@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -45,6 +46,8 @@ from lsweep.storage.rows import Kind, row_type
 from lsweep.surfaces.surface import Status
 
 SINGLE = torch.float32
+DEVICE = torch.device(os.environ.get("LSWEEP_TEST_DEVICE", "cpu"))  # for who has a GPU
+GRAPHS = ["cudagraph"] if DEVICE.type == "cuda" else []
 COMPILES = pytest.mark.skipif(not machine.compiler(), reason="needs a C++ compiler")
 SLOW = [pytest.mark.full, pytest.mark.filterwarnings("ignore")]  # torch.compile warns of torch
 SPOTS = [Spot((0.0, 0.0)), Spot((1.0, -0.5)), Spot((-0.25, 1.0))]
@@ -117,8 +120,7 @@ def evaluator(problem, backend="eager", directions=None, **options):
         "backend": backend,
         **options,
     }
-    cpu = torch.device("cpu")
-    with Evaluator(problem, asked, directions or random_axes(problem), cpu) as ev:
+    with Evaluator(problem, asked, directions or random_axes(problem), DEVICE) as ev:
         ev.use(backend, ev.batch_sizes)
         yield ev
 
@@ -134,7 +136,7 @@ def sums(make, backend, spots=SPOTS, **options):
 @pytest.mark.parametrize(
     ("make", "backend"),
     [
-        *((m, b) for m in (mlp, cnn, transformer) for b in ("fused", "vmap")),
+        *((m, b) for m in (mlp, cnn, transformer) for b in ("fused", "vmap", *GRAPHS)),
         (cnn, "channels_last"),
         pytest.param(mlp, "native", marks=COMPILES),
         pytest.param(cnn, "native", marks=COMPILES),
@@ -147,7 +149,7 @@ def test_a_backend_has_the_sums_of_eager(make, backend):
     np.testing.assert_allclose(sums(make, backend), sums(make, "eager"), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("backend", ["fused", "vmap"])
+@pytest.mark.parametrize("backend", ["fused", "vmap", *GRAPHS])
 def test_batch_norm_may_move_too(backend):
     directions = random_axes(cnn(), norms=True)
     expected = sums(cnn, "eager", directions=directions)
@@ -156,7 +158,7 @@ def test_batch_norm_may_move_too(backend):
     assert abs(expected - sums(cnn, "eager")).max() > 0.01  # they do move
 
 
-@pytest.mark.parametrize("backend", ["eager", "channels_last", "fused", "vmap"])
+@pytest.mark.parametrize("backend", ["eager", "channels_last", "fused", "vmap", *GRAPHS])
 def test_a_step_is_the_checkpoint_itself(backend, tmp_path):
     state = problems.another(cnn().model)
     torch.save(state, tmp_path / "a.pt")
@@ -247,7 +249,7 @@ def test_products_are_full_float32_whatever_the_process_has_chosen(kinds, newer)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("backend", ["eager", "fused", "vmap"])
+@pytest.mark.parametrize("backend", ["eager", "fused", "vmap", *GRAPHS])
 def test_a_point_has_its_bits_alone_and_among_others(backend, threads, monkeypatch):
     torch.set_num_threads(threads)
     try:

@@ -107,9 +107,8 @@ class Ground:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(self.problem.grad))
             if precision in AUTOCAST and not plain:
-                low = AUTOCAST[
-                    precision
-                ]  # a cast that is kept would be of other weights in a graph
+                # No cast of a weight is kept: a graph would replay that of another point.
+                low = AUTOCAST[precision]
                 stack.enter_context(torch.autocast(self.device.type, low, cache_enabled=False))
             if precision == "tf32" and plain:
                 stack.enter_context(products(tf32=False))

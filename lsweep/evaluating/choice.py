@@ -36,6 +36,7 @@ LEAST = 4  # passes over one batch at each spot: below, nothing can be told
 PASSES = 32  # over the samples of a trial: two a backend and batch size, and more rounds
 ROUNDS = 3  # passes of those that were near the fastest in the first
 NEAR = 1.3  # times the fastest
+FAR = 2.0  # times the fastest: no batch size makes up for it, and large ones take memory
 LARGER = (2.0, 4.0, 8.0)  # times the default batch size, as long as that is faster
 SMALLER = 0.5
 TOLERANCE = {"float64": 1e-9, "float32": 2e-5}
@@ -304,8 +305,10 @@ class _Trials:
         return sorted(sound, key=lambda t: t.seconds or 0.0)
 
     def fastest(self, number: int) -> list[Kind]:
-        """Return the fastest backends so far."""
-        return list(dict.fromkeys(t.kind for t in self._sound()))[:number]
+        """Return the fastest backends so far, without those that are far behind."""
+        sound = self._sound()
+        near = [t.kind for t in sound if (t.seconds or 0.0) <= FAR * (sound[0].seconds or 0.0)]
+        return list(dict.fromkeys(near))[:number]
 
     def decision(self, asked: str) -> Choice:
         """Time those near the fastest a few times more, in turns, and take the fastest."""

@@ -23,6 +23,7 @@ from lsweep.backends.packed import KEPT, Packed, Spot
 from lsweep.backends.summing import Reference, Samples, stacked
 from lsweep.derivatives.differentiating import Differentiating
 from lsweep.errors import LsweepError, nearest
+from lsweep.evaluating.pieces import values_in_pieces
 from lsweep.hosts.device import is_out_of_memory
 from lsweep.plans.pointwise import POINTWISE, expanded
 from lsweep.problems import batchnorm
@@ -80,6 +81,7 @@ class Evaluator:
                 self.batch_sizes[name] = (
                     asked if isinstance(asked, int) else default_batch_size(split, device)
                 )
+        self._usual = dict(self.batch_sizes)
         self.dtype = torch.float64 if settings["precision"] == "float64" else torch.float32
         self._supply = Supply(problem.splits, self.batch_sizes, self.slices, device, self.dtype)
         self._centre: dict[int, list[list[list[Reference]]]] = {}
@@ -232,7 +234,8 @@ class Evaluator:
                 stay = True
             for i, split in enumerate(self.splits):
                 for b, batch in enumerate(self._some(split, slice_, limit)):
-                    yield group, i, b, list(backend.values(here, batch, stay))
+                    most = self._usual[split] if backend is self.plain else None
+                    yield group, i, b, values_in_pieces(backend, here, batch, stay, most)
                     stay = len(here) == 1
 
     def _some(self, split: str, slice_: int, limit: int | None) -> Iterator[Batch]:
