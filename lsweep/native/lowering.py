@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lsweep.backends.graph import Graph
-from lsweep.backends.tracing import Unsupported
+from lsweep.backends.tracing import Length, Unsupported
 
 POINTWISE = {  # {0} and {1} are tensors or numbers, {name} is an argument of the operator
     "relu": "relu({0})", "tanh": "vtanh({0})", "sigmoid": "sigmoid({0})", "exp": "vexp({0})",
@@ -93,14 +93,13 @@ class Lowering:
             value = node.meta["val"]
             if not isinstance(value, Tensor) or value.dtype != torch.float32:
                 raise Unsupported(f"{node.name} is not float32")
-            if node in inputs and isinstance(value.shape[0], int):
+            if node in inputs and isinstance(node.meta["shape"][0], int):
                 raise Unsupported(f"{node.name} is the same for all samples")
             if node in inputs:
                 self._values[node] = self._fresh([groups, *value.shape[1:]])
             else:
                 lies = torch.empty(tuple(value.shape), device="meta")
                 self._values[node] = _Array(lies, None, f"in[{len(self._values)}]")
-        (self._batch,) = {_symbol(n.meta["val"].shape[0]) for n in inputs}
         for node in nodes:
             if node.op == "call_function" and node not in self._values:
                 self._take(node)
@@ -135,26 +134,32 @@ class Lowering:
         if target is operator.getitem:
             self._values[node] = args[0][args[1]]
             return
-        lies = tree_map(lambda a: a.lies if isinstance(a, _Array) else a, (args, kwargs))
-        found = target(*lies[0], **lies[1])
-        whole = {_id(a.lies): a for a in tree_leaves((args, kwargs)) if isinstance(a, _Array)}
-        if not isinstance(tree_leaves(found)[0], Tensor):
-            self._values[node] = found
-        elif all(_id(t) in whole for t in tree_leaves(found)):
-            self._values[node] = tree_map(lambda t: whole[_id(t)].viewed(t), found)
-        else:
-            name, given = _bound(node, args, kwargs)
-            if name in POINTWISE:
-                self._values[node] = self._loops(*_expression(name, given))
-            elif hasattr(self, f"_on_{name}"):
-                getattr(self, f"_on_{name}")(node, given, tuple(found.shape))
-            else:
+        name, given = _bound(node, args, kwargs) if hasattr(target, "_schema") else ("", {})
+        if name in POINTWISE:
+            self._values[node] = self._loops(*_expression(name, given))
+        elif hasattr(self, f"_on_{name}"):
+            getattr(self, f"_on_{name}")(node, given, self._shape(node))
+        else:  # a number or a view; others are not run here, as torch would import sympy for them
+            lies = tree_map(lambda a: a.lies if isinstance(a, _Array) else a, (args, kwargs))
+            whole = {_id(a.lies): a for a in tree_leaves((args, kwargs)) if isinstance(a, _Array)}
+            found = target(*lies[0], **lies[1]) if _is_view(target) else torch.empty(0)
+            if not all(_id(t) in whole for t in tree_leaves(found) if isinstance(t, Tensor)):
                 raise Unsupported(f"{target} is not among its operators")
-        value, shape = self._values[node], getattr(node.meta["val"], "shape", ())
+            self._values[node] = tree_map(
+                lambda t: whole[_id(t)].viewed(t) if isinstance(t, Tensor) else t, found
+            )
+        value, shape = self._values[node], node.meta["shape"]
         if isinstance(value, _Array) and value.home:  # then its rows are the samples' in order
-            rows = self._batch * (value.lies.shape[0] // self.groups) if shape else 0
-            if not shape or _symbol(shape[0]) != rows or shape[1:] != value.lies.shape[1:]:
+            rows = Length(value.lies.shape[0] // self.groups, 0) if shape else None
+            if not shape or shape[0] != rows or shape[1:] != value.lies.shape[1:]:
                 raise Unsupported(f"{node.name} mixes the samples of a batch")
+
+    def _shape(self, node: fx.Node) -> tuple[int, ...]:
+        """Return the shape of what a node computes for a group of samples."""
+        lengths = [Length(0, n) if isinstance(n, int) else n for n in node.meta["shape"]]
+        if any(n.each and n.rest for n in lengths):
+            raise Unsupported(f"{node.name} mixes the samples of a batch")
+        return tuple(n.each * self.groups + n.rest for n in lengths)
 
     # -- steps ------------------------------------------------------------------------------------
 
@@ -345,17 +350,22 @@ class Lowering:
     _on_constant_pad_nd = _on_pad
 
     def _on_reshape(self, node: fx.Node, given: Given, shape: tuple[int, ...]) -> None:
-        x = self._straight(given["self"])
-        self._values[node] = x.viewed(x.lies.view(shape))
+        x = given["self"]
+        try:
+            self._values[node] = x.viewed(x.lies.view(shape))
+        except RuntimeError:  # no strides say how it would lie
+            x = self._straight(x)
+            self._values[node] = x.viewed(x.lies.view(shape))
 
 
 def _id(t: Tensor) -> int:
     return int(t.untyped_storage()._cdata)
 
 
-def _symbol(size: Any) -> Any:
-    """Return a length as an expression of the batch's: compared by form, not at the example."""
-    return size if isinstance(size, int) else size.node.expr
+def _is_view(target: Any) -> bool:
+    """Whether an operator's outcome lies in what it is given; sizes count as such, too."""
+    returns = target._schema.returns if hasattr(target, "_schema") else ()
+    return all(r.alias_info is not None or "Tensor" not in str(r.type) for r in returns)
 
 
 def _pair(value: Any) -> list[int]:
