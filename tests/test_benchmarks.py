@@ -51,6 +51,16 @@ def test_resolution_sweeps_to_the_tolerance(tmp_path):
     assert re.search(r"peak memory, .+: \d+ MiB above the \d+", text)
 
 
+def test_honesty_refines_against_dense_truth():
+    text = printed("honesty.py")
+    row = re.search(r"^2 layers +120 +(\d+) +(\d+) +([\d.]+) +([\d.]+) +([\d.]+) +\S", text, re.M)
+    assert row, text
+    evaluations, rounds, error, covered, ratio = map(float, row.groups())
+    assert 25 < evaluations <= 120 and rounds > 1
+    assert error <= 1 and covered >= 90 and 1 < ratio <= 8
+    assert "other planes: 1 runs; within the limits: evaluations 100%, error 100%" in text
+
+
 def claims(*options: str) -> list[list[str]]:
     """The rows of the paper's table, in its quick form: every statistic, no verdict asserted."""
     command = [sys.executable, "-m", "benchmarks.paper", "--quick", *options]
