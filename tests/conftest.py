@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cluster import Cluster, NoCluster
@@ -35,25 +36,27 @@ def cluster(only_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     only_cluster.clear()
 
 
-# In .ci/run two processes share the tests: a file stays together, as do all that want the cluster.
+# In .ci/run two processes share the tests: a file stays together, as do those with the cluster.
 # What takes longest comes first, so that no process is left alone with it at the end.
-CLUSTER = "slurm"
-LONGEST = (CLUSTER, "test_nfs", "test_mpi", "test_stopping", "test_doctor", "test_benchmarks")
+WANT_CLUSTER = ("test_submit", "test_faults", "test_refined_runs")
+FIRST = (*WANT_CLUSTER, "test_nfs", "test_mpi", "test_kill", "test_benchmarks", "test_doctor")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not hasattr(config, "workerinput"):
-        return  # one process: in the order of files
+    wanting = {i.path.stem for i in items if "only_cluster" in getattr(i, "fixturenames", ())}
+    assert wanting <= set(WANT_CLUSTER), "there would be a second cluster: name the file here"
+    if hasattr(config, "workerinput"):  # one process alone goes in the order of files
+        stems = {name: k for k, name in enumerate(FIRST)}
+        items.sort(key=lambda item: stems.get(item.path.stem, len(stems)))
 
-    def group(item: pytest.Item) -> str:
-        wants = getattr(item, "fixturenames", ())
-        return CLUSTER if "only_cluster" in wants else item.path.stem
 
-    def place(item: pytest.Item) -> int:
-        name = group(item)
-        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
 
-    items.sort(key=place)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return "cluster" if Path(path).stem in WANT_CLUSTER else path
+
+    return Files(config, log)

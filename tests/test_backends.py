@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,15 +32,19 @@ from lsweep.evaluating import choice
 from lsweep.evaluating.choice import choose
 from lsweep.evaluating.evaluate import Evaluator
 from lsweep.hosts import machine
+from lsweep.measures.from_surface import context_of
 from lsweep.merging.merge import merge
 from lsweep.plans import settings
 from lsweep.problems import supply
 from lsweep.problems.data import Split
 from lsweep.problems.problem import Sampled
+from lsweep.problems.takeover import products
 from lsweep.runs.status import lines, status
 from lsweep.storage.files import read_json, replace, sealed
 
 SINGLE = torch.float32
+DEVICE = torch.device(os.environ.get("LSWEEP_TEST_DEVICE", "cpu"))  # for who has a GPU
+GRAPHS = ["cudagraph"] if DEVICE.type == "cuda" else []
 COMPILES = pytest.mark.skipif(not machine.compiler(), reason="needs a C++ compiler")
 SLOW = [pytest.mark.full, pytest.mark.filterwarnings("ignore")]  # torch.compile warns of torch
 SPOTS = [Spot((0.0, 0.0)), Spot((1.0, -0.5)), Spot((-0.25, 1.0))]
@@ -112,8 +117,7 @@ def evaluator(problem, backend="eager", directions=None, **options):
         "backend": backend,
         **options,
     }
-    cpu = torch.device("cpu")
-    with Evaluator(problem, asked, directions or random_axes(problem), cpu) as ev:
+    with Evaluator(problem, asked, directions or random_axes(problem), DEVICE) as ev:
         ev.use(backend, ev.batch_sizes)
         yield ev
 
@@ -129,7 +133,7 @@ def sums(make, backend, spots=SPOTS, **options):
 @pytest.mark.parametrize(
     ("make", "backend"),
     [
-        *((m, b) for m in (mlp, cnn, transformer) for b in ("fused", "vmap")),
+        *((m, b) for m in (mlp, cnn, transformer) for b in ("fused", "vmap", *GRAPHS)),
         (cnn, "channels_last"),
         pytest.param(mlp, "native", marks=COMPILES),
         pytest.param(cnn, "native", marks=COMPILES),
@@ -142,7 +146,7 @@ def test_a_backend_has_the_sums_of_eager(make, backend):
     np.testing.assert_allclose(sums(make, backend), sums(make, "eager"), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("backend", ["fused", "vmap"])
+@pytest.mark.parametrize("backend", ["fused", "vmap", *GRAPHS])
 def test_batch_norm_may_move_too(backend):
     directions = random_axes(cnn(), norms=True)
     expected = sums(cnn, "eager", directions=directions)
@@ -151,7 +155,7 @@ def test_batch_norm_may_move_too(backend):
     assert abs(expected - sums(cnn, "eager")).max() > 0.01  # they do move
 
 
-@pytest.mark.parametrize("backend", ["eager", "channels_last", "fused", "vmap"])
+@pytest.mark.parametrize("backend", ["eager", "channels_last", "fused", "vmap", *GRAPHS])
 def test_a_step_is_the_checkpoint_itself(backend, tmp_path):
     state = problems.another(cnn().model)
     torch.save(state, tmp_path / "a.pt")
@@ -198,8 +202,51 @@ def test_a_number_of_samples_that_changes_is_refused():
         reference.sums([Sampled(torch.ones(2), torch.ones(2))])
 
 
+@pytest.fixture
+def kinds():
+    """Where torch keeps how float32 is multiplied, on a GPU and on a CPU."""
+    b = torch.backends
+    kinds = [b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv]
+    before = [k.fp32_precision for k in kinds]
+    yield kinds
+    torch.set_float32_matmul_precision("highest")
+    b.fp32_precision = "none"
+    for kind, was in zip(kinds, before, strict=True):
+        kind.fp32_precision = was
+
+
+@pytest.mark.parametrize("newer", [False, True], ids=["in the older way", "in the newer way"])
+def test_products_are_full_float32_whatever_the_process_has_chosen(kinds, newer):
+    """In either of torch's two ways of asking for less; after the sweep that is asked for again."""
+    net = nn.Sequential(nn.Linear(512, 256), nn.Linear(256, 4))
+    data = {"train": (numbers(256, 512, dtype=SINGLE), labels(256, 4))}
+    problem = lsweep.Problem(fixed(net), data, loss=nn.CrossEntropyLoss())
+
+    def chosen():
+        return [k.fp32_precision for k in kinds]
+
+    def sums():
+        with evaluator(problem, batch_size=256) as ev:
+            return ev.evaluate(SPOTS).tobytes(), chosen()
+
+    calm = sums()
+    assert calm[1] == ["ieee"] * 5
+    if newer:  # which the older cannot even read
+        torch.backends.fp32_precision = "tf32"
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    else:
+        torch.set_float32_matmul_precision("medium")
+    before = chosen()
+    assert before != calm[1]
+    assert sums() == calm
+    assert chosen() == before
+    with products(tf32=True):
+        assert chosen() == ["tf32"] * 3 + ["ieee"] * 2
+
+
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("backend", ["eager", "fused", "vmap"])
+@pytest.mark.parametrize("backend", ["eager", "fused", "vmap", *GRAPHS])
 def test_a_point_has_its_bits_alone_and_among_others(backend, threads, monkeypatch):
     torch.set_num_threads(threads)
     try:
@@ -346,6 +393,7 @@ def test_what_was_used_is_told(tmp_path):
     assert report.audit["largest_relative"] == 0 and report.audit["tolerance"] == 1e-4
     assert "; float32 (bfloat16 was allowed and is no faster)" in surface.provenance["caption"]
     assert surface.provenance["numerics"]["precision"] == "float32"
+    assert context_of(surface, "train")["precision"] == "float32"
     assert "eager in float32, batches of" in "\n".join(lines(status(folder)))
 
 
@@ -376,7 +424,8 @@ def test_workers_of_a_class_obey_its_first(tmp_path, monkeypatch):
     assert again == values
     for part in folder.all_parts():
         part.unlink()
-    changed = {k: v for k, v in known.items() if k != "sha256"} | {"backend": "cudagraph"}
+    older = {k: v for k, v in known.items() if k not in ("sha256", "precision")}
+    changed = older | {"backend": "cudagraph"}
     replace(path, sealed(changed))
     refused = worked(folder)
     assert isinstance(refused, Raised) and refused.kind == "LsweepError"

@@ -40,7 +40,9 @@ def test_cost_compares_every_evaluator_with_every_other():
 def test_resolution_sweeps_to_the_tolerance(tmp_path):
     text = printed("resolution.py", "--figures", str(tmp_path))
     row = re.search(
-        r"^MLP, untrained +\S+ +([\d.]+) s +(\d+) of 289 +([\d.]+)% +([\d.]+)%", text, re.M
+        r"^MLP, untrained +\S+ in float32 +([\d.]+) s +(\d+) of 289 +([\d.]+)% +([\d.]+)%",
+        text,
+        re.M,
     )
     assert row, text
     seconds, evaluated, stated, error = map(float, row.groups())

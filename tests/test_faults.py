@@ -46,9 +46,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Surface:
     return merged(finished(sweep_file(tmp_path_factory.mktemp("undisturbed"), x=7, y=5)))[0]
 
 
-def submitted(base: Path, *words: object, pause: float = 0.4, **problem: Any) -> RunFolder:
+def submitted(
+    base: Path, *words: object, pause: float = 0.4, company: int = 3, **problem: Any
+) -> RunFolder:
     """Plan a sweep of a known number of seconds, and submit it."""
-    run = planned(sweep_file(base, x=7, y=5, pause=pause, **problem), unit_points=1)
+    toml = sweep_file(base, x=7, y=5, pause=pause, company=company, **problem)
+    run = planned(toml, unit_points=1)
     done = command("submit", run.root, "--tasks", 3, *words)
     assert (done.code, done.err) == (0, ""), done
     return run
@@ -248,7 +251,7 @@ def test_a_node_is_cut_off_and_its_task_runs_twice(cluster, mended, tmp_path, un
 
 
 def test_a_waiting_and_a_running_task_are_cancelled(cluster, tmp_path, undisturbed):
-    run = submitted(tmp_path, "--tasks", 4, "--array-parallelism", 2)
+    run = submitted(tmp_path, "--tasks", 4, "--array-parallelism", 2, company=2)
     victim = at_work(run, 2)[0]
     job, waiting = task_of(run, victim), Submission.all(run)[0].tasks[2]
     slurm("scancel", waiting)
@@ -314,7 +317,7 @@ def test_a_higher_partition_preempts(cluster, preempted, tmp_path, undisturbed):
 @pytest.mark.full
 def test_the_time_is_over_before_the_work(cluster, tmp_path, undisturbed):
     """Tasks of a minute for more than a minute of work: each ends in order and comes again."""
-    run = submitted(tmp_path, "--time", 1, "--tasks", 1, pause=2.0)
+    run = submitted(tmp_path, "--time", 1, "--tasks", 1, pause=2.0, company=1)
     wait_for(lambda: not cluster.jobs(), 280)
     task = tasks(run)[Submission.all(run)[0].array]
     assert task.state == "COMPLETED" and task.restarts >= 1

@@ -154,7 +154,7 @@ KINDS = {
     "eager": Kind(lambda b, at: Eager(at, b.seat, b.packed), lambda ground: None),
     "channels_last": Kind(lambda b, at: ChannelsLast(at, b.seat), _why_no_channels_last),
     "fused": Kind(
-        lambda b, at: b.network(at, "fused", "backends.fused", "FusedNetwork"), _why_not_fused, 3.0
+        lambda b, at: b.network(at, "fused", "backends.fused", "FusedNetwork"), _why_not_fused, 1.0
     ),
     "native": Kind(
         lambda b, at: b.network(at, "native", "native.network", "NativeNetwork"),

@@ -20,7 +20,7 @@ from lsweep.backends.packed import Packed, Spot
 from lsweep.problems import batchnorm, weights
 from lsweep.problems.data import Batch
 from lsweep.problems.problem import Problem, Sampled
-from lsweep.problems.takeover import numerics
+from lsweep.problems.takeover import products
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -107,9 +107,11 @@ class Ground:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(self.problem.grad))
             if precision in AUTOCAST and not plain:
-                stack.enter_context(torch.autocast(self.device.type, AUTOCAST[precision]))
+                # No cast of a weight is kept: a graph would replay that of another point.
+                low = AUTOCAST[precision]
+                stack.enter_context(torch.autocast(self.device.type, low, cache_enabled=False))
             if precision == "tf32" and plain:
-                stack.enter_context(numerics(self.device, False))
+                stack.enter_context(products(tf32=False))
             if self.settings["batch_norm"] == "batch":
                 stack.enter_context(batchnorm.batch_statistics(self.problem.model))
             yield

@@ -30,9 +30,10 @@ from lsweep.problems.factory import describe
 
 WORTH = 2.0  # seconds of a sweep with eager, below which nothing is tried
 SHARE = 0.2  # of them may be spent on trials: the best are three to four times faster than eager
-LONG = 30.0  # seconds of set-up, which are spent only where there is none of these:
-SHORTER = ("fused", "native")
+LONG = 30.0  # seconds of set-up, which are spent only where there is none of these,
+SHORTER = ("fused", "native")  # and so is time on the others in a better precision than asked for
 LEAST = 4  # passes over one batch at each spot: below, nothing can be told
+PASSES = 32  # over the samples of a trial: two a backend and batch size, and more rounds
 ROUNDS = 3  # passes of those that were near the fastest in the first
 NEAR = 1.3  # times the fastest
 FAR = 2.0  # times the fastest: no batch size makes up for it, and large ones take memory
@@ -129,12 +130,13 @@ def choose(evaluator: Evaluator, spots: Sequence[Spot], seconds: float, points: 
         if all(t.why_not for t in named):
             raise LsweepError(f'evaluate.backend = "{asked}": {named[-1].why_not}')
     else:
-        for name, kind in catalogue.KINDS.items():
-            for precision in precisions if kind.worth(evaluator.ground) else ():
-                if (name, precision) != ("eager", precisions[0]):
-                    trials.first((name, precision), kind.set_up)
-    for kind_ in trials.fastest(2):
-        trials.sizes(kind_)
+        worth = [name for name, k in catalogue.KINDS.items() if k.worth(evaluator.ground)]
+        kinds = [(name, precision) for name in worth for precision in precisions]
+        for kind in sorted(kinds, key=trials.is_spare):
+            if kind != ("eager", precisions[0]):
+                trials.first(kind, catalogue.KINDS[kind[0]].set_up)
+    for kind in trials.fastest(2):
+        trials.sizes(kind)
     return trials.decision(asked)
 
 
@@ -151,8 +153,8 @@ class _Trials:
         self._all = sum(counts) * evaluator.slices  # about: of all splits
         self._opaque = any(s.opaque for s in evaluator.centre())
         self._default = dict(evaluator.batch_sizes)
-        # Four default batches, but no more than a few passes that the budget has room for.
-        most = budget / 12 / (seconds / max(1, self._all) * len(spots))
+        # Four default batches, but so few samples that the budget has room for all the passes.
+        most = budget / PASSES / (seconds / max(1, self._all) * len(spots))
         size = self._default[self._split]
         self._samples = int(min(counts[0], max(size, min(4 * size, most))))
         self._built: dict[Kind, Backend] = {}
@@ -198,8 +200,10 @@ class _Trials:
         reason = catalogue.KINDS[name].why_not(self._evaluator.ground.at(precision))
         if reason is None and set_up > self._left:
             reason = f"not tried: {max(0.0, self._left):.1f} s are left for trials"
-        if reason is None and set_up >= LONG and any(t.backend in SHORTER for t in self._sound()):
-            reason = f"not tried: it takes long to build, and there is {' or '.join(SHORTER)}"
+        if reason is None and self.is_spare(kind):
+            there = next((t.backend for t in self._sound() if t.backend in SHORTER), None)
+            if there is not None:
+                reason = f"not tried: there is {there}"
         if reason is not None:
             trial.why_not = reason
             return trial
@@ -218,6 +222,12 @@ class _Trials:
             del self._built[far]
             self._builder.built.pop(far, None)
         return trial
+
+    def is_spare(self, kind: Kind) -> bool:
+        """Whether a kind is tried last, and only where none of `SHORTER` can be had."""
+        name, precision = kind
+        better = precision != self._evaluator.ground.precisions[0]
+        return catalogue.KINDS[name].set_up >= LONG or (better and name not in SHORTER)
 
     def sizes(self, kind: Kind) -> None:
         """Try other batch sizes for a backend."""

@@ -31,7 +31,7 @@ from lsweep.problems.data import Batch, map_tensors, moved, samples_in
 from lsweep.problems.factory import describe
 from lsweep.problems.problem import Problem, Sampled
 from lsweep.problems.supply import Supply, default_batch_size
-from lsweep.problems.takeover import generators_kept, model_kept, numerics
+from lsweep.problems.takeover import generators_kept, model_kept, numerics, products
 from lsweep.storage.sums import SUMS
 
 T = TypeVar("T")
@@ -103,8 +103,9 @@ class Evaluator:
 
     def __enter__(self) -> Evaluator:
         try:
+            self._stack.enter_context(numerics(self.device))
+            self._stack.enter_context(products(tf32=self.settings["precision"] == "tf32"))
             self._stack.enter_context(generators_kept())
-            self._stack.enter_context(numerics(self.device, self.settings["precision"] == "tf32"))
             self._stack.enter_context(model_kept(self.problem.model))
             self.problem.model.eval()
             self._take_over()

@@ -31,6 +31,13 @@ def compared(values: Rows, audits: Rows, variable: int) -> dict[str, float]:
 
     Returns:
         numbers of points, and the largest and median differences; empty where n is 0.
+
+    >>> from lsweep.storage.rows import row_type
+    >>> values, audits = np.zeros((2, 1), row_type(1))
+    >>> values["sums"][..., :3], audits["sums"][..., :3] = (2, 4, 3.0), (2, 4, 2.0)  # W, WW, WV
+    >>> audits["status"] = Status.OK
+    >>> compared(values, audits, 0)["largest_relative"]
+    0.5
     """
     if not len(audits):
         return {}

@@ -28,17 +28,8 @@ BoolArray = npt.NDArray[np.bool_]
 
 COVERED = 0.95
 """The share of points whose true error the stated error is to cover."""
-MARGIN = 1.18
-"""κ at a hundred points over the quantile COVERED of error over scale with which they are
-predicted. Measured on 20 planes of trained networks: the ratio at random points is known from it
-with a standard deviation of 15 %."""
-SELECTION = 0.25
-"""Power of the number of points in κ. The more points were put where the stated error was largest,
-the likelier it is too small at those that are left; same measurement."""
-GUARD = 3
-"""κ is at least the ratio of the GUARD-th worst held-out point."""
-FLOOR = 1.5
-"""And at least this."""
+KAPPA = 2.4
+"""κ of a surface like any other."""
 STUCK = 0.5
 """Chaotic: four times the first points leave more than this share of their error."""
 WHOLE = 20_000
@@ -100,7 +91,7 @@ class Known:
             at_centre = float(self.values[centre][0]) if centre.any() else np.nan
             self.scale = log_scale(values, center=at_centre)
         self.transformed = transformed = self.scale.forward(values)
-        self.spread, self.factor = 1.0, FLOOR
+        self.spread, self.factor = 1.0, KAPPA
         self.model: Interpolant | None = None
         if len(values):
             low, high = np.quantile(transformed, [0.02, 0.98])
@@ -108,7 +99,7 @@ class Known:
         # Where all is evaluated there is nothing to predict, and the system would be large.
         if 2 * (len(self.shape) + 2) <= len(values) and not self.mask.all():
             self.model = Interpolant(self.at(self.nodes), transformed)
-            self.factor = _factor(self.model.left_out(), self.held)
+            self.factor = _factor(self.model.left_out()[self.held])
 
     def at(self, index: IntArray) -> FloatArray:
         """Return (m, A) positions with axes of unit length."""
@@ -224,9 +215,6 @@ class Known:
                 stack.append((corner, far, held, finite, nonfinite))
 
 
-def _factor(left_out: FloatArray, held_out: BoolArray) -> float:
-    """Return κ from the ratios with which the nodes are predicted by one another."""
-    quantile = float(np.quantile(left_out, COVERED))
-    factor = max(FLOOR, MARGIN * quantile * float((len(left_out) / 100) ** SELECTION))
-    chance = np.sort(left_out[held_out])
-    return max(factor, float(chance[-GUARD])) if len(chance) >= GUARD else factor
+def _factor(ratios: FloatArray) -> float:
+    """Return κ from the |error| over scale with which the held-out points are predicted."""
+    return max(KAPPA, float(np.quantile(ratios, COVERED))) if len(ratios) else KAPPA

@@ -39,7 +39,7 @@ HELD_OUT = 24
 """Random points asked beside the first sub-lattice; of small grids at most every tenth point."""
 DEPTH = {1: 3, 2: 2, 3: 2}
 """Bisections that make the first sub-lattice, by the number of axes: 9, 5 x 5, 5 x 5 x 5."""
-AIM = 0.85
+AIM = 0.8
 """Refinement goes on until the stated error is below this share of the tolerance."""
 GROWTH = 0.5
 """A round asks at most this share of what is evaluated already, for roughness is yet to be seen."""
