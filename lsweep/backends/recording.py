@@ -121,6 +121,11 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Let the graph return a tensor."""
         self.graph.output(self._read(output))
 
+    def require_constant(self, t: Tensor, how: str) -> None:
+        """Raise where numbers are read that follow from weights or inputs."""
+        if self._read(t).meta["moves"]:
+            raise Unsupported(f"it does not trace: it looks at its data ({how})")
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and write it down."""
         kwargs = kwargs or {}
@@ -147,8 +152,8 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Write down an operation and what came of it."""
         given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         if not any(isinstance(t, Tensor) for t in tree_leaves(out)):
-            if out is not None and any(self._read(t).meta["moves"] for t in given):
-                raise Unsupported(f"it does not trace: it looks at its data ({func})")
+            for t in given if out is not None else ():
+                self.require_constant(t, str(func))
         elif not any(out is t for t in given):  # else nothing was to be done
             node = self._node(func, args, kwargs, out)
             bases = {_storage(t): t for t in reversed(given)}

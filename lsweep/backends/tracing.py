@@ -86,7 +86,7 @@ def plain_graph(
         for length in LENGTHS if free else (None,):
             few = _samples(leaves, length, 1)
             run = Recording(model, state, few, end)
-            with model_kept(model), _Attention(), run.running():
+            with model_kept(model), _Watching(run), run.running():
                 output = network(few)
             if not isinstance(output, Tensor):
                 raise Unsupported("its output is not one tensor")
@@ -237,11 +237,17 @@ def _fixed(why: str) -> Unsupported:
 # -- attention -------------------------------------------------------------------------------------
 
 
-class _Attention(TorchFunctionMode):
-    """Keeps attention's batch dimension first."""
+class _Watching(TorchFunctionMode):
+    """Keeps attention's batch dimension first, and sees data that is read past torch."""
+
+    def __init__(self, run: Recording) -> None:
+        super().__init__()
+        self._run = run
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call ``func``, or attention as plain operations."""
+        if func in (Tensor.numpy, Tensor.tolist, Tensor.__array__):
+            self._run.require_constant(args[0], func.__name__)
         if func is F.multi_head_attention_forward:
             return _attention(func, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))

@@ -217,6 +217,10 @@ class _Trials:
         except Exception as e:
             trial.set_up = time.perf_counter() - start
             trial.why_not = _reason(e)
+        near = self.fastest(len(self._built))
+        for far in self._built.keys() - {self._done[0].kind, *near}:  # they hold rows and buffers
+            del self._built[far]
+            self._builder.built.pop(far, None)
         return trial
 
     def is_spare(self, kind: Kind) -> bool:

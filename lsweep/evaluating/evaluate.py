@@ -23,7 +23,7 @@ from lsweep.backends.packed import KEPT, Packed, Spot
 from lsweep.backends.summing import Reference, Samples, stacked
 from lsweep.derivatives.differentiating import Differentiating
 from lsweep.errors import LsweepError, nearest
-from lsweep.evaluating.pieces import values_in_pieces
+from lsweep.evaluating.pieces import piece_of, values_in_pieces
 from lsweep.hosts.device import is_out_of_memory
 from lsweep.plans.pointwise import POINTWISE, expanded
 from lsweep.problems import batchnorm
@@ -81,7 +81,8 @@ class Evaluator:
                 self.batch_sizes[name] = (
                     asked if isinstance(asked, int) else default_batch_size(split, device)
                 )
-        self._usual = dict(self.batch_sizes)
+        sizes = self.batch_sizes.items()
+        self._pieces = {s: piece_of(settings, problem.splits[s], n) for s, n in sizes}
         self.dtype = torch.float64 if settings["precision"] == "float64" else torch.float32
         self._supply = Supply(problem.splits, self.batch_sizes, self.slices, device, self.dtype)
         self._centre: dict[int, list[list[list[Reference]]]] = {}
@@ -234,7 +235,8 @@ class Evaluator:
                 stay = True
             for i, split in enumerate(self.splits):
                 for b, batch in enumerate(self._some(split, slice_, limit)):
-                    most = self._usual[split] if backend is self.plain else None
+                    audits = backend is self.plain and self.backend.name != "eager"
+                    most = self._pieces[split] if audits else None
                     yield group, i, b, values_in_pieces(backend, here, batch, stay, most)
                     stay = len(here) == 1
 

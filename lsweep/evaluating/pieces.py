@@ -1,19 +1,34 @@
 """Pieces: a batch that is evaluated a few samples at a time, where all at once take much memory.
 
-The audit is eager's at a batch size that was chosen for another backend, which may need far less.
+The audit is eager's, at a batch size that was chosen for another backend, which needs far less.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lsweep.backends.eager import Backend
 from lsweep.backends.packed import Spot
-from lsweep.problems.data import Batch, map_tensors, samples_in
+from lsweep.problems.data import Batch, Split, map_tensors, samples_in
 from lsweep.problems.problem import Sampled
+
+SHARE = 4  # of the default batch size: eager is hardly slower, and takes a quarter of the memory
+
+
+def piece_of(settings: Mapping[str, Any], split: Split, size: int) -> int | None:
+    """Return how many samples the audit takes at once; None where samples may see each other.
+
+    Args:
+        settings: the plan's ``evaluate`` table.
+        split: of the data.
+        size: its default batch size.
+    """
+    free = settings["batch_size"] == "auto" and settings["batch_norm"] == "eval" and split.sizable
+    return max(1, size // SHARE) if free else None
 
 
 def values_in_pieces(
@@ -24,9 +39,9 @@ def values_in_pieces(
     Args:
         backend: whose ``values`` they are.
         spots: where.
-        batch: on the device; samples must not depend on each other where it is cut.
+        batch: on the device.
         stay: as in `Backend.values`.
-        most: how many samples at once; None takes all.
+        most: how many samples at once; None takes all, and so does a metric that is opaque.
     """
     count = samples_in(batch)
     if most is None or count <= most:
@@ -35,6 +50,8 @@ def values_in_pieces(
     for start in range(0, count, most):
         found.append(list(backend.values(spots, _rows(batch, start, start + most), stay)))
         stay = len(spots) == 1
+        if any(s.opaque for s in found[0][0].values()):
+            return list(backend.values(spots, batch, stay))
     return [_joined(parts) for parts in zip(*found, strict=True)]
 
 
@@ -50,7 +67,6 @@ def _joined(parts: Sequence[Mapping[str, Sampled]]) -> Mapping[str, Sampled]:
         name: Sampled(
             torch.cat([p[name].values for p in parts]),
             torch.cat([p[name].weights for p in parts]),
-            any(p[name].opaque for p in parts),
         )
         for name in parts[0]
     }
