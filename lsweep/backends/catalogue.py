@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lsweep.backends.eager import Backend, Eager, Ground, Seat
-from lsweep.backends.networks import Networked, inputs_of, why_no_stand_in
+from lsweep.backends.networks import Networked, NetworkOfClasses, inputs_of, why_no_stand_in
 from lsweep.backends.packed import Packed
 from lsweep.backends.variants import ChannelsLast, Compiled, Replayed, Vmapped, image_weights
 from lsweep.errors import LsweepError, nearest
@@ -87,6 +87,15 @@ class Builder:
         pack = dict if rows is self.packed else self.graph.pack
         return Networked(name, ground, rows, network, pack)
 
+    def native(self) -> Backend:
+        """Return the backend of native code."""
+        from lsweep.native.network import NativeNetwork
+
+        rows, fixed = self.rows, self.ground.directions.family is None
+        network = NativeNetwork(self.graph, rows, torch.get_num_threads(), fixed)
+        pack = dict if rows is self.packed else self.graph.pack
+        return NetworkOfClasses("native", self.ground, rows, network, pack)
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -157,9 +166,7 @@ KINDS = {
     "fused": Kind(
         lambda b: b.network("fused", "backends.fused", "FusedNetwork"), _why_not_fused, 3.0
     ),
-    "native": Kind(
-        lambda b: b.network("native", "native.network", "NativeNetwork"), _why_not_native, 3.0
-    ),
+    "native": Kind(Builder.native, _why_not_native, 3.0),
     "vmap": Kind(lambda b: Vmapped(b.ground, b.packed), _why_not_stacked, 0.5, _is_small_on_gpu),
     "cudagraph": Kind(lambda b: Replayed(b.ground, b.seat, b.packed), _why_not_replayed, 1.0),
     "compiled": Kind(lambda b: Compiled(b.ground, b.seat, b.packed), _why_not_compiled, 60.0),
