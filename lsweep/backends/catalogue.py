@@ -89,10 +89,9 @@ class Builder:
 
     def native(self) -> Backend:
         """Return the backend of native code."""
-        from lsweep.native.network import NativeNetwork
-
+        made = importlib.import_module("lsweep.native.network").NativeNetwork
         rows, fixed = self.rows, self.ground.directions.family is None
-        network = NativeNetwork(self.graph, rows, torch.get_num_threads(), fixed)
+        network = made(self.graph, rows, torch.get_num_threads(), fixed)
         pack = dict if rows is self.packed else self.graph.pack
         return NetworkOfClasses("native", self.ground, rows, network, pack)
 

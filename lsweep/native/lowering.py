@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -20,49 +19,22 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lsweep.backends.graph import Graph
 from lsweep.backends.tracing import Unsupported
+from lsweep.native.expressions import (
+    POINTWISE,
+    Array,
+    Buffer,
+    Given,
+    bound,
+    expression,
+    listed,
+    literal,
+    loops,
+    pair,
+    place,
+)
 
-POINTWISE = {  # {0} and {1} are tensors or numbers, {name} is an argument of the operator
-    "relu": "relu({0})", "tanh": "vtanh({0})", "sigmoid": "sigmoid({0})", "exp": "vexp({0})",
-    "abs": "vabs({0})", "neg": "-{0}", "silu": "{0} * sigmoid({0})", "div": "{0} / {1}",
-    "add": "{0} + {alpha} * {1}", "sub": "{0} - {alpha} * {1}", "mul": "{0} * {1}",
-    "rsub": "{1} - {alpha} * {0}", "leaky_relu": "({0} < 0 ? {negative_slope} * {0} : {0})",
-    "elu": "({0} < 0 ? {alpha} * (vexp({0}) - 1) : {0})", "relu6": "vmin(relu({0}), all(6))",
-    "hardtanh": "vmin(vmax({0}, all({min_val})), all({max_val}))",
-    "hardsigmoid": "vmin(relu({0} + 3), all(6)) / 6",
-    "hardswish": "{0} * vmin(relu({0} + 3), all(6)) / 6",
-}  # fmt: skip
 COPY, ZERO = "all(0) + {0}", "all(0)"
-USUAL = {"scale": 1, "input_scale": 1, "rounding_mode": None, "mode": "constant",
-         "ceil_mode": False, "divisor_override": None}  # fmt: skip
 LARGE = 0.25  # of the weights: a first layer that has so many is mixed
-Given = Mapping[str, Any]
-
-
-@dataclass(eq=False)
-class _Buffer:
-    """Memory of an activation, in vectors: needed from its first step to its last."""
-
-    size: int
-    first: int
-    last: int
-    start: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class _Array:
-    """A tensor: how it lies (on the meta device) in an activation's buffer, or else in a weight."""
-
-    lies: Tensor
-    home: _Buffer | None
-    name: str
-    rim: int = 0
-
-    def viewed(self, lies: Tensor) -> _Array:
-        return _Array(lies, self.home, self.name)
-
-    @property
-    def start(self) -> str:
-        return f"{self.name} + {self.lies.storage_offset()}"
 
 
 class Lowering:
@@ -90,10 +62,11 @@ class Lowering:
         self.packed = self.mixed = self._scratch = 0
         self.constants: list[Tensor] = []
         self._functions: dict[str, str] = {}
+        self._batch: Any = None
         self._prepared: list[str] = []
         self._first: list[str] = []
         self._steps: list[str] = []
-        self._buffers: list[_Buffer] = []
+        self._buffers: list[Buffer] = []
         self._values: dict[fx.Node, Any] = {}
         self._fast, nodes = fast, list(graph.module.graph.nodes)
         self._total = sum(n.meta["val"].numel() for n in nodes if "name" in n.meta)
@@ -113,13 +86,13 @@ class Lowering:
             if not name:
                 name = f"call.constants[{len(self.constants)}]"
                 self.constants.append(getattr(graph.module, node.target).contiguous())
-            self._values[node] = _Array(torch.empty(value.shape, device="meta"), None, name)
+            self._values[node] = Array(torch.empty(value.shape, device="meta"), None, name)
         self._loads = list(self._steps)
         for node in nodes:
             if node.op == "call_function" and node not in self._values:
                 self._take(node)
         out = self._straight(self._values[nodes[-1].args[0]])
-        cast(_Buffer, out.home).last = len(self._steps)
+        cast(Buffer, out.home).last = len(self._steps)
         self.shape, extent = tuple(out.lies.shape[1:]), self._place()
         self.memory = extent + self._scratch
         numbers = {"size": out.lies.numel(), "memory": self.memory, "packed": self.packed}
@@ -148,24 +121,24 @@ class Lowering:
         if target is operator.getitem:
             self._values[node] = args[0][args[1]]
             return
-        lies = tree_map(lambda a: a.lies if isinstance(a, _Array) else a, (args, kwargs))
+        lies = tree_map(lambda a: a.lies if isinstance(a, Array) else a, (args, kwargs))
         found = target(*lies[0], **lies[1])
-        whole = {_id(a.lies): a for a in tree_leaves((args, kwargs)) if isinstance(a, _Array)}
+        whole = {_id(a.lies): a for a in tree_leaves((args, kwargs)) if isinstance(a, Array)}
         if not isinstance(tree_leaves(found)[0], Tensor):
             self._values[node] = found
         elif all(_id(t) in whole for t in tree_leaves(found)):
             self._values[node] = tree_map(lambda t: whole[_id(t)].viewed(t), found)
         else:
-            name, given = _bound(node, args, kwargs)
+            name, given = bound(node, args, kwargs)
             if name in POINTWISE:
-                value, operands = _expression(name, given)
+                value, operands = expression(name, given)
                 self._values[node] = self._loops(value, operands, self._fresh(found.shape, node))
             elif hasattr(self, f"_on_{name}"):
                 getattr(self, f"_on_{name}")(node, given, tuple(found.shape))
             else:
                 raise Unsupported(f"{target} is not among its operators")
         value, shape = self._values[node], getattr(node.meta["val"], "shape", ())
-        if isinstance(value, _Array) and value.home:  # then its rows are the samples' in order
+        if isinstance(value, Array) and value.home:  # then its rows are the samples' in order
             rows = self._batch * value.lies.shape[0] if shape else 0
             if not shape or _symbol(shape[0]) != rows or shape[1:] != value.lies.shape[1:]:
                 raise Unsupported(f"{node.name} mixes the samples of a batch")
@@ -173,16 +146,16 @@ class Lowering:
     # -- steps ------------------------------------------------------------------------------------
 
     def _fresh(self, shape: Sequence[int], node: fx.Node | None = None, rim: int = 0,
-               fill: str = ZERO) -> _Array:  # fmt: skip
+               fill: str = ZERO) -> Array:  # fmt: skip
         """Return a new array, which the next steps write, with a rim or that of a node's users."""
         for user in node.users if node else ():
             if user.target is torch.ops.aten.conv2d.default:
-                rim = max(rim, *_pair(_bound(user, user.args, user.kwargs)[1]["padding"]))
+                rim = max(rim, *pair(bound(user, user.args, user.kwargs)[1]["padding"]))
         lengths = list(shape)
         for d in (-2, -1) if rim else ():  # to the right and below it, tiles of four are whole
             lengths[d] += 2 * rim + -(shape[d] + 2 * rim - 2) % 4
-        home = _Buffer(math.prod(lengths), len(self._steps), len(self._steps))
-        a = _Array(torch.empty(lengths, device="meta"), home, f"b{len(self._buffers)}", rim)
+        home = Buffer(math.prod(lengths), len(self._steps), len(self._steps))
+        a = Array(torch.empty(lengths, device="meta"), home, f"b{len(self._buffers)}", rim)
         self._buffers.append(home)
         lies = a.lies
         for d in (-2, -1) if rim else ():
@@ -190,9 +163,9 @@ class Lowering:
             self._loops(fill, [], a.viewed(lies.narrow(d, 0, rim)))
             self._loops(fill, [], a.viewed(lies.narrow(d, end, lengths[d] - end)))
             lies = lies.narrow(d, rim, shape[d])
-        return _Array(lies, home, a.name, rim)
+        return Array(lies, home, a.name, rim)
 
-    def _step(self, body: str, operands: Sequence[_Array], out: _Array, scratch: int = 0) -> _Array:
+    def _step(self, body: str, operands: Sequence[Array], out: Array, scratch: int = 0) -> Array:
         """Add a step: ``body`` reads the operands a0, a1 … and writes ``out``."""
         kinds = ["const vec*" if a.home else "const float* __restrict" for a in operands]
         heads = "".join(f"{kind} a{i}, " for i, kind in enumerate(kinds))
@@ -205,26 +178,28 @@ class Lowering:
         self._scratch = max(self._scratch, scratch)
         return out
 
-    def _loops(self, value: str, operands: Sequence[_Array], out: _Array) -> _Array:
+    def _loops(self, value: str, operands: Sequence[Array], out: Array) -> Array:
         """Add loops that write ``value`` of {0}, {1} … over the operands, broadcast."""
         if operands and not any(a.home for a in operands):
             raise Unsupported("it computes with weights alone")
         shape = out.lies.shape
-        read = [f"a{k}[{_at(a.lies.expand(shape))}]" for k, a in enumerate(operands)]
+        read = [f"a{k}[{place(a.lies.expand(shape))}]" for k, a in enumerate(operands)]
         return self._step(
-            f"{_over(shape)}out[{_at(out.lies)}] = {value.format(*read)};", operands, out
+            f"{loops(shape)}out[{place(out.lies)}] = {value.format(*read)};", operands, out
         )
 
-    def _folded(self, x: _Array, most: bool, node: fx.Node | None = None, over: int = 2) -> _Array:
+    def _folded(self, x: Array, most: bool, node: fx.Node | None = None, over: int = 2) -> Array:
         """Add the mean, or the largest, over the last dimensions of an array."""
-        shape, value, kept = x.lies.shape, f"a0[{_at(x.lies)}]", x.lies.dim() - over
-        start = f"a0[{_at(x.lies[(..., *[0] * over)])}]" if most else ZERO
+        shape, value, kept = x.lies.shape, f"a0[{place(x.lies)}]", x.lies.dim() - over
+        start = f"a0[{place(cast(Any, x.lies)[(..., *[0] * over)])}]" if most else ZERO
         fold = f"vmax(s, {value})" if most else f"s + {value}"
         end, out = 1 if most else math.prod(shape[kept:]), self._fresh(shape[:kept], node)
-        body = f"vec s = {start}; {_over(shape, kept)}s = {fold}; out[{_at(out.lies)}] = s / {end};"
-        return self._step(f"{_over(shape[:kept])}{{ {body} }}", [x], out)
+        body = (
+            f"vec s = {start}; {loops(shape, kept)}s = {fold}; out[{place(out.lies)}] = s / {end};"
+        )
+        return self._step(f"{loops(shape[:kept])}{{ {body} }}", [x], out)
 
-    def _straight(self, a: _Array) -> _Array:
+    def _straight(self, a: Array) -> Array:
         """Return an activation without gaps, in order: itself or a copy."""
         if a.home and a.lies.is_contiguous():
             return a
@@ -232,7 +207,7 @@ class Lowering:
 
     def _place(self) -> int:
         """Give buffers starts so that none that are needed at once overlap; return their extent."""
-        living: list[_Buffer] = []
+        living: list[Buffer] = []
         for b in self._buffers:
             living = sorted((x for x in living if x.last >= b.first), key=lambda x: x.start)
             for x in living:
@@ -243,8 +218,8 @@ class Lowering:
 
     # -- convolutions and linear layers -----------------------------------------------------------
 
-    def _fused(self, node: fx.Node, body: str, names: str, operands: Sequence[_Array],
-               bias: _Array | None, shape: Sequence[int], scratch: int = 0) -> None:  # fmt: skip
+    def _fused(self, node: fx.Node, body: str, names: str, operands: Sequence[Array],
+               bias: Array | None, shape: Sequence[int], scratch: int = 0) -> None:  # fmt: skip
         """Add a step whose END is done with each vector ``v`` at indices with ``names``.
 
         That is adding the bias of unit ``o``, and then each pointwise operator that is the only
@@ -256,31 +231,31 @@ class Lowering:
         if bias is not None:
             end = f"v += a{len(used)}[o * {bias.lies.stride(0)}]; "
             used.append(bias)
-        v = _Array(torch.empty(tuple(shape), device="meta"), None, "v")
+        v = Array(torch.empty(tuple(shape), device="meta"), None, "v")
         while len(chain[-1].users) == 1:
             user = next(iter(chain[-1].users))
             known = {**self._values, chain[-1]: v}
             args = [known.get(a) if isinstance(a, fx.Node) else a for a in user.args]
             if user.op != "call_function" or None in args or not hasattr(user.target, "_schema"):
                 break
-            name, given = _bound(user, args, user.kwargs)
+            name, given = bound(user, args, user.kwargs)
             if name not in POINTWISE:
                 break
-            value, terms = _expression(name, given)
+            value, terms = expression(name, given)
             others = [a for a in terms if a is not v]
             if not all(a.home and a.lies.shape == v.lies.shape for a in others):
                 break
-            at = [f"a{len(used) + i}[{_at(a.lies, names)}]" for i, a in enumerate(others)]
+            at = [f"a{len(used) + i}[{place(a.lies, names)}]" for i, a in enumerate(others)]
             end += f"v = {value.format(*('v' if a is v else at[others.index(a)] for a in terms))}; "
             used += others
             chain.append(user)
         out = self._fresh(shape, chain[-1])
-        body = body.replace("END", end + f"out[{_at(out.lies, names)}] = v;")
+        body = body.replace("END", end + f"out[{place(out.lies, names)}] = v;")
         self._values.update(dict.fromkeys(chain, self._step(body, used, out, scratch)))
 
     def _on_conv2d(self, node: fx.Node, given: Given, shape: tuple[int, ...]) -> None:
         x, w, groups = given["input"], given["weight"], given["groups"]
-        (ph, pw), (sh, sw), (dh, dw) = (_pair(given[k]) for k in ("padding", "stride", "dilation"))
+        (ph, pw), (sh, sw), (dh, dw) = (pair(given[k]) for k in ("padding", "stride", "dilation"))
         if not x.home or x.rim < max(ph, pw):
             x = self._loops(COPY, [x], self._fresh(x.lies.shape, rim=max(ph, pw)))
         (co, ci, kh, kw), (_, _, oh, ow) = w.lies.shape, shape
@@ -288,7 +263,7 @@ class Lowering:
         a = f"a1 + g * {units * ci * kh * kw}"
         corner = f"a0 - {ph * row + pw * column}"
         b = f"{corner} + g * {ci * channel} + y * {sh * row}, {ow}, {sw * column}"
-        numbers = _list(units, ci, kh, kw, ci * kh * kw, channel, dh * row, dw * column)
+        numbers = listed(units, ci, kh, kw, ci * kh * kw, channel, dh * row, dw * column)
         body = f"for (int g = 0; g < {groups}; g++) for (int y = 0; y < {oh}; y++)\n"
         body += f"  product<{numbers}>({a}, {b}, [=](int m, int x, vec v) {{ "
         body += f"int o = g * {units} + m; END }});"
@@ -299,8 +274,8 @@ class Lowering:
             u, room = f"packed + {self.packed}", 36 * (ci + co + 2) * (4 if ci * co > 4096 else 1)
             self._prepared.append(f"winograd_weights<{ci}, {co}>({w.start}, {u});")
             self.packed += 36 * ci * co
-            w = _Array(torch.empty(1, device="meta"), None, u)
-            body = f"winograd<{_list(ci, co, oh, ow, channel, row)}>(a1, {corner}, scratch, "
+            w = Array(torch.empty(1, device="meta"), None, u)
+            body = f"winograd<{listed(ci, co, oh, ow, channel, row)}>(a1, {corner}, scratch, "
             body += "[=](int o, int y, int x, vec v) { END });"
         self._fused(node, body, "0oyx", [x, w], given["bias"], shape, room)
 
@@ -308,8 +283,8 @@ class Lowering:
         x, w, bias = given["input"], given["weight"], given["bias"]
         if x.lies.dim() != 2 or not x.home or w.lies.stride(1) != 1:
             raise Unsupported("it has a linear layer of another kind")
-        (units, k), step, source = w.lies.shape, x.lies.stride(1), node.args[0]
-        body = f"product<{_list(units, k, 1, 1, w.lies.stride(0), step, 0, 0)}>(a1, a0, 1, 0, "
+        (units, k), step, source = w.lies.shape, x.lies.stride(1), cast(fx.Node, node.args[0])
+        body = f"product<{listed(units, k, 1, 1, w.lies.stride(0), step, 0, 0)}>(a1, a0, 1, 0, "
         body += "[=](int o, int, vec v) { END });"
         while (
             source.op == "call_function" and len(source.users) == len(source.all_input_nodes) == 1
@@ -322,12 +297,12 @@ class Lowering:
         if not (self._fast and moves and alone and large):
             self._fused(node, body, "0o", [x, w], bias, shape)
             return
-        z = _Array(torch.empty(shape, device="meta"), None, "z")
+        z = Array(torch.empty(shape, device="meta"), None, "z")
         end = f"out[o] = v{' + a2[o]' if bias is not None else ''};"
         self._step(body.replace("END", end), terms, z)
         self._first, self._steps, self.mixed = self._steps, [], units
         copy, out = f"for (int i = 0; i < {units}; i++) out[i] = a0[i];", self._fresh(shape)
-        self._values[node] = self._step(copy, [_Array(z.lies, out.home, "z")], out)
+        self._values[node] = self._step(copy, [Array(z.lies, out.home, "z")], out)
 
     # -- others -----------------------------------------------------------------------------------
 
@@ -335,7 +310,7 @@ class Lowering:
         names = ("running_mean", "running_var", "weight", "bias")
         per_channel = (-1, *[1] * (len(shape) - 2))
         fixed = [given[k].viewed(given[k].lies.view(per_channel)) for k in names if given[k]]
-        value = f"({{0}} - {{1}}) / sqrtf({{2}} + {_literal(given['eps'])})"
+        value = f"({{0}} - {{1}}) / sqrtf({{2}} + {literal(given['eps'])})"
         value += "".join([" * {3}", " + {4}"][: len(fixed) - 2])
         self._values[node] = self._loops(value, [given["input"], *fixed], self._fresh(shape, node))
 
@@ -347,16 +322,16 @@ class Lowering:
         self._values[node] = found.viewed(found.lies.view(shape))
 
     def _on_max_pool2d(self, node: fx.Node, given: Given, shape: tuple[int, ...]) -> None:
-        x, most, pad = given["self"], "dilation" in given, _pair(given.get("padding", 0))
+        x, most, pad = given["self"], "dilation" in given, pair(given.get("padding", 0))
         steps = [n // m for n, m in zip(x.lies.shape[-2:], shape[-2:], strict=True)]
-        size = _pair(given.get("kernel_size", steps))
+        size = pair(given.get("kernel_size", steps))
         uneven = "output_size" in given and x.lies.shape[-2:] != (
             shape[-2] * steps[0],
             shape[-1] * steps[1],
         )
-        steps = _pair(given.get("stride") or size)
+        steps = pair(given.get("stride") or size)
         rimless = any(pad) and not given.get("count_include_pad", True)
-        if uneven or rimless or _pair(given.get("dilation", 1)) != [1, 1]:
+        if uneven or rimless or pair(given.get("dilation", 1)) != [1, 1]:
             raise Unsupported("it has a pool of another kind")
         if any(pad):
             rim = self._fresh(x.lies.shape, None, max(pad), "all(-INFINITY)" if most else ZERO)
@@ -380,7 +355,7 @@ class Lowering:
 
     def _on_pad(self, node: fx.Node, given: Given, shape: tuple[int, ...]) -> None:
         pad, x, out = given["pad"], given["self"], self._fresh(shape, node)
-        inner = self._loops(f"all({_literal(given['value'] or 0)})", [], out).lies
+        inner = self._loops(f"all({literal(given['value'] or 0)})", [], out).lies
         for d, before in enumerate(pad[::2], 1):
             inner = inner.narrow(-d, before, x.lies.shape[-d])
         self._loops(COPY, [x], out.viewed(inner))
@@ -400,50 +375,3 @@ def _id(t: Tensor) -> int:
 def _symbol(size: Any) -> Any:
     """Return a length as an expression of the batch's: compared by form, not at the example."""
     return size if isinstance(size, int) else size.node.expr
-
-
-def _pair(value: Any) -> list[int]:
-    many = list(value) if isinstance(value, (list, tuple)) else [value]
-    return many * 2 if len(many) == 1 else many
-
-
-def _list(*numbers: int) -> str:
-    return ", ".join(map(str, numbers))
-
-
-def _over(shape: Sequence[int], first: int = 0) -> str:
-    """Return loops over i0, i1 … of a shape, from one of its dimensions on."""
-    lengths = list(enumerate(shape))[first:]
-    return "".join(f"for (int i{d} = 0; i{d} < {n}; i{d}++) " for d, n in lengths)
-
-
-def _at(lies: Tensor, names: str = "") -> str:
-    """Return where an element lies whose indices are i0, i1 …, or are named by letters."""
-    indices = list(names) or [f"i{d}" for d in range(lies.dim())]
-    return " + ".join(f"{i} * {s}" for i, s in zip(indices, lies.stride(), strict=True)) or "0"
-
-
-def _literal(value: Any) -> str:
-    if not isinstance(value, (int, float)):
-        return str(value)
-    return f"{float(value)!r}f".replace("inff", "INFINITY").replace("nanf", "NAN")
-
-
-def _bound(node: fx.Node, args: Sequence[Any], kwargs: Given) -> tuple[str, dict[str, Any]]:
-    """Return an operator's name and all its arguments by name."""
-    schema = cast(Any, node.target)._schema
-    given = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    given |= dict(zip([a.name for a in schema.arguments], args, strict=False)) | dict(kwargs)
-    name = schema.name.removeprefix("aten::")
-    for key, usual in USUAL.items():
-        if given.get(key, usual) != usual:
-            raise Unsupported(f"its {name} has {key} {given[key]}")
-    return name, given
-
-
-def _expression(name: str, given: Given) -> tuple[str, list[_Array]]:
-    """Return a pointwise operator as C++ of {0}, {1} …, and these operands."""
-    operands = [a for a in (given.get(k) for k in ("self", "input", "other")) if a is not None]
-    arrays = [a for a in operands if isinstance(a, _Array)]
-    terms = [f"{{{arrays.index(a)}}}" if a in arrays else _literal(a) for a in operands]
-    return POINTWISE[name].format(*terms, **{k: _literal(v) for k, v in given.items()}), arrays

@@ -154,7 +154,7 @@ class _Program:
         self._version = rows._version if points == 1 else -1
         kinds = (points, len(leaves[0]), *shape) if labels is None else (2, points, len(leaves[0]))
         out, finite = torch.empty(kinds), torch.ones(points, dtype=torch.bool)
-        more = {"labels": labels, "first": first, "offsets": offsets, "out": out}
+        more: dict[str, Any] = {"labels": labels, "first": first, "offsets": offsets, "out": out}
         more |= {"finite": finite, "points": points, "moved": moved}
         self._call(self._library.forward, rows, leaves, **more)
         return out, finite
