@@ -371,14 +371,15 @@ def test_neither_a_graph_nor_native_code_imports_a_compiler_of_torch():
         import sys, torch
         from torch import nn
         from lsweep.backends.graph import traced
+        from lsweep.backends.packed import Packed
         from lsweep.errors import LsweepError
         from lsweep.native.network import NativeNetwork
         net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten())
         x = torch.randn(4, 1, 6, 6)
         graph = traced(net.eval(), x, frozenset())
-        views = graph.pack({n: t.detach() for n, t in net.state_dict().items()})
+        state = graph.pack({n: t.detach() for n, t in net.state_dict().items()})
         try:
-            NativeNetwork(graph, views, x, x.device, x.dtype, 1)
+            NativeNetwork(graph, Packed(state, [], x.device, x.dtype), 1)
         except LsweepError:
             pass  # no compiler here
         print([m for m in ("sympy", "torch._dynamo") if m in sys.modules])

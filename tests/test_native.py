@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lsweep.backends.graph import Graph, traced
+from lsweep.backends.packed import Packed
 from lsweep.backends.tracing import Unsupported
 from lsweep.errors import LsweepError
 from lsweep.native import compiling
@@ -21,7 +22,6 @@ from lsweep.native.network import NativeNetwork
 builds = pytest.mark.skipif(
     shutil.which("c++") is None or platform.machine() != "x86_64", reason="nothing to build with"
 )
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,7 +47,7 @@ class Residual(nn.Module):
         x = F.relu(self.outer(F.relu(self.inner(x))) + x)
         x = F.relu(self.smaller(x) + self.way(x))
         y = F.pad(x[:, ::2, ::2, ::2], (0, 0, 0, 0, 2, 3))
-        x = F.relu(F.avg_pool2d(x, 2, ceil_mode=True) - 0.5 * y)
+        x = F.relu(F.avg_pool2d(F.pad(x, (0, 0, 0, 1)), 2) - 0.5 * y)
         return self.head(self.last(torch.cat([x, y], 1)).mean((2, 3)))
 
 
@@ -60,8 +60,8 @@ class Windows(nn.Module):
             nn.BatchNorm2d(3), nn.Conv2d(3, 10, 3, (2, 1), (2, 0)), nn.SiLU(),
             nn.Conv2d(10, 10, 3, padding=2, dilation=2, groups=10), nn.Hardswish(),
             nn.MaxPool2d(3, 2, 1), nn.Conv2d(10, 14, (1, 3), groups=2), nn.ELU(0.7),
-            nn.AvgPool2d(2, 1, 1), nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.Tanh(),
-            nn.AdaptiveAvgPool2d((3, 2)), nn.Flatten(), nn.Linear(84, 7), nn.LeakyReLU(0.1),
+            nn.AvgPool2d(2, 1, 1), nn.Tanh(), nn.AdaptiveAvgPool2d((5, 3)), nn.Flatten(),
+            nn.Linear(210, 7), nn.LeakyReLU(0.1),
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,14 +73,13 @@ def flat() -> nn.Module:
                          nn.Linear(17, 5, bias=False), nn.ReLU6())  # fmt: skip
 
 
-def graph_of(model: nn.Module, x: Tensor) -> tuple[Graph, dict[str, Tensor]]:
+def graph_of(model: nn.Module, x: Tensor) -> tuple[Graph, Packed]:
+    """Return a network as a graph and its packed rows, with one direction."""
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     graph = traced(model, x[:3], frozenset(dict(model.named_parameters())))
-    return graph, {n: t.detach().clone() for n, t in graph.pack(state).items()}
-
-
-def native(graph: Graph, views: dict[str, Tensor], x: Tensor, threads: int = 1) -> NativeNetwork:
-    return NativeNetwork(graph, views, x[:3], CPU, torch.float32, threads)
+    packed = {n: t.detach() for n, t in graph.pack(state).items()}
+    direction = {n: t.sin() for n, t in packed.items()}
+    return graph, Packed(packed, [direction], torch.device("cpu"), torch.float32)
 
 
 @builds
@@ -92,15 +91,15 @@ def test_it_computes_what_the_network_computes(make):
         if "running" in name:
             buffer.uniform_(0.5, 2)
     x = torch.randn(70, 13) if make is flat else torch.randn(70, 3, 13, 15)
-    graph, views = graph_of(model, x)
-    network, both = native(graph, views, x), native(graph, views, x, threads=2)
-    assert (network._careful is None) == (make is Residual)  # Winograd's algorithm is in use
+    graph, packed = graph_of(model, x)
+    network, both = NativeNetwork(graph, packed, 1), NativeNetwork(graph, packed, 2)
+    assert (network._fast.lowering.packed > 0) == (make is Residual)  # Winograd's algorithm
     with torch.no_grad():
         for move in (0.0, 0.3):  # the weights are read at each call
-            for t in views.values():
-                t.add_(move * t.sin())
-            eager = graph.module(*views.values(), x)
-            truth = graph.module.double()(*(t.double() for t in (*views.values(), x)))
+            packed.move([move])
+            weights = [packed.views[n] for n in graph.names]
+            eager = graph.module(*weights, x)
+            truth = graph.module.double()(*(t.double() for t in (*weights, x)))
             graph.module.float()
             allowed = 1e-6 * truth.abs().max() + 4 * (eager - truth).abs().max()
             for n in (1, 7, 16, 33, 70):
@@ -115,12 +114,14 @@ def test_what_is_not_finite_comes_through_as_from_the_network():
     torch.manual_seed(2)
     model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 1)).eval()
     x = torch.randn(20, 8, 8, 8)
-    graph, views = graph_of(model, x)
-    network = native(graph, views, x)
-    assert network._careful is None  # Winograd's algorithm is in use
+    graph, packed = graph_of(model, x)
+    network, views = NativeNetwork(graph, packed, 1), packed.views
+    assert network._fast.lowering.packed  # Winograd's algorithm is in use
     x[3, 0, 2, 2], x[5, 0, 3, 3], x[7, 1, 4, 4] = torch.nan, torch.inf, 3e38
     views["0.weight"].mul_(30)
-    eager, found = model_at(graph, views, x), network(x)
+    with torch.no_grad():
+        eager = graph.module(*(views[n] for n in graph.names), x)
+    found = network(x)
     finite = eager.isfinite()
     assert 0 < (~finite).sum() < finite.numel() / 10
     assert torch.equal(finite, found.isfinite()) and torch.equal(eager.isnan(), found.isnan())
@@ -128,9 +129,34 @@ def test_what_is_not_finite_comes_through_as_from_the_network():
     assert torch.allclose(eager[finite], found[finite], rtol=1e-4, atol=1e-4)
 
 
-def model_at(graph: Graph, views: dict[str, Tensor], x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return graph.module(*views.values(), x)
+@builds
+@pytest.mark.parametrize("threads", [1, 2])
+def test_losses_of_classes_are_those_of_torch_at_any_number_of_points(threads):
+    """With a first layer that is mixed of what it makes of the origin and the direction."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 7)).eval()
+    x, labels = torch.randn(50, 30), torch.randint(0, 7, (50,))
+    labels[4] = -100
+    graph, packed = graph_of(model, x)
+    network = NativeNetwork(graph, packed, threads)
+    assert network._fast.lowering.mixed and network.points > 2
+    offsets = [[0.0], [1.5], [-40.0]]
+    rows = packed.stack(offsets)["0.weight"].new_empty(3, len(packed.theta))
+    for row, at in zip(rows, offsets, strict=True):
+        packed.move(at)
+        row.copy_(packed.theta)
+    (losses, hits), finite = network.losses(rows, offsets, x, labels)
+    assert finite.all()
+    for k, at in enumerate(offsets):
+        packed.move(at)
+        output = network(x).double()
+        truth = F.cross_entropy(output, labels, reduction="none")
+        assert torch.allclose(losses[k].double(), truth, rtol=1e-5, atol=1e-6 * output.abs().max())
+        assert torch.equal(hits[k], 100.0 * (output.argmax(1) == labels))
+        alone = network.losses(rows[k : k + 1], offsets[k : k + 1], x, labels)[0]
+        assert torch.equal(alone[:, 0], torch.stack([losses[k], hits[k]]))
+    x[9, 3] = torch.inf
+    assert not network.losses(rows, offsets, x.clone(), labels)[1].any()
 
 
 class Mixes(nn.Module):
@@ -153,13 +179,13 @@ class Mixes(nn.Module):
 def test_what_it_cannot_take_is_named(model, why):
     graph, _ = graph_of(model.eval(), torch.randn(3, 4))
     with pytest.raises(Unsupported, match=why):
-        Lowering(graph, 1, True)
+        Lowering(graph, dict.fromkeys(graph.names, 0), True)
 
 
 @builds
 def test_samples_of_another_shape_are_refused_before_memory_is_touched():
     x = torch.randn(3, 13)
-    network = native(*graph_of(flat().eval(), x), x)
+    network = NativeNetwork(*graph_of(flat().eval(), x), 1)
     for wrong in (torch.randn(3, 12), torch.randn(3, 13).double()):
         with pytest.raises(LsweepError, match=r"more than length|not float32"):
             network(wrong)

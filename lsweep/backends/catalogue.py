@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lsweep.backends.eager import Backend, Eager, Ground, Seat
-from lsweep.backends.networks import Networked, inputs_of, why_no_stand_in
+from lsweep.backends.networks import Networked, NetworkOfClasses, inputs_of, why_no_stand_in
 from lsweep.backends.packed import Packed
 from lsweep.backends.variants import ChannelsLast, Compiled, Replayed, Vmapped, image_weights
 from lsweep.errors import LsweepError, nearest
@@ -86,6 +86,14 @@ class Builder:
         pack = dict if rows is self.packed else self.graph.pack
         return Networked(name, ground, rows, network, pack)
 
+    def native(self, ground: Ground) -> Backend:
+        """Return the backend of native code."""
+        made = importlib.import_module("lsweep.native.network").NativeNetwork
+        rows, fixed = self.rows, ground.directions.family is None
+        network = made(self.graph, rows, torch.get_num_threads(), fixed)
+        pack = dict if rows is self.packed else self.graph.pack
+        return NetworkOfClasses("native", ground, rows, network, pack)
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -156,11 +164,7 @@ KINDS = {
     "fused": Kind(
         lambda b, at: b.network(at, "fused", "backends.fused", "FusedNetwork"), _why_not_fused, 1.0
     ),
-    "native": Kind(
-        lambda b, at: b.network(at, "native", "native.network", "NativeNetwork"),
-        _why_not_native,
-        3.0,
-    ),
+    "native": Kind(lambda b, at: b.native(at), _why_not_native, 3.0),
     "vmap": Kind(lambda b, at: Vmapped(at, b.packed), _why_not_stacked, 0.5, _is_small_on_gpu),
     "cudagraph": Kind(lambda b, at: Replayed(at, b.seat, b.packed), _why_not_replayed, 1.0),
     "compiled": Kind(lambda b, at: Compiled(at, b.seat, b.packed), _why_not_compiled, 60.0),

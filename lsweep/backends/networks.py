@@ -1,17 +1,21 @@
-"""Networks as backends: whatever computes a network's output at packed weights stands in for it."""
+"""Networks as backends: whatever computes a network's output at packed weights stands in for it.
+
+One that computes the losses of classes as well is given many points at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lsweep.backends.eager import Ground, Moving
 from lsweep.backends.packed import Packed, Spot
 from lsweep.problems.data import Batch
-from lsweep.problems.problem import Sampled, causal_lm, classifier
+from lsweep.problems.problem import Sampled, causal_lm, classifier, split_batch
 from lsweep.problems.weights import State
 
 CALLS_ONLY = (None, classifier, causal_lm)  # as ``forward``, use nothing of a model but its output
@@ -54,6 +58,93 @@ class Networked:
             with torch.no_grad():
                 found = self._ground.problem.evaluate(batch, self._ground.metrics, self._stand_in)
             yield found
+
+
+class Classifying(Protocol):
+    """A network that computes cross-entropy and accuracy itself, at up to so many points at once.
+
+    Where something that comes out is not finite it says so, and then the problem's loss is used.
+    """
+
+    points: int
+    classes: int
+
+    def __call__(self, inputs: Any) -> Tensor:
+        """Return the output at the present weights."""
+
+    def losses(
+        self, rows: Tensor, offsets: Sequence[Sequence[float]], inputs: Any, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return losses and hits [2, points, samples], and where all was finite [points]."""
+
+
+class NetworkOfClasses(Networked):
+    """A network whose losses it computes itself where they are those of classes.
+
+    Args:
+        name: of the backend.
+        ground: what to evaluate.
+        packed: the rows whose views the network reads.
+        network: computes.
+        pack: a whole state -> what the rows hold.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        ground: Ground,
+        packed: Packed,
+        network: Classifying,
+        pack: Callable[[State], State],
+    ) -> None:
+        super().__init__(name, ground, packed, network, pack)
+        self._classifying, self._theta = network, packed.theta
+        self._rows = packed.theta[None]
+        if network.points > 1:
+            self._rows = packed.theta.new_empty(network.points, len(packed.theta))
+        self.together = network.points > 1
+        self._ignored = ground.problem.ignored_label(ground.metrics)
+        # target -> each metric's weights; None where they are not known
+        self._known: MutableMapping[Tensor, Mapping[str, Tensor] | None] = WeakTensorKeyDictionary()
+
+    def values(
+        self, spots: Sequence[Spot], batch: Batch, stay: bool = False
+    ) -> Iterator[Mapping[str, Sampled]]:
+        """Yield the metrics at each spot; see `Backend`."""
+        inputs: Any = None
+        labels: Any = None
+        if self._ignored is not None:
+            inputs, labels = split_batch(batch)
+        weights = self._weights(labels)
+        if weights is None or any(s.step >= 0 for s in spots):
+            yield from super().values(spots, batch, stay)
+            return
+        for start in range(0, len(spots), len(self._rows)):
+            group = spots[start : start + len(self._rows)]
+            for spot, row in zip(group if not stay else (), self._rows, strict=False):
+                self._moving.move(spot)
+                if self.together:
+                    row.copy_(self._theta)
+            offsets = [self._ground.directions.along(s.offsets) for s in group]
+            rows = self._rows[: len(group)]
+            found, finite = self._classifying.losses(rows, offsets, inputs, labels)
+            for spot, fine, loss, hits in zip(group, finite.tolist(), *found, strict=True):
+                if fine:
+                    yield {m: Sampled(loss if m == "loss" else hits, w) for m, w in weights.items()}
+                else:
+                    yield from super().values([spot], batch)
+
+    def _weights(self, target: Any) -> Mapping[str, Tensor] | None:
+        """Return each metric's weights; None where targets are not classes that it knows."""
+        if not isinstance(target, Tensor) or target.dtype != torch.int64 or target.dim() != 1:
+            return None
+        if target not in self._known:
+            kept = torch.ne(target, self._ignored or 0)
+            known = (target >= 0) & (target < self._classifying.classes)
+            weights = {m: kept if m == "loss" else known for m in self._ground.metrics}
+            fine = target.is_contiguous() and not bool((kept & ~known).any())
+            self._known[target] = {m: w.float() for m, w in weights.items()} if fine else None
+        return self._known[target]
 
 
 def inputs_of(ground: Ground, batch: Batch) -> Any:

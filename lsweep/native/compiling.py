@@ -10,7 +10,6 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from lsweep.backends.tracing import Unsupported
 SECONDS = 60.0  # a compilation that takes longer is given up
 FLAGS = (  # never -ffast-math: NaN and infinity must come through
     "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math",
-    "-shared", "-fPIC", "-pthread", "-w",
+    "-shared", "-fPIC", "-w",
 )  # fmt: skip
 
 
@@ -34,46 +33,46 @@ def compiled(source: str) -> ctypes.CDLL:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         raise Unsupported("there is no C++ compiler (c++, or what CXX names)")
-    header = resources.files("lsweep.native") / "native.h"
+    source = source.replace(
+        '#include "native.h"', (resources.files("lsweep.native") / "native.h").read_text()
+    )
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    parts = [source.encode(), header.read_bytes(), version, _processor(), *map(str.encode, FLAGS)]
+    parts = [source.encode(), version, _processor(), *map(str.encode, FLAGS)]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lsweep" / "native"
     library = cache / f"{key}.so"
     try:
         for folder in (cache.parent, cache):  # who may write the outer one may replace the inner
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _private(folder, stat.S_ISDIR)
+            _private(folder, stat.S_IFDIR)
         if not library.exists():
-            _compile(compiler, source, header.read_text(), library)
-        _private(library, stat.S_ISREG)
+            _compile(compiler, source, library)
+        _private(library, stat.S_IFREG)
         return ctypes.CDLL(str(library))
     except OSError as e:
         raise Unsupported(f"the cache of native code cannot be used: {e}") from None
+    except subprocess.TimeoutExpired:
+        raise Unsupported(f"compiling it takes more than {SECONDS:.0f} s") from None
 
 
-def _compile(compiler: str, source: str, header: str, library: Path) -> None:
+def _compile(compiler: str, source: str, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as name:
-        folder = Path(name)
-        (folder / "native.h").write_text(header)
-        (folder / "network.cpp").write_text(source)
-        command = [compiler, *FLAGS, "-o", "network.so", "network.cpp"]
-        try:
-            done = subprocess.run(
-                command, cwd=folder, capture_output=True, text=True, timeout=SECONDS, check=False
-            )
-        except subprocess.TimeoutExpired:
-            raise Unsupported(f"compiling it takes more than {SECONDS:.0f} s") from None
+        built = Path(name, "network.so")
+        command = [compiler, *FLAGS, "-o", str(built), "-x", "c++", "-"]
+        done = subprocess.run(
+            command, input=source, capture_output=True, text=True, timeout=SECONDS, check=False
+        )
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line]
             raise Unsupported(f"{compiler} failed: {(errors or ['?'])[0][:160]}")
-        (folder / "network.so").chmod(0o600)
-        (folder / "network.so").replace(library)
+        built.chmod(0o600)
+        built.replace(library)
 
 
-def _private(path: Path, kind: Callable[[int], bool]) -> None:
+def _private(path: Path, kind: int) -> None:
     found = path.lstat()
-    if not kind(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+    ours = found.st_uid == os.geteuid() and not found.st_mode & 0o022
+    if not ours or stat.S_IFMT(found.st_mode) != kind:
         raise Unsupported(f"others could have written {path}: remove it")
 
 

@@ -5,31 +5,23 @@
 // Float32 as written: no reassociation, NaN and infinity come through.
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cmath>
-#include <thread>
 #include <type_traits>
-#include <vector>
 
 #define INLINE inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
 #define UNROLL _Pragma("GCC unroll 36")
 
-// MB x NB accumulators fill the registers; a weight is read from memory as it is multiplied.
 #ifdef __AVX512F__
-constexpr int L = 16, MB = 6, NB = 4, WINO_M = 8, WINO_T = 4;
+constexpr int L = 16;
 #elif defined(__AVX2__)
-constexpr int L = 8, MB = 3, NB = 4, WINO_M = 4, WINO_T = 2;
+constexpr int L = 8;
 #else
 #error the processor has no AVX2
 #endif
+constexpr int UNITS = 12;  // sums at once: as many as hide the latency of an addition
 typedef float vec __attribute__((vector_size(4 * L)));
 typedef int ivec __attribute__((vector_size(4 * L)));
-
-// Calls f(start, size) over 0..N in blocks of B; the size of the last block is what is left.
-template <int N, int B, class F> static INLINE void blocks(F f) {
-  for (int i = 0; i < N / B; i++) f(i * B, std::integral_constant<int, B>{});
-  if constexpr (N % B) f(N / B * B, std::integral_constant<int, N % B>{});
-}
 
 // ---- numbers ------------------------------------------------------------------------------------
 
@@ -39,17 +31,23 @@ static INLINE vec vmin(vec a, vec b) { return b < a || b != b ? b : a; }
 static INLINE vec relu(vec v) { return v < 0 ? vec{} : v; }
 static INLINE vec vabs(vec v) { return v < 0 ? -v : v; }
 template <int N> static INLINE vec poly(const float (&c)[N], vec x) {
-  vec p = vec{} + c[N - 1];
+  vec p = all(c[N - 1]);
   UNROLL for (int i = N - 2; i >= 0; i--) p = p * x + c[i];
   return p;
 }
 static INLINE vec vexp(vec x) {  // 2^n e^r with |r| <= log(2)/2; the polynomials here are our fits
-  x = x > 89 ? vec{} + 89 : x < -104 ? vec{} - 104 : x;
+  x = x > 89 ? all(89) : x < -104 ? all(-104) : x;
   vec n = x * 1.44269504f + 12582912.f - 12582912.f;  // to the nearest integer
   vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
   vec p = poly({1, 1, .500000011f, .166664154f, .0416662181f, .00837513527f, .00139485899f}, r);
   ivec i = __builtin_convertvector(n, ivec), half = i >> 1;  // 2^n may be beyond a float
   return p * (vec)((half + 127) << 23) * (vec)((i - half + 127) << 23);
+}
+static INLINE vec vlog(vec x) {  // of 1 or more: 2^n m with m from sqrt(1/2), 2 atanh((m-1)/(m+1))
+  ivec i = (ivec)x - 0x3f3504f3;
+  vec m = (vec)((i & 0x7fffff) + 0x3f3504f3), s = (m - 1) / (m + 1), z = s * s;
+  vec n = __builtin_convertvector(i >> 23, vec);
+  return n * .693147181f + 2 * s * poly({1, 1 / 3.f, 1 / 5.f, 1 / 7.f, 1 / 9.f}, z);
 }
 static INLINE vec vtanh(vec x) {
   vec a = vabs(x), z = x * x, big = 1 - 2 / (vexp(2 * a) + 1);
@@ -61,236 +59,209 @@ static INLINE vec sigmoid(vec x) { return 1 / (1 + vexp(-x)); }
 
 // ---- products -----------------------------------------------------------------------------------
 
-// acc[m][n] = sum over c, y, x of a[m][c, y, x] b[c][y][x][n], at the strides A*, B*.
-template <int M, int N, int C, int H, int W, int AM, int AK, int BC, int BH, int BW, int BN>
-static INLINE void block(const float* a, const vec* b, vec (&acc)[M][N]) {
-  UNROLL for (int m = 0; m < M; m++) UNROLL for (int n = 0; n < N; n++) acc[m][n] = vec{};
-  int k = 0;
-  for (int c = 0; c < C; c++)
-    for (int y = 0; y < H; y++)
-      for (int x = 0; x < W; x++, k++) {
-        const vec* p = b + c * BC + y * BH + x * BW;
-        vec v[N];
-        UNROLL for (int n = 0; n < N; n++) v[n] = p[n * BN];
-        UNROLL for (int m = 0; m < M; m++) {
-          float w = a[m * AM + k * AK];
-          UNROLL for (int n = 0; n < N; n++) acc[m][n] += w * v[n];
-        }
-      }
+// Calls f(start, size) over 0..N in blocks of B; the size of the last block is what is left.
+template <int N, int B, class F> static INLINE void blocks(F f) {
+  for (int i = 0; i < N / B; i++) f(i * B, std::integral_constant<int, B>{});
+  if constexpr (N % B) f(N / B * B, std::integral_constant<int, N % B>{});
 }
-
-// end(m, n, value) for value = sum over k of a[m][k] b[k][n].
-template <int M, int N, int K, int AM, int AK, int BK, int BN, class F>
-static INLINE void product(const float* a, const vec* b, F end) {
-  blocks<N, NB>([&](int n0, auto nb) {
-    blocks<M, MB>([&](int m0, auto mb) {
-      constexpr int ms = decltype(mb)::value, ns = decltype(nb)::value;
-      vec acc[ms][ns];
-      block<ms, ns, K, 1, 1, AM, AK, BK, 0, 0, BN>(a + m0 * AM, b + n0 * BN, acc);
-      UNROLL for (int m = 0; m < ms; m++)
-        UNROLL for (int n = 0; n < ns; n++) end(m0 + m, n0 + n, acc[m][n]);
-    });
-  });
-}
-
-// Convolution over a copy with a rim of zeros. end(channel, index in the output, value).
-template <int CI, int CO, int H, int W, int KH, int KW, int SH, int SW, int PH, int PW, int DH,
-          int DW, int GROUPS, class F>
-static INLINE void conv(const float* w, const vec* in, vec* scratch, F end) {
-  constexpr int RH = H + 2 * PH, RW = W + 2 * PW, GI = CI / GROUPS, GO = CO / GROUPS;
-  constexpr int OH = (RH - DH * (KH - 1) - 1) / SH + 1, OW = (RW - DW * (KW - 1) - 1) / SW + 1;
-  const vec* rimmed = in;
-  if (PH || PW) {
-    for (int i = 0; i < CI * RH * RW; i++) {
-      int c = i / (RH * RW), y = i / RW % RH - PH, x = i % RW - PW;
-      bool there = y >= 0 && y < H && x >= 0 && x < W;
-      scratch[i] = there ? in[(c * H + y) * W + x] : vec{};
-    }
-    rimmed = scratch;
-  }
-  for (int g = 0; g < GROUPS; g++)
-    for (int y = 0; y < OH; y++)
-      blocks<OW, NB>([&](int x0, auto nb) {
-        blocks<GO, MB>([&](int m0, auto mb) {
-          constexpr int ms = decltype(mb)::value, ns = decltype(nb)::value, K = GI * KH * KW;
-          vec acc[ms][ns];
-          const vec* corner = rimmed + (g * GI * RH + y * SH) * RW + x0 * SW;
-          const float* weights = w + (g * GO + m0) * K;
-          block<ms, ns, GI, KH, KW, K, 1, RH * RW, DH * RW, DW, SW>(weights, corner, acc);
-          UNROLL for (int m = 0; m < ms; m++) UNROLL for (int n = 0; n < ns; n++) {
-            int o = g * GO + m0 + m;
-            end(o, (o * OH + y) * OW + x0 + n, acc[m][n]);
+// Calls end(m, j, value) for value = sum over c, y, x of a[m][c, y, x] b[j][c][y][x], for all m < M
+// and j < n, at the strides A* and B*: a linear layer, or a row of a convolution. A weight is read
+// from memory as it is multiplied, which costs nothing. Where AM is 0, the weights of each block of
+// units are [c, y, x][m].
+template <int M, int C, int H, int W, int AM, int BC, int BH, int BW, class F>
+static INLINE void product(const float* a, const vec* b, int n, int step, F end) {
+  blocks<M, UNITS>([&](int m0, auto units) {
+    for (int j = 0; j < n; j++) {
+      vec sums[units()] = {};
+      const float* w = a + m0 * (AM ? AM : C * H * W);
+      for (int c = 0; c < C; c++)
+        for (int y = 0; y < H; y++)
+          for (int x = 0; x < W; x++, w += AM ? 1 : units()) {
+            vec v = b[j * step + c * BC + y * BH + x * BW];
+            UNROLL for (int m = 0; m < units(); m++) sums[m] += w[m * (AM ? AM : 1)] * v;
           }
-        });
-      });
+      UNROLL for (int m = 0; m < units(); m++) end(m0 + m, j, sums[m]);
+    }
+  });
 }
 
 // ---- Winograd F(4x4, 3x3): Y = A'[(G w G') * (B' d B)]A (Lavin, Gray 2015, arXiv:1509.09308) ---
 
-constexpr int padded(int channels) { return (channels + WINO_M - 1) / WINO_M * WINO_M; }
-
-// G w G' of every filter, in float64, laid out [36][channels / WINO_M][CI][WINO_M].
+// G w G' of every filter, [36] times as `product` wants them.
 template <int CI, int CO> static void winograd_weights(const float* w, float* u) {
-  typedef double wide __attribute__((vector_size(8 * WINO_M)));
-  typedef float narrow __attribute__((vector_size(4 * WINO_M)));
-  const double G[6][3] = {{1 / 4., 0, 0}, {-1 / 6., -1 / 6., -1 / 6.}, {-1 / 6., 1 / 6., -1 / 6.},
-                          {1 / 24., 1 / 12., 1 / 6.}, {1 / 24., -1 / 12., 1 / 6.}, {0, 0, 1}};
-  for (long o = 0; o < CO; o += WINO_M)
-    for (int c = 0; c < CI; c++) {
-      wide f[9] = {}, t[6][3] = {};
-      for (int m = 0; m < WINO_M && o + m < CO; m++)
-        for (int j = 0; j < 9; j++) f[j][m] = w[((o + m) * CI + c) * 9 + j];
-      UNROLL for (int i = 0; i < 6; i++)
-        UNROLL for (int j = 0; j < 9; j++) t[i][j % 3] += G[i][j / 3] * f[j];
-      UNROLL for (int k = 0; k < 36; k++) {
-        const wide* row = t[k / 6];
-        wide g = row[0] * G[k % 6][0] + row[1] * G[k % 6][1] + row[2] * G[k % 6][2];
-        narrow rounded = __builtin_convertvector(g, narrow);
-        float* to = u + (k * (long)padded(CO) + o) * CI + c * WINO_M;
-        __builtin_memcpy(to, &rounded, sizeof rounded);
-      }
+  const float G[6][3] = {{1 / 4.f, 0, 0}, {-1 / 6.f, -1 / 6.f, -1 / 6.f},
+                         {-1 / 6.f, 1 / 6.f, -1 / 6.f}, {1 / 24.f, 1 / 12.f, 1 / 6.f},
+                         {1 / 24.f, -1 / 12.f, 1 / 6.f}, {0, 0, 1}};
+  constexpr int N = CI * CO;
+  for (int i = 0; i < N; i += L) {
+    vec f[9] = {}, t[6][3], g[36];
+    for (int l = 0; l < L && i + l < N; l++)
+      for (int j = 0; j < 9; j++) f[j][l] = w[(i + l) * 9 + j];
+    UNROLL for (int j = 0; j < 6; j++) UNROLL for (int k = 0; k < 3; k++)
+      t[j][k] = G[j][0] * f[k] + G[j][1] * f[3 + k] + G[j][2] * f[6 + k];
+    UNROLL for (int j = 0; j < 6; j++) UNROLL for (int k = 0; k < 6; k++)
+      g[6 * j + k] = t[j][0] * G[k][0] + t[j][1] * G[k][1] + t[j][2] * G[k][2];
+    for (int l = 0; l < L && i + l < N; l++) {
+      int o = (i + l) / CI, first = o / UNITS * UNITS, units = std::min(CO - first, UNITS);
+      float* to = u + first * CI + (i + l) % CI * units + o % UNITS;
+      for (int k = 0; k < 36; k++) to[k * N] = g[k][l];
     }
-}
-static INLINE void into(const vec* d, vec* t, int step) {  // a row of six times B
-  vec a = d[4] - 4 * d[2], b = d[3] - 4 * d[1], c = d[4] - d[2], e = d[3] - d[1];
-  t[0] = 4 * d[0] - 5 * d[2] + d[4], t[step] = a + b, t[2 * step] = a - b;
-  t[3 * step] = c + 2 * e, t[4 * step] = c - 2 * e, t[5 * step] = 4 * d[1] - 5 * d[3] + d[5];
-}
-// B' d B of a 6 x 6 patch, at most two rows at a time so that they stay in registers.
-static INLINE void into_winograd(const vec* d, int s, vec* v, int step) {
-  vec f[6], g[6];
-  UNROLL for (int j = 0; j < 6; j++) f[j] = 4 * d[j] - 5 * d[2 * s + j] + d[4 * s + j];
-  into(f, v, step);
-  UNROLL for (int j = 0; j < 6; j++) f[j] = 4 * d[s + j] - 5 * d[3 * s + j] + d[5 * s + j];
-  into(f, v + 30 * step, step);
-  UNROLL for (int j = 0; j < 6; j++) {
-    vec a = d[4 * s + j] - 4 * d[2 * s + j], b = d[3 * s + j] - 4 * d[s + j];
-    f[j] = a + b, g[j] = a - b;
   }
-  into(f, v + 6 * step, step), into(g, v + 12 * step, step);
-  UNROLL for (int j = 0; j < 6; j++) {
-    vec a = d[4 * s + j] - d[2 * s + j], b = d[3 * s + j] - d[s + j];
-    f[j] = a + 2 * b, g[j] = a - 2 * b;
+}
+// Rows P and 5 - P, or 1 and 2, or 3 and 4, of B' d: two at a time, so that they stay in registers.
+template <int P> static INLINE void two(const vec* d, int s, vec* f, vec* g) {
+  if (P == 0) {
+    *f = 4 * d[0] - 5 * d[2 * s] + d[4 * s], *g = 4 * d[s] - 5 * d[3 * s] + d[5 * s];
+  } else {
+    constexpr float q = P == 1 ? 4 : 1, r = P == 1 ? 1 : 2;
+    vec a = d[4 * s] - q * d[2 * s], b = d[3 * s] - q * d[s];
+    *f = a + r * b, *g = a - r * b;
   }
-  into(f, v + 18 * step, step), into(g, v + 24 * step, step);
+}
+template <int P> static INLINE void into_winograd(const vec* d, int s, vec* v, int step) {
+  vec f[2][6];
+  UNROLL for (int j = 0; j < 6; j++) two<P>(d + j, s, f[0] + j, f[1] + j);
+  UNROLL for (int r = 0; r < 2; r++) {
+    vec* row = v + (P ? 2 * P - 1 + r : 5 * r) * 6 * step;
+    two<0>(f[r], 1, row, row + 5 * step);
+    two<1>(f[r], 1, row + step, row + 2 * step), two<2>(f[r], 1, row + 3 * step, row + 4 * step);
+  }
 }
 static INLINE void out_of(const vec* m, int s, vec* y, int step) {  // six times A
   vec p = m[s] + m[2 * s], q = m[s] - m[2 * s], u = m[3 * s] + m[4 * s], w = m[3 * s] - m[4 * s];
   y[0] = m[0] + p + u, y[step] = q + 2 * w, y[2 * step] = p + 4 * u;
   y[3 * step] = q + 8 * w + m[5 * s];
 }
-template <int CI, int CO, int H, int W, int PH, int PW, class F>
+// The input has its rim, so that tiles are whole. end(channel, row, column, value).
+template <int CI, int CO, int OH, int OW, int CHANNEL, int ROW, class F>
 static INLINE void winograd(const float* u, const vec* in, vec* scratch, F end) {
-  constexpr int OH = H + 2 * PH - 2, OW = W + 2 * PW - 2, TX = (OW + 3) / 4, T = (OH + 3) / 4 * TX;
-  constexpr int B = T < WINO_T ? T : WINO_T, O = padded(CO) < 64 ? padded(CO) : 64;
-  constexpr int VS = CI * B + 1, PS = O * B + 1;  // odd, or all 36 would share a set of the cache
-  vec *V = scratch, *P = scratch + 36 * VS;
-  for (int t0 = 0; t0 < T; t0 += B) {
-    for (int t = 0; t < B; t++) {
-      int tile = t0 + t < T ? t0 + t : T - 1, y = tile / TX * 4 - PH, x = tile % TX * 4 - PW;
-      bool inside = y >= 0 && x >= 0 && y + 6 <= H && x + 6 <= W;
+  constexpr int TX = (OW + 3) / 4, T = (OH + 3) / 4 * TX, VS = CI | 1, PS = CO | 1;  // odd: not all
+  constexpr int B = CI * CO > 4096 && T > 3 ? 4 : 1;  // so many tiles share the weights in a cache
+  for (int t0 = 0; t0 < T; t0 += B) {                 // in one set of the cache
+    int n = t0 + B < T ? B : T - t0;
+    vec *v = scratch, *p = scratch + 36 * VS * B;
+    for (int t = 0; t < n; t++)
       for (int c = 0; c < CI; c++) {
-        const vec* d = in + (c * H + y) * W + x;
-        if (inside) {
-          into_winograd(d, W, V + c * B + t, VS);
-          continue;
-        }
-        vec rim[36];
-        for (int i = 0; i < 6; i++)
-          for (int j = 0; j < 6; j++) {
-            bool there = y + i >= 0 && y + i < H && x + j >= 0 && x + j < W;
-            rim[i * 6 + j] = there ? d[i * W + j] : vec{};
-          }
-        into_winograd(rim, 6, V + c * B + t, VS);
+        const vec* d = in + c * CHANNEL + ((t0 + t) / TX * ROW + (t0 + t) % TX) * 4;
+        vec* to = v + 36 * VS * t + c;
+        into_winograd<0>(d, ROW, to, VS), into_winograd<1>(d, ROW, to, VS);
+        into_winograd<2>(d, ROW, to, VS);
       }
-    }
-    for (int o0 = 0; o0 < padded(CO); o0 += O) {
-      for (int k = 0; k < 36; k++)
-        for (int o = 0; o < O && o0 + o < padded(CO); o += WINO_M) {
-          vec acc[WINO_M][B];
-          const float* weights = u + (k * (long)padded(CO) + o0 + o) * CI;
-          block<WINO_M, B, CI, 1, 1, 1, WINO_M, B, 0, 0, 1>(weights, V + k * VS, acc);
-          UNROLL for (int m = 0; m < WINO_M; m++)
-            UNROLL for (int t = 0; t < B; t++) P[k * PS + (o + m) * B + t] = acc[m][t];
-        }
-      for (int o = o0; o < o0 + O && o < CO; o++)
-        for (int t = 0; t < B && t0 + t < T; t++) {
-          vec h[24], r[16];
-          const vec* p = P + (o - o0) * B + t;
-          UNROLL for (int j = 0; j < 6; j++) out_of(p + j * PS, 6 * PS, h + j, 6);
-          UNROLL for (int i = 0; i < 4; i++) out_of(h + 6 * i, 1, r + 4 * i, 1);
-          int y = (t0 + t) / TX * 4, x = (t0 + t) % TX * 4;
-          UNROLL for (int i = 0; i < 4; i++) UNROLL for (int j = 0; j < 4; j++)
-            if ((OH % 4 == 0 || y + i < OH) && (OW % 4 == 0 || x + j < OW))
-              end(o, (o * OH + y + i) * OW + x + j, r[4 * i + j]);
-        }
-    }
+    for (int k = 0; k < 36; k++)
+      product<CO, CI, 1, 1, 0, 1, 0, 0>(
+          u + k * (long)(CO * CI), v + k * VS, n, 36 * VS,
+          [&](int o, int t, vec sum) { p[(36 * t + k) * PS + o] = sum; });
+    for (int t = 0; t < n; t++)
+      for (int o = 0; o < CO; o++) {
+        int y = (t0 + t) / TX * 4, x = (t0 + t) % TX * 4;
+        vec h[24], r[16], *q = p + 36 * PS * t + o;
+        UNROLL for (int j = 0; j < 6; j++) out_of(q + j * PS, 6 * PS, h + j, 6);
+        UNROLL for (int i = 0; i < 4; i++) out_of(h + 6 * i, 1, r + 4 * i, 1);
+        UNROLL for (int i = 0; i < 4; i++) UNROLL for (int j = 0; j < 4; j++)
+          if ((OH % 4 == 0 || y + i < OH) && (OW % 4 == 0 || x + j < OW))
+            end(o, y + i, x + j, r[4 * i + j]);
+      }
   }
-}
-
-// ---- windows ------------------------------------------------------------------------------------
-
-// Where window i begins and ends, and its size with the rim; a stride of 0 shares the input evenly.
-struct Window {
-  int begin, end, rimmed;
-  INLINE Window(int i, int size, int outs, int kernel, int stride, int pad) {
-    begin = stride ? i * stride - pad : i * size / outs;
-    end = stride ? std::min(begin + kernel, size + pad) : ((i + 1) * size + outs - 1) / outs;
-    rimmed = end - begin, begin = std::max(begin, 0), end = std::min(end, size);
-  }
-};
-template <bool MAX>
-static INLINE void pool(const vec* x, vec* out, int H, int W, int OH, int OW, int KH, int KW,
-                        int SH, int SW, int PH, int PW, bool rim) {
-  for (int i = 0; i < OH; i++)
-    for (int j = 0; j < OW; j++) {
-      Window r(i, H, OH, KH, SH, PH), c(j, W, OW, KW, SW, PW);
-      vec s = MAX ? x[r.begin * W + c.begin] : vec{};
-      for (int y = r.begin; y < r.end; y++)
-        for (int z = c.begin; z < c.end; z++) s = MAX ? vmax(s, x[y * W + z]) : s + x[y * W + z];
-      int cells = rim ? r.rimmed * c.rimmed : (r.end - r.begin) * (c.end - c.begin);
-      out[i * OW + j] = MAX ? s : s / (float)cells;
-    }
 }
 
 // ---- samples to lanes and back ------------------------------------------------------------------
 
-// Groups of G x L samples from n; the lanes that are too many repeat the last sample.
-static INLINE void load(const float* in, vec* out, int size, int groups, long first, long n) {
-  for (int g = 0; g < groups; g++)
-    for (int l = 0; l < L; l++) {
-      long sample = first + g * L + l;
-      const float* row = in + (sample < n ? sample : n - 1) * size;
-      float* to = (float*)(out + (long)g * size) + l;
-      for (int i = 0; i < size; i++) to[(long)i * L] = row[i];
-    }
+// L samples from `first` on; lanes that are too many repeat the last of n.
+static INLINE void load(const float* in, vec* out, int size, long first, long n) {
+  for (long l = 0; l < L; l++) {
+    const float* row = in + (first + l < n ? first + l : n - 1) * size;
+    for (int i = 0; i < size; i++) ((float*)(out + i))[l] = row[i];
+  }
 }
-// Returns whether all that it stored was finite.
-static INLINE bool store(const vec* x, float* out, int size, int groups, long first, long n) {
+static INLINE void store(const vec* x, float* out, int size, long first, long n) {
+  for (long l = 0; l < L && first + l < n; l++)
+    for (int i = 0; i < size; i++) out[(first + l) * size + i] = x[i][l];
+}
+static INLINE bool finite(const vec* x, int size) {
   ivec bad = {};
-  for (int i = 0; i < groups * size; i++) bad |= x[i] - x[i] != 0;
-  for (int g = 0; g < groups; g++)
-    for (int l = 0; l < L && first + g * L + l < n; l++)
-      for (int i = 0; i < size; i++) out[(first + g * L + l) * size + i] = x[(long)g * size + i][l];
+  for (int i = 0; i < size; i++) bad |= x[i] - x[i] != 0;
   for (int l = 0; l < L; l++)
     if (bad[l]) return false;
   return true;
 }
-// Calls tile(first sample, thread) for all of n in steps. As many threads as asked share them where
-// that is worth it: one takes tenths of a millisecond to begin beside those of torch, which spin.
-template <class F> static void over(long n, long step, int threads, F tile) {
-  std::atomic<long> next{0};
-  auto work = [&](int thread, long most) {
-    for (long at; most-- && (at = next++ * step) < n;) tile(at, thread);
-  };
-  std::vector<std::thread> others;
-  if (threads > 1 && n > step) {
-    auto start = std::chrono::steady_clock::now();
-    work(0, 1);
-    std::chrono::duration<double> one = std::chrono::steady_clock::now() - start;
-    if (one.count() * (n / step) < 2e-3) threads = 1;
-    for (int i = 1; i < threads && (i + 1) * step < n; i++) others.emplace_back(work, i, n);
+// log(sum exp z) - z[label], and 100 where the first largest is the label; 0 where it is no class.
+static INLINE void cross_entropy(const vec* z, int classes, const long* labels, float* loss,
+                                 float* hits, long first, long n) {
+  vec top = z[0], best = {}, sum = {};
+  for (int c = 1; c < classes; c++) best = z[c] > top ? all(c) : best, top = vmax(top, z[c]);
+  for (int c = 0; c < classes; c++) sum += vexp(z[c] - top);
+  vec rest = vlog(sum) + top;
+  for (long l = 0, i = first; l < L && i < n; l++, i++) {
+    bool known = labels[i] >= 0 && labels[i] < classes;
+    loss[i] = known ? rest[l] - z[labels[i]][l] : 0;
+    hits[i] = known && best[l] == labels[i] ? 100 : 0;
   }
-  work(0, n);
-  for (auto& t : others) t.join();
+}
+
+// ---- points and threads -------------------------------------------------------------------------
+
+// What network.py fills in, as numbers of eight bytes.
+struct Call {
+  const float *const *inputs, *const *constants;
+  const float* weights;  // [points][stride]
+  float* packed;         // [points][N::packed]: weights in Winograd's domain
+  vec* first;            // [rows][tiles][N::mixed]: what the first layer makes of each row
+  const float* offsets;  // [points][rows]: how much of it is in a point
+  const long* labels;    // null where not losses are wanted, but the output
+  float* out;            // [points][samples]: losses, then as many hits; or the output
+  char* finite;          // [points]
+  vec* memory;           // [threads][N::memory]
+  long samples, points, stride, rows, moved, threads;
+};
+// The threads of torch, which wait awake for such work: to begin others takes longer than a call.
+extern "C" void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned) __attribute__((weak));
+// Calls work(i, thread) for all i < n.
+template <class F> static void share(long n, long threads, F work) {
+  struct Shared {
+    F& work;
+    long n;
+    std::atomic<long> next, thread;
+  } shared{work, n, {0}, {0}};
+  auto run = [](void* given) {
+    auto& s = *(Shared*)given;
+    long thread = s.thread++;
+    for (long i; (i = s.next++) < s.n;) s.work(i, thread);
+  };
+  if (threads > 1 && n > 1 && GOMP_parallel) GOMP_parallel(run, &shared, threads, 0);
+  else run(&shared);
+}
+// The first layer of the samples at the row of weights that has the number `points`.
+template <class N> static void first_layer(const Call& call) {
+  long tiles = (call.samples + L - 1) / L;
+  share(tiles, call.threads, [&](long t, long thread) {
+    vec *memory = call.memory + thread * N::memory, *row = call.first + call.points * tiles * N::mixed;
+    N::first(call, call.weights, t * L, memory, row + t * N::mixed);
+  });
+}
+// The network at all points.
+template <class N> static void forward(const Call& call) {
+  long n = call.samples, tiles = (n + L - 1) / L;
+  if (N::packed && call.moved)
+    share(call.points, call.threads, [&](long p, long) {
+      N::prepare(call, call.weights + p * call.stride, call.packed + p * N::packed);
+    });
+  share(tiles, call.threads, [&](long t, long thread) {
+    vec mixed[N::mixed + 1], *memory = call.memory + thread * N::memory;
+    for (long p = 0; p < call.points; p++) {
+      for (int i = 0; i < N::mixed; i++) {
+        const vec* row = call.first + t * N::mixed + i;
+        mixed[i] = vec{};
+        for (long r = 0; r < call.rows; r++)
+          mixed[i] += call.offsets[p * call.rows + r] * row[r * tiles * N::mixed];
+      }
+      const float *w = call.weights + p * call.stride, *packed = call.packed + p * N::packed;
+      const vec* out = N::rest(call, w, t * L, memory, packed, mixed);
+      if (!finite(out, N::size)) call.finite[p] = 0;
+      float *to = call.out + p * n * N::size, *loss = call.out + p * n;
+      if (call.labels)
+        cross_entropy(out, N::size, call.labels, loss, loss + call.points * n, t * L, n);
+      else
+        store(out, to, N::size, t * L, n);
+    }
+  });
 }

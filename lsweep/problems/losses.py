@@ -62,6 +62,19 @@ def per_sample(loss: Callable[..., Any]) -> Callable[[Any, Any], Values]:
     return loss
 
 
+def ignored_label(function: Callable[..., Any]) -> int | None:
+    """Return which label a per-sample loss ignores; None unless it is classes' cross-entropy.
+
+    >>> ignored_label(per_sample(nn.CrossEntropyLoss())), ignored_label(per_sample(nn.MSELoss()))
+    (-100, None)
+    """
+    if not isinstance(function, functools.partial) or function.func is not _class_loss:
+        return None
+    (loss,) = function.args
+    plain = type(loss) is nn.CrossEntropyLoss and loss.weight is None and not loss.label_smoothing
+    return int(loss.ignore_index) if plain else None
+
+
 def whole(loss: Callable[..., Any], output: Any, target: Any) -> Any:
     """Return the loss as it was given; its class weights take the output's device and precision.
 

@@ -15,7 +15,14 @@ from lsweep.errors import LsweepError, nearest
 from lsweep.plans.settings import ProblemSource
 from lsweep.problems.data import Batch, Split, map_tensors, moved, samples_in, tensors_of
 from lsweep.problems.factory import call_factory
-from lsweep.problems.losses import Values, accuracy, flatten, per_sample, whole
+from lsweep.problems.losses import (
+    Values,
+    accuracy,
+    flatten,
+    ignored_label,
+    per_sample,
+    whole,
+)
 from lsweep.problems.takeover import generators_kept, model_kept
 
 Forward = Callable[[nn.Module, Batch], Mapping[str, Values]]
@@ -110,6 +117,18 @@ class Problem:
             batch = next(iter(split.batches(2)))
             batch = map_tensors(batch, lambda t: moved(t, like.device, like.dtype))
             return tuple(self.forward(self.model, batch))
+
+    def ignored_label(self, names: tuple[str, ...]) -> int | None:
+        """Return the label that is ignored; None unless ``names`` are of classes.
+
+        That is: the plain cross-entropy, and `accuracy` under any name.
+        """
+        functions = {"loss": _cross_entropy, "accuracy": accuracy}
+        if self.forward is not classifier:
+            functions = self._functions
+        others = {functions.get(name) for name in names} - {functions.get("loss")}
+        found = ignored_label(functions["loss"]) if "loss" in functions else None
+        return found if others <= {accuracy} else None
 
     def evaluate(
         self,
