@@ -137,7 +137,7 @@ PLANES = {
     "4 convolutions": Plane(lambda: trained(lambda: convolutions(4, 12), 34, 30, 2e-3), seed=34),
     "12 layers, 1": mlp(12, 35, most=ROUGH, epochs=60, rate=1e-3),
     "12 layers, 2": mlp(12, 36, most=ROUGH, epochs=60, rate=1e-3),
-    "12 layers, benchmark's": Plane(benched("mlp12", 600), ROUGH),
+    "12 layers, benchmark's *": Plane(benched("mlp12", 600), ROUGH, tuned=True),
     "10 layers, batch norm": mlp(10, 38, most=None, norm=True),
     "14 layers, 96 wide": mlp(14, 39, most=None, width=96, epochs=60, rate=1e-3),
 }
