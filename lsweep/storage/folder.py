@@ -168,7 +168,7 @@ class RunFolder:
 
     def all_submissions(self) -> list[Path]:
         """All submissions, by number."""
-        return sorted(self.submissions.glob("[0-9]*.json"))
+        return [self.submissions / n for n in names(self.submissions) if n.endswith(".json")]
 
     def all_parts(self) -> list[Path]:
         """All parts, by name."""
