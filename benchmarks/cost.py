@@ -13,6 +13,8 @@ and
 A ratio is the median over the rounds of the seconds of the other over those of lsweep in the same
 round, the spread half of the range over the median; on a busy machine the fastest rounds say more,
 so they stand beside. The error is the largest relative one of the points' losses against float64.
+Of each row stands the share of the machine's peak, the best rate of a large matrix product in the
+same run, and of each floor the limit: the ratio that all of that peak would give (see `limits`).
 Prints the tables of cost.md. ``--device cuda`` prints those of a GPU.
 
 Where other processes compute meanwhile, ``--threads 1 --clock cpu`` takes CPU seconds instead, of
@@ -41,11 +43,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, RUSAGE_SELF
 
+import limits
 import networks
 import ours
 import peers
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from lsweep.errors import LsweepError
 from lsweep.hosts.device import synchronize
@@ -238,34 +240,9 @@ def repeated(losses: Callable[[], object], count: int) -> None:
         losses()
 
 
-def measured_peak(device: torch.device, precision: str) -> float:
-    """Return the FLOP a second of a large matrix product, the best of five."""
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    n = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    fastest = min(seconds(lambda: a @ a, device) for _ in range(6))
-    torch.set_float32_matmul_precision(before)
-    return float(2 * n**3 / fastest)
-
-
-def shares(load: Workload, case: peers.Case, timed: Sequence[Timed]) -> Iterator[str]:
-    """Yield for each precision what share of the device's measured peak is reached."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        case.network(case.x[:1])
-    flop = counter.get_total_flops() * len(case.y)
-    for precision in load.floors:
-        name = f"lsweep {precision}"
-        fastest = min(t.median for t in timed if t.contender.name.startswith(name))
-        share = flop / fastest / measured_peak(case.device, precision)
-        yield (
-            f"{precision}: {flop / 1e9:.3g} GFLOP a point; the fastest reaches {share:.1%} of what "
-            "a large matrix product reaches here"
-        )
-
-
-def compare(load: Workload, options: argparse.Namespace) -> tuple[list[Timed], list[str]]:
+def compare(
+    load: Workload, options: argparse.Namespace
+) -> tuple[list[Timed], limits.Ceiling, list[str]]:
     """Time one workload; return what was found, and lines to print under the table."""
     device = torch.device(options.device)
     torch.set_num_threads(load.threads)
@@ -293,11 +270,13 @@ def compare(load: Workload, options: argparse.Namespace) -> tuple[list[Timed], l
                 name = f"lsweep {precision}, {backend}"
                 if backend == "auto":
                     backends += found.by_name
-                    name += f" ({found.backend})"
+                    used = f" in {found.precision}" if found.precision != precision else ""
+                    name += f" ({found.backend}{used})"
                     one = functools.partial(found.losses, points, 1)
-                    contenders.append(Contender(f"{name}, one by one", precision, found.batch, one))
+                    batch = found.precision, found.batch
+                    contenders.append(Contender(f"{name}, one by one", *batch, one))
                 unit = functools.partial(found.losses, points, found.unit)
-                contenders.append(Contender(name, precision, found.batch, unit))
+                contenders.append(Contender(name, found.precision, found.batch, unit))
         problem = make()
         x, y = problem.data["train"]
         raw, _ = networks.images(networks.NETWORKS[load.network].large, load.samples)
@@ -312,16 +291,17 @@ def compare(load: Workload, options: argparse.Namespace) -> tuple[list[Timed], l
         )
         contenders = [*others(case, options.reference, notes), *contenders]
         least = 0.0 if options.quick else LEAST_SECONDS
+        clock = CLOCKS[options.clock]
+        ceiling = limits.ceiling(case, dict.fromkeys(["float32", *load.floors]), clock)
         timed = in_turns(
             contenders, options.rounds, peers.truth(case), device, least, options.clock
         )
-        if device.type == "cuda":
-            notes += list(shares(load, case, timed))
-    return timed, notes
+        ceiling.look(device, clock)
+    return timed, ceiling, notes
 
 
-def verdicts(load: Workload, timed: Sequence[Timed]) -> Iterator[str]:
-    """Yield for each precision a line that holds what was chosen against the floors."""
+def verdicts(load: Workload, timed: Sequence[Timed], ceiling: limits.Ceiling) -> Iterator[str]:
+    """Yield for each precision a line that holds what was chosen against floors and limits."""
     by_name = {t.contender.name: t for t in timed}
     for precision, floors in load.floors.items():
         chosen = next(
@@ -334,15 +314,21 @@ def verdicts(load: Workload, timed: Sequence[Timed]) -> Iterator[str]:
                 if floor is not None and peer in by_name:
                     ratio = ratio_of(chosen, by_name[peer])
                     word = "meets" if ratio >= floor else "below"
-                    parts.append(f"{peer.split(',')[0]} {ratio:.3g} {word} {floor:g}")
+                    limit = statistics.median(by_name[peer].seconds) / ceiling.least(precision)
+                    parts.append(
+                        f"{peer.split(',')[0]} {ratio:.3g} {word} the floor {floor:g}, "
+                        f"limit on this machine {limit:.3g}"
+                    )
             if load.most and not how:
                 word = "meets" if 1e3 * chosen.median <= load.most[precision] else "above"
                 parts.append(f"{1e3 * chosen.median:.3g} ms {word} {load.most[precision]:g}")
             if parts:
-                yield f"{chosen.contender.name}{how}: " + ", ".join(parts)
+                yield f"{chosen.contender.name}{how}: " + "; ".join(parts)
 
 
-def report(load: Workload, timed: Sequence[Timed], notes: Sequence[str]) -> None:
+def report(
+    load: Workload, timed: Sequence[Timed], ceiling: limits.Ceiling, notes: Sequence[str]
+) -> None:
     """Print one workload's table."""
     columns = [t for t in timed if not t.contender.name.startswith("lsweep")]
     shape = "32 x 32 x 3" if networks.NETWORKS[load.network].large else "8 x 8"
@@ -350,16 +336,19 @@ def report(load: Workload, timed: Sequence[Timed], notes: Sequence[str]) -> None
     print(f"\n{load.title} ({trained}), {load.samples} samples of {shape}, {load.threads} "
           f"thread{'s' * (load.threads > 1)}, {load.points} points")  # fmt: skip
     head = "".join(f"{_short(t.contender.name):>12}" for t in columns)
-    print(f"{'':86}  times faster than")
-    print(f"{'':43}{'batch':>6}{'ms/point':>11}{'fastest':>9}{'spread':>8}{'error':>9}{head}")
+    print(f"{'':92}  times faster than")
+    print(
+        f"{'':43}{'batch':>6}{'ms/point':>11}{'fastest':>9}{'spread':>8}{'error':>9}{'peak':>6}{head}"
+    )
     for t in timed:
         c = t.contender
         line = f"{c.name:43}{c.batch:>6}{1e3 * t.median:>11.4g}{1e3 * min(t.seconds):>9.4g}"
-        line += f"{t.spread:>8.0%}{t.error:>9.1e}"
+        share = ceiling.least(c.precision) / t.median
+        line += f"{t.spread:>8.0%}{t.error:>9.1e}{share:>6.0%}"
         if t not in columns:
             line += "".join(f"{t.times_faster(other):>12.3g}" for other in columns)
         print(line)
-    for text in (*notes, *verdicts(load, timed)):
+    for text in (str(ceiling), *notes, *verdicts(load, timed, ceiling)):
         print(text)
     sys.stdout.flush()
 
@@ -401,8 +390,8 @@ def main() -> None:
           f"{options.rounds} rounds, {options.clock} clock", flush=True)  # fmt: skip
     wrong = []
     for load in loads.values():
-        timed, notes = compare(load, options)
-        report(load, timed, notes)
+        timed, ceiling, notes = compare(load, options)
+        report(load, timed, ceiling, notes)
         wrong += [t for t in timed if not t.error <= AGREE[t.contender.precision]]
     for t in wrong:
         print(f"{t.contender.name}: its losses are {t.error:.1e} off")

@@ -32,11 +32,13 @@ class Ours:
     Args:
         evaluator: its backend chosen.
         backend: which one it is.
+        precision: in which it computes: the one asked for, or float32 where that is faster.
         unit: how many points a worker evaluates at once.
     """
 
     evaluator: Evaluator
     backend: str
+    precision: str
     unit: int
 
     @property
@@ -46,7 +48,9 @@ class Ours:
         return [
             name
             for name, kind in KINDS.items()
-            if kind.set_up < PATIENCE and kind.worth(ground) and kind.why_not(ground) is None
+            if kind.set_up < PATIENCE
+            and kind.worth(ground)
+            and any(kind.why_not(ground.at(p)) is None for p in ground.precisions)
         ]
 
     @property
@@ -86,5 +90,5 @@ def ready(
         known = preflight(
             folder, planned.plan, evaluator, {}, "benchmark", corners, planned.rounds.total
         )
-        evaluator.use(known["backend"], known["batch_sizes"])
-        yield Ours(evaluator, known["backend"], planned.rounds.last.unit_points)
+        evaluator.use(known["backend"], known["batch_sizes"], known["precision"])
+        yield Ours(evaluator, known["backend"], known["precision"], planned.rounds.last.unit_points)

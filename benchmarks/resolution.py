@@ -120,6 +120,11 @@ class Swept:
         """What was chosen by measurement."""
         return str(next(iter(readable(self.folder.all_devices())))["backend"])
 
+    @property
+    def how(self) -> str:
+        """The same, with the precision that it computes in."""
+        return f"{self.backend} in {self.surface.provenance['numerics']['precision']}"
+
 
 def lsweep(*arguments: object) -> float:
     """Run a command as a user would; return its seconds."""
@@ -257,7 +262,7 @@ def compare(goal: Goal, place: Path, options: argparse.Namespace, count: int) ->
         error = true_error(sweep, index, [evaluate(k) for k in range(len(points))])
         where = f"{len(index)} points"
     stated = float(np.nanmax(sweep.surface["train_loss_error"])) if not sweep.evaluated.all() else 0
-    line = f"{goal.title:22}{sweep.backend:24}{sweep.seconds:>7.1f} s"
+    line = f"{goal.title:22}{sweep.how:24}{sweep.seconds:>7.1f} s"
     line += f"{int(sweep.evaluated.sum()):>7} of {count**2:<4}"
     line += f"{stated:>8.2%}{error:>8.2%} of {where:<11}"
     for name in ("reference", "plain"):
@@ -291,7 +296,7 @@ def large_grid(place: Path, options: argparse.Namespace, picture: Path, count: i
     evaluate = peers.plain(case, 64)
     error = true_error(sweep, index, [evaluate(k) for k in range(len(points))])
     stated = float(np.nanmax(sweep.surface["train_loss_error"]))
-    print(f"\n{count} x {count} points of ResNet-20 ({sweep.backend}): {sweep.seconds:.1f} s, "
+    print(f"\n{count} x {count} points of ResNet-20 ({sweep.how}): {sweep.seconds:.1f} s, "
           f"{int(sweep.evaluated.sum())} evaluated, error at most {stated:.2%} stated, "
           f"{error:.2%} at {len(index)} random points")  # fmt: skip
     if options.reference is not None:

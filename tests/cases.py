@@ -2,7 +2,9 @@
 
 The problem: two weights a and b at 1, each one filter, so that an offset (x, y) moves them by ±x
 and ±y, and 64 samples with loss s·(x² + 3y²) + t. Whatever goes wrong in it is asked for by name,
-or by the file ``broken`` beside the factory, so that it can be mended without changing the plan.
+or by the file ``broken`` beside the factory, so that it can be mended without changing the plan;
+where a point takes a pause, the file ``hurry`` ends that, once what it was for has happened; and
+nobody goes to a point before a ``company`` of so many workers is there.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ class Bowl(nn.Module):
         return abs(float(self.a.weight) - 1), abs(float(self.b.weight) - 1)
 
 
-def bowl(pause=0.0, trouble="", scale=1.0, shift=0.0, weight=1.0):
+def bowl(pause=0.0, trouble="", scale=1.0, shift=0.0, weight=1.0, company=0):
     g = torch.Generator().manual_seed(5)
     s, t = scale * torch.rand(64, generator=g) + 0.5, torch.rand(64, generator=g) + shift
     net = Bowl()
@@ -70,7 +72,9 @@ def bowl(pause=0.0, trouble="", scale=1.0, shift=0.0, weight=1.0):
         x, y = model.place()
         here = round(x, 4)
         moved = x > 0 or y > 0
-        if moved:
+        while moved and company and len(list(HERE.glob("*.run/workers/[!.]*"))) < company:
+            time.sleep(0.02)
+        if moved and pause and not os.path.exists(HERE / "hurry"):  # False on a sick disk
             time.sleep(pause)
         if trouble == "raise" and here in (0.25, 0.75) and (HERE / "broken").exists():
             raise ValueError(f"no value at {here}")
@@ -135,6 +139,11 @@ def sweep_file(
     toml = base / "sweep.toml"
     toml.write_text("\n".join(lines) + "\n")
     return toml
+
+
+def hurry(folder: RunFolder) -> None:
+    """Let the points that are left of a run beside its factory take no pause."""
+    (folder.root.parent / "hurry").touch()
 
 
 def _toml(value: Any) -> str:

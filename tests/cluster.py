@@ -1,22 +1,28 @@
 """A real Slurm cluster for the tests: brought up once, shot at, and taken down at the end.
 
-With LSWEEP_SLURM_HOME set, the cluster there is used and left running.
+Where tests were killed before that, the next ones take theirs down. With LSWEEP_SLURM_HOME set,
+the cluster there is used and left running.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
 import socket
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from cases import wait_for
 
+from lsweep.hosts.machine import host_identity, start_time
+
 SCRIPT = Path(__file__).with_name("slurm-cluster.sh")
 CANNOT = 77  # exit code of the script where Slurm cannot be had
+OWNER = "owner"  # a file: the host, pid and start of the process whose cluster it is, its prefix
 MOST_TASKS = 40  # of an array: few, so that the limit can be met
 
 
@@ -31,10 +37,15 @@ class Cluster:
         self._own = "LSWEEP_SLURM_HOME" not in os.environ
         settings = {"LSWEEP_SLURM_MAX_ARRAY": str(MOST_TASKS + 1)}
         if self._own:
-            port = next(p for p in itertools.count(21000, 1000) if _free(p) and _free(p + 1))
+            for home, prefix in _abandoned():
+                _purge(home, LSWEEP_SLURM_HOME=str(home), LSWEEP_SLURM_PREFIX=prefix)
+            port = next(p for p in itertools.count(21000, 1000) if all(map(_free, _ports(p))))
+            prefix = f"c{port // 1000}n"
             settings["LSWEEP_SLURM_HOME"] = tempfile.mkdtemp(prefix="lsweep-", dir="/tmp")
             settings["LSWEEP_SLURM_PORT"] = str(port)
-            settings["LSWEEP_SLURM_PREFIX"] = f"c{port // 1000}n"
+            settings["LSWEEP_SLURM_PREFIX"] = prefix
+            facts = (host_identity(), os.getpid(), start_time(os.getpid()), prefix)
+            Path(settings["LSWEEP_SLURM_HOME"], OWNER).write_text("\n".join(map(str, facts)))
         self._environment = {**os.environ, **settings}
         self.home = Path(self._environment["LSWEEP_SLURM_HOME"])
         self.conf = self.home / "etc" / "slurm.conf"
@@ -49,9 +60,7 @@ class Cluster:
     def down(self) -> None:
         """End it and leave nothing."""
         if self._own:
-            assert self._script("down", "--purge").returncode == 0
-            shutil.rmtree(self.home, ignore_errors=True)
-            self.home.with_name(f"{self.home.name}.lock").unlink(missing_ok=True)
+            _purge(self.home, **self._environment)
 
     def _script(self, *words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -89,6 +98,29 @@ def slurm(*words: object) -> str:
     done = subprocess.run([str(w) for w in words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def _purge(home: Path, **environment: str) -> None:
+    """End a cluster and remove what it left."""
+    words = [SCRIPT, "down", "--purge"]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(home, ignore_errors=True)
+    home.with_name(f"{home.name}.lock").unlink(missing_ok=True)
+
+
+def _abandoned() -> Iterator[tuple[Path, str]]:
+    """The folders and prefixes of clusters whose tests are no more."""
+    for owner in Path("/tmp").glob(f"lsweep-*/{OWNER}"):
+        with contextlib.suppress(OSError, ValueError):
+            host, pid, start, prefix = owner.read_text().splitlines()
+            if host == host_identity() and start_time(int(pid)) != start:
+                yield owner.parent, prefix
+
+
+def _ports(first: int) -> list[int]:
+    """What a cluster listens on: controller, accounting, and each node."""
+    return [first, first + 1, *(first + 11 + node for node in range(4))]
 
 
 def _free(port: int) -> bool:

@@ -1,4 +1,4 @@
-"""What tests may ask for: a real Slurm cluster, one for all of them."""
+"""What tests may ask for, a real Slurm cluster, one for all; and which stay in one process."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cluster import Cluster, NoCluster
@@ -33,3 +34,29 @@ def cluster(only_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     only_cluster.clear()
     yield only_cluster
     only_cluster.clear()
+
+
+# In .ci/run two processes share the tests: a file stays together, as do those with the cluster.
+# What takes longest comes first, so that no process is left alone with it at the end.
+WANT_CLUSTER = ("test_submit", "test_faults", "test_refined_runs")
+FIRST = (*WANT_CLUSTER, "test_nfs", "test_mpi", "test_kill", "test_benchmarks", "test_doctor")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanting = {i.path.stem for i in items if "only_cluster" in getattr(i, "fixturenames", ())}
+    assert wanting <= set(WANT_CLUSTER), "there would be a second cluster: name the file here"
+    if hasattr(config, "workerinput"):  # one process alone goes in the order of files
+        stems = {name: k for k, name in enumerate(FIRST)}
+        items.sort(key=lambda item: stems.get(item.path.stem, len(stems)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return "cluster" if Path(path).stem in WANT_CLUSTER else path
+
+    return Files(config, log)

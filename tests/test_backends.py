@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,13 +32,22 @@ from lsweep.evaluating import choice
 from lsweep.evaluating.choice import choose
 from lsweep.evaluating.evaluate import Evaluator
 from lsweep.hosts import machine
+from lsweep.measures.from_surface import context_of
+from lsweep.merging.merge import merge
+from lsweep.outcomes.audits import Audits
 from lsweep.plans import settings
 from lsweep.problems import supply
 from lsweep.problems.data import Split
 from lsweep.problems.problem import Sampled
+from lsweep.problems.takeover import products
+from lsweep.runs.status import lines, status
 from lsweep.storage.files import read_json, replace, sealed
+from lsweep.storage.rows import Kind, row_type
+from lsweep.surfaces.surface import Status
 
 SINGLE = torch.float32
+DEVICE = torch.device(os.environ.get("LSWEEP_TEST_DEVICE", "cpu"))  # for who has a GPU
+GRAPHS = ["cudagraph"] if DEVICE.type == "cuda" else []
 COMPILES = pytest.mark.skipif(not machine.compiler(), reason="needs a C++ compiler")
 SLOW = [pytest.mark.full, pytest.mark.filterwarnings("ignore")]  # torch.compile warns of torch
 SPOTS = [Spot((0.0, 0.0)), Spot((1.0, -0.5)), Spot((-0.25, 1.0))]
@@ -110,8 +120,7 @@ def evaluator(problem, backend="eager", directions=None, **options):
         "backend": backend,
         **options,
     }
-    cpu = torch.device("cpu")
-    with Evaluator(problem, asked, directions or random_axes(problem), cpu) as ev:
+    with Evaluator(problem, asked, directions or random_axes(problem), DEVICE) as ev:
         ev.use(backend, ev.batch_sizes)
         yield ev
 
@@ -127,7 +136,7 @@ def sums(make, backend, spots=SPOTS, **options):
 @pytest.mark.parametrize(
     ("make", "backend"),
     [
-        *((m, b) for m in (mlp, cnn, transformer) for b in ("fused", "vmap")),
+        *((m, b) for m in (mlp, cnn, transformer) for b in ("fused", "vmap", *GRAPHS)),
         (cnn, "channels_last"),
         pytest.param(mlp, "native", marks=COMPILES),
         pytest.param(cnn, "native", marks=COMPILES),
@@ -140,7 +149,7 @@ def test_a_backend_has_the_sums_of_eager(make, backend):
     np.testing.assert_allclose(sums(make, backend), sums(make, "eager"), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("backend", ["fused", "vmap"])
+@pytest.mark.parametrize("backend", ["fused", "vmap", *GRAPHS])
 def test_batch_norm_may_move_too(backend):
     directions = random_axes(cnn(), norms=True)
     expected = sums(cnn, "eager", directions=directions)
@@ -149,7 +158,7 @@ def test_batch_norm_may_move_too(backend):
     assert abs(expected - sums(cnn, "eager")).max() > 0.01  # they do move
 
 
-@pytest.mark.parametrize("backend", ["eager", "channels_last", "fused", "vmap"])
+@pytest.mark.parametrize("backend", ["eager", "channels_last", "fused", "vmap", *GRAPHS])
 def test_a_step_is_the_checkpoint_itself(backend, tmp_path):
     state = problems.another(cnn().model)
     torch.save(state, tmp_path / "a.pt")
@@ -196,8 +205,51 @@ def test_a_number_of_samples_that_changes_is_refused():
         reference.sums([Sampled(torch.ones(2), torch.ones(2))])
 
 
+@pytest.fixture
+def kinds():
+    """Where torch keeps how float32 is multiplied, on a GPU and on a CPU."""
+    b = torch.backends
+    kinds = [b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv]
+    before = [k.fp32_precision for k in kinds]
+    yield kinds
+    torch.set_float32_matmul_precision("highest")
+    b.fp32_precision = "none"
+    for kind, was in zip(kinds, before, strict=True):
+        kind.fp32_precision = was
+
+
+@pytest.mark.parametrize("newer", [False, True], ids=["in the older way", "in the newer way"])
+def test_products_are_full_float32_whatever_the_process_has_chosen(kinds, newer):
+    """In either of torch's two ways of asking for less; after the sweep that is asked for again."""
+    net = nn.Sequential(nn.Linear(512, 256), nn.Linear(256, 4))
+    data = {"train": (numbers(256, 512, dtype=SINGLE), labels(256, 4))}
+    problem = lsweep.Problem(fixed(net), data, loss=nn.CrossEntropyLoss())
+
+    def chosen():
+        return [k.fp32_precision for k in kinds]
+
+    def sums():
+        with evaluator(problem, batch_size=256) as ev:
+            return ev.evaluate(SPOTS).tobytes(), chosen()
+
+    calm = sums()
+    assert calm[1] == ["ieee"] * 5
+    if newer:  # which the older cannot even read
+        torch.backends.fp32_precision = "tf32"
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    else:
+        torch.set_float32_matmul_precision("medium")
+    before = chosen()
+    assert before != calm[1]
+    assert sums() == calm
+    assert chosen() == before
+    with products(tf32=True):
+        assert chosen() == ["tf32"] * 3 + ["ieee"] * 2
+
+
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("backend", ["eager", "fused", "vmap"])
+@pytest.mark.parametrize("backend", ["eager", "fused", "vmap", *GRAPHS])
 def test_a_point_has_its_bits_alone_and_among_others(backend, threads, monkeypatch):
     torch.set_num_threads(threads)
     try:
@@ -225,6 +277,7 @@ def test_a_point_has_its_bits_alone_and_among_others(backend, threads, monkeypat
         (cnn, "fused", {"batch_norm": "batch"}, "needs the network itself"),
         (cnn, "compiled", {"batch_norm": "recalibrate"}, "changes the network as it runs"),
         (mlp, "native", {"precision": "bfloat16"}, "float32 on a CPU, not bfloat16"),
+        (mlp, "fused", {"precision": "float16"}, "float16 is not among its precisions"),
         (mlp, "eagre", {}, "no backend 'eagre'.*eager"),
     ],
 )
@@ -256,7 +309,7 @@ class Lying:
 
     name, together = "channels_last", False
 
-    def __init__(self, builder):
+    def __init__(self, builder, ground):
         self._eager = builder.eager
 
     def values(self, spots, batch, stay=False):
@@ -292,11 +345,77 @@ def test_what_agrees_is_timed_and_what_does_not_says_why(monkeypatch):
         chosen(cnn(), points=1, asked="channels_last")
 
 
+def test_where_less_is_allowed_float32_competes():
+    """By name, too; and it is float32 to the last bit, not something between."""
+    for asked in ("auto", "fused"):
+        found = chosen(cnn(), points=400, precision="bfloat16", asked=asked)
+        fused = {t.precision: t for t in found.tried if t.backend == "fused" and not t.why_not}
+        assert fused["float32"].error < 2e-5 < 1e-4 < fused["bfloat16"].error
+        fastest = min((t for t in found.tried if t.seconds and not t.why_not
+                       and asked in ("auto", t.backend)), key=lambda t: t.seconds)  # fmt: skip
+        assert (found.backend, found.precision) == fastest.kind
+        assert found.record()["error"] == fastest.error
+    assert {t.precision for t in chosen(cnn(), points=400).tried} == {"float32"}
+    with evaluator(cnn(), "eager", precision="bfloat16") as ev:
+        for backend in ("eager", "channels_last", "fused"):
+            ev.use(backend, ev.batch_sizes, "float32")
+            assert ev.evaluate(SPOTS).tobytes() == sums(cnn, backend).tobytes()
+        with pytest.raises(LsweepError, match="not what the plan permits"):
+            ev.use("fused", ev.batch_sizes, "float16")
+
+
 def test_batch_sizes_are_tried_where_they_are_free():
     free = chosen(mlp(), points=400, batch_size="auto")
     assert {t.batch_sizes["train"] for t in free.tried} >= {2048, 20}
     given = chosen(mlp(), points=400)
     assert {t.batch_sizes["train"] for t in given.tried} == {8}
+
+
+def test_what_was_used_is_told(tmp_path):
+    """A plan that allows bfloat16, computed in float32: obeyed, and said wherever one looks."""
+    folder = planned(sweep_of_classifier(tmp_path, 'precision = "bfloat16"'), unit_points=2)
+    assert worked(folder) == 9
+    told = "\n".join(lines(status(folder)))
+    surface, report = merge(folder)
+    assert "eager in bfloat16, batches of" in told and report.audit["tolerance"] == 0.5
+    off = report.audit["largest_relative"]
+    assert 1e-6 < off < 0.1 and status(folder)["audit"]["largest_relative"] == off
+    said = f"bfloat16, off by up to {off:.1e} (relative) at 3 audited points."
+    assert surface.provenance["caption"].endswith(said)
+    path = folder.all_devices()[0]
+    known = {k: v for k, v in read_json(path).items() if k != "sha256"}
+    for part in folder.all_parts():
+        part.unlink()
+    path.unlink()
+    with evaluator(problems.classifier(), precision="float32") as ev:
+        exact = ev.centre()[0].mean
+    centre = known["centre"] | {"train_loss": exact}
+    replace(path, sealed(known | {"precision": "float32", "centre": centre}))
+    assert worked(folder) == 9
+    surface, report = merge(folder)
+    assert report.audit["largest_relative"] == 0 and report.audit["tolerance"] == 1e-4
+    assert "; float32 (bfloat16 was allowed and is no faster)" in surface.provenance["caption"]
+    assert surface.provenance["numerics"]["precision"] == "float32"
+    assert context_of(surface, "train")["precision"] == "float32"
+    assert "eager in float32, batches of" in "\n".join(lines(status(folder)))
+
+
+def test_an_audit_finds_its_value_however_a_part_is_read():
+    rows = np.zeros(30, row_type(1))
+    kinds = np.tile([Kind.VALUE] * 4 + [Kind.AUDIT], 6)  # of 4 the second is audited
+    units = np.repeat(np.arange(6), 5)
+    rows["kind"], rows["status"] = kinds, Status.OK
+    rows["point"] = 4 * units + np.tile([0, 1, 2, 3, 1], 6)
+    rows["sums"][:, 0, 0], rows["sums"][:, 0, 2] = 1.0, 10.0
+    audited = kinds == Kind.AUDIT
+    rows["sums"][audited, 0, 2] -= units[audited]
+    for size in range(1, 31):
+        audits = Audits(4)
+        for start in range(0, 30, size):
+            audits.add("a", rows[start : start + size])
+            audits.add("b", rows[:0])
+        found = audits.compared(0)
+        assert (found["points"], found["largest_relative"]) == (6, 1.0)  # 10 and 5
 
 
 def sweep_of_classifier(folder, evaluate):
@@ -326,7 +445,8 @@ def test_workers_of_a_class_obey_its_first(tmp_path, monkeypatch):
     assert again == values
     for part in folder.all_parts():
         part.unlink()
-    changed = {k: v for k, v in known.items() if k != "sha256"} | {"backend": "cudagraph"}
+    older = {k: v for k, v in known.items() if k not in ("sha256", "precision")}
+    changed = older | {"backend": "cudagraph"}
     replace(path, sealed(changed))
     refused = worked(folder)
     assert isinstance(refused, Raised) and refused.kind == "LsweepError"

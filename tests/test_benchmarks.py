@@ -23,15 +23,16 @@ def test_cost_compares_every_evaluator_with_every_other():
     tables = text.split("times faster than\n")[1:]
     assert len(tables) == 1
     for table in tables:
-        columns = re.findall(r"\S+ \S+|\S+", table.splitlines()[0].partition("error")[2])
+        columns = re.findall(r"\S+ \S+|\S+", table.splitlines()[0].partition("peak")[2])
         rows = re.findall(r"^(lsweep .+?|plain.*?)  +(\d.*)$", table, re.MULTILINE)
         names = [name for name, _ in rows]
         assert "plain" in names and "plain, its best" in names
         assert any("auto" in name for name in names) and "lsweep float32, eager" in names
         for name, numbers in rows:
-            batch, median, fastest, spread, error, *ratios = numbers.split()
+            batch, median, fastest, spread, error, peak, *ratios = numbers.split()
             assert int(batch) > 0 and 0 < float(fastest) <= float(median)
             assert float(spread.rstrip("%")) >= 0 and float(error) < 1e-5
+            assert 0 <= float(peak.rstrip("%")) < float("inf")
             assert len(ratios) == (len(columns) if name.startswith("lsweep") else 0)
             assert all(0 < float(r) < float("inf") for r in ratios)
 
@@ -39,13 +40,25 @@ def test_cost_compares_every_evaluator_with_every_other():
 def test_resolution_sweeps_to_the_tolerance(tmp_path):
     text = printed("resolution.py", "--figures", str(tmp_path))
     row = re.search(
-        r"^MLP, untrained +\S+ +([\d.]+) s +(\d+) of 289 +([\d.]+)% +([\d.]+)%", text, re.M
+        r"^MLP, untrained +\S+ in float32 +([\d.]+) s +(\d+) of 289 +([\d.]+)% +([\d.]+)%",
+        text,
+        re.M,
     )
     assert row, text
     seconds, evaluated, stated, error = map(float, row.groups())
     assert seconds > 0 and 0 < evaluated <= 289
     assert stated <= 1 and error <= 1
     assert re.search(r"peak memory, .+: \d+ MiB above the \d+", text)
+
+
+def test_honesty_refines_against_dense_truth():
+    text = printed("honesty.py")
+    row = re.search(r"^2 layers +120 +(\d+) +(\d+) +([\d.]+) +([\d.]+) +([\d.]+) +\S", text, re.M)
+    assert row, text
+    evaluations, rounds, error, covered, ratio = map(float, row.groups())
+    assert 25 < evaluations <= 120 and rounds > 1
+    assert error <= 1 and covered >= 90 and 1 < ratio <= 8
+    assert "other planes: 1 runs; within the limits: evaluations 100%, error 100%" in text
 
 
 def claims(*options: str) -> list[list[str]]:

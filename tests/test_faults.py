@@ -16,7 +16,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import command, differences, evaluated, finished, merged, planned, sweep_file, wait_for
+from cases import (
+    command,
+    differences,
+    evaluated,
+    finished,
+    hurry,
+    merged,
+    planned,
+    sweep_file,
+    wait_for,
+)
 from cluster import Cluster, slurm
 
 from lsweep.runs.status import share_done, status
@@ -36,9 +46,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Surface:
     return merged(finished(sweep_file(tmp_path_factory.mktemp("undisturbed"), x=7, y=5)))[0]
 
 
-def submitted(base: Path, *words: object, pause: float = 0.4, **problem: Any) -> RunFolder:
+def submitted(
+    base: Path, *words: object, pause: float = 0.4, company: int = 3, **problem: Any
+) -> RunFolder:
     """Plan a sweep of a known number of seconds, and submit it."""
-    run = planned(sweep_file(base, x=7, y=5, pause=pause, **problem), unit_points=1)
+    toml = sweep_file(base, x=7, y=5, pause=pause, company=company, **problem)
+    run = planned(toml, unit_points=1)
     done = command("submit", run.root, "--tasks", 3, *words)
     assert (done.code, done.err) == (0, ""), done
     return run
@@ -63,8 +76,10 @@ def tasks(run: RunFolder) -> dict[str, Task]:
     return {t.job: t for t in view(run)}
 
 
-def over(cluster: Cluster) -> None:
-    """Wait until no job waits or runs."""
+def over(cluster: Cluster, run: RunFolder | None = None) -> None:
+    """Wait until no job waits or runs; what is left of ``run`` takes no pauses."""
+    if run is not None:
+        hurry(run)
     wait_for(lambda: not cluster.jobs(), 180)
 
 
@@ -86,8 +101,9 @@ def script_of(job: str) -> int:
 
 
 def is_as_if_nothing_had_been(run: RunFolder, undisturbed: Surface) -> None:
-    """The same command does what is missing; then the run is what it would have been."""
-    done = command("submit", run.root, "--wait")
+    """The same command, with fewer tasks, does what is missing: as if nothing had been."""
+    hurry(run)
+    done = command("submit", run.root, "--tasks", 1, "--wait")
     assert done.code == 0, done
     assert differences(merged(run)[0], undisturbed) == []
     assert command("verify", run.root).code == 0
@@ -101,7 +117,7 @@ def test_a_worker_is_killed(cluster, tmp_path, undisturbed):
     victim = at_work(run, 3)[0]
     job = task_of(run, victim)
     os.kill(victim["pid"], signal.SIGKILL)
-    over(cluster)
+    over(cluster, run)
     task = tasks(run)[job]
     assert (task.state, task.exit, task.node != "") == ("FAILED", "137:0", True)
     assert f"1 FAILED ({job} on {task.node})" in "\n".join(
@@ -116,7 +132,7 @@ def test_a_batch_shell_is_killed(cluster, tmp_path, undisturbed):
     run = submitted(tmp_path)
     job = task_of(run, at_work(run, 3)[0])
     os.kill(script_of(job), signal.SIGKILL)
-    over(cluster)
+    over(cluster, run)
     assert tasks(run)[job].state == "FAILED"
     is_as_if_nothing_had_been(run, undisturbed)
 
@@ -126,7 +142,7 @@ def test_all_workers_are_killed(cluster, tmp_path, undisturbed):
     run = submitted(tmp_path)
     for worker in at_work(run, 3):
         os.kill(worker["pid"], signal.SIGKILL)
-    over(cluster)
+    over(cluster, run)
     done = share_done(run)[0]
     assert 0 < done < POINTS
     surface = Surface.load(run.surface)  # the merge made a picture of what there was
@@ -205,7 +221,7 @@ def test_a_node_crashes(cluster, mended, tmp_path, undisturbed):
     mended.append(node)
     lose(cluster, "node-crash", node)
     wait_for(lambda: tasks(run)[job].restarts == 1)  # Slurm starts the task again elsewhere
-    over(cluster)
+    over(cluster, run)
     assert tasks(run)[job].node != node
     is_as_if_nothing_had_been(run, undisturbed)
 
@@ -225,7 +241,7 @@ def test_a_node_is_cut_off_and_its_task_runs_twice(cluster, mended, tmp_path, un
     before = read_json(run.worker(victim["worker"]))["points"]
     wait_for(lambda: read_json(run.worker(victim["worker"]))["points"] > before)
     assert len(again) == 1
-    over(cluster)
+    over(cluster, run)
     assert share_done(run) == (POINTS, POINTS)
     assert len(evaluated(run)) > POINTS and merged(run)[1].conflicts == 0
     is_as_if_nothing_had_been(run, undisturbed)
@@ -235,12 +251,12 @@ def test_a_node_is_cut_off_and_its_task_runs_twice(cluster, mended, tmp_path, un
 
 
 def test_a_waiting_and_a_running_task_are_cancelled(cluster, tmp_path, undisturbed):
-    run = submitted(tmp_path, "--tasks", 4, "--array-parallelism", 2)
+    run = submitted(tmp_path, "--tasks", 4, "--array-parallelism", 2, company=2)
     victim = at_work(run, 2)[0]
     job, waiting = task_of(run, victim), Submission.all(run)[0].tasks[2]
     slurm("scancel", waiting)
     slurm("scancel", job)
-    over(cluster)
+    over(cluster, run)
     said = tasks(run)
     assert said[job].state == "CANCELLED" and said[job].restarts == 0
     assert said[waiting].state == GONE  # no trace of it anywhere, and that is said
@@ -253,7 +269,7 @@ def test_a_task_is_requeued_by_hand(cluster, tmp_path, undisturbed):
     job = task_of(run, at_work(run, 3)[0])
     slurm("scontrol", "requeue", job)
     wait_for(lambda: len([w for w in all_workers(run) if task_of(run, w) == job]) == 2, 120)
-    over(cluster)
+    over(cluster, run)
     assert tasks(run)[job].restarts == 1
     is_as_if_nothing_had_been(run, undisturbed)
 
@@ -268,9 +284,10 @@ def test_accounting_and_controller_are_gone(cluster, tmp_path, undisturbed):
     cluster.saved(f"{one.logs}/%j_0_log.out")
     cluster.stop("slurmdbd")
     cluster.stop("slurmctld")
+    hurry(run)
     wait_for(lambda: share_done(run) == (POINTS, POINTS), 120)  # workers need neither
     cluster.up()
-    over(cluster)
+    over(cluster, run)
     is_as_if_nothing_had_been(run, undisturbed)
 
 
@@ -291,7 +308,7 @@ def test_a_higher_partition_preempts(cluster, preempted, tmp_path, undisturbed):
     urgent = slurm("sbatch", "--parsable", "-p", "high", "-N4", "--exclusive", "-o", "/dev/null",
                    "--wrap", "sleep 2").strip()  # fmt: skip
     wait_for(lambda: queue()[urgent].state == "COMPLETED", 120)
-    over(cluster)
+    over(cluster, run)
     again = [t for t in view(run) if t.restarts]
     assert again and all(t.state == "COMPLETED" for t in again)
     is_as_if_nothing_had_been(run, undisturbed)
@@ -300,7 +317,7 @@ def test_a_higher_partition_preempts(cluster, preempted, tmp_path, undisturbed):
 @pytest.mark.full
 def test_the_time_is_over_before_the_work(cluster, tmp_path, undisturbed):
     """Tasks of a minute for more than a minute of work: each ends in order and comes again."""
-    run = submitted(tmp_path, "--time", 1, "--tasks", 1, pause=2.0)
+    run = submitted(tmp_path, "--time", 1, "--tasks", 1, pause=2.0, company=1)
     wait_for(lambda: not cluster.jobs(), 280)
     task = tasks(run)[Submission.all(run)[0].array]
     assert task.state == "COMPLETED" and task.restarts >= 1

@@ -28,6 +28,7 @@ from lsweep.measures.measures import Report
 from lsweep.measures.sheet import text
 from lsweep.plans.plan import Plan
 from lsweep.preparing.restoring import load_problem
+from lsweep.problems import weights
 from lsweep.storage.folder import RunFolder
 
 WIDTH = 32
@@ -134,8 +135,8 @@ def test_every_worker_starts_from_the_planned_bits(tmp_path):
     own = Origin.of(problem.model)
     assert set(directions.origin) == {"0.weight", "0.bias", "2.weight"}
     moved = own.everything | directions.origin
-    assert plan.origin["sha256"] == package.weights.fingerprint(moved)
-    assert plan.origin["sha256"] != package.weights.fingerprint(own.everything)
+    assert plan.origin["sha256"] == weights.fingerprint(moved)
+    assert plan.origin["sha256"] != weights.fingerprint(own.everything)
     for name, t in Origin.of(problem.model).parameters.items():  # the model itself is as it was
         assert torch.equal(t, own.parameters[name])
     assert surface.provenance["caption"].count("equi-normalised first") == 1

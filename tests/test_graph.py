@@ -7,6 +7,8 @@ Two routes must agree: the module itself and its graph, in float64 to 1e-12 and 
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -109,6 +111,28 @@ class Recurrent(nn.Module):
         return self.head(self.cells(self.embed(x))[0][:, -1])
 
 
+class InPlace(nn.Module):
+    """What is changed in place, in parts and through views, after others looked at it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        before, turned, (left, right) = y * 1, y.t(), y.chunk(2, 1)
+        y += 1
+        y[:, 0] = x[:, 1]
+        y[:, 1:3].mul_(x[:, :2])
+        turned.tanh_()
+        y.view(-1, 2, 4)[:, 1].relu_()
+        shifted = torch.zeros(len(x), 8)
+        shifted[:, 2:] = before[:, :-2]
+        return self.head(F.relu(y.reshape(len(x), 2, 4), inplace=True).flatten(1) + shifted) + (
+            left * right
+        ).sum(1, keepdim=True)
+
+
 def language_model() -> nn.Module:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
@@ -130,6 +154,7 @@ NETS = {
     "odd": (Odd, lambda n: torch.randn(n, 3, 12, 12)),
     "attention": (Attention, images),
     "tied": (Tied, lambda n: torch.randn(n, 6)),
+    "in place": (InPlace, lambda n: torch.randn(n, 6)),
     "recurrent": (Recurrent, lambda n: torch.randint(0, 9, (n, 5))),
     "gpt2": (language_model, lambda n: {"input_ids": torch.randint(0, 31, (n, 7))}),
 }
@@ -179,7 +204,10 @@ def test_graph_and_fused_network_are_the_network(name):
         want = call(net, batch)
         scale = want.abs().max()
         assert (fused(batch) - want).abs().max() <= 1e-5 * scale
-        if name != "recurrent":  # that state is float32: the reason is said, see below
+        if name not in (
+            "recurrent",
+            "in place",
+        ):  # they make float32: the reason is said, see below
             reduced = FusedNetwork(graph, packed.views, inputs(4), CPU, torch.bfloat16, 2)
             error = (reduced(batch) - want).abs().max()
             assert reduced(batch).dtype == torch.float32 and 1e-6 * scale < error < 0.05 * scale
@@ -300,6 +328,8 @@ def counting(m: Forward, x: Tensor) -> Tensor:
         (counting, "changes count while it runs"),
         (lambda m, x: x.mul_(2) * m.weight, "while it runs"),
         (lambda m, x: (x * m.weight, x), "not one tensor"),
+        (lambda m, x: x * m.weight * float(x.numpy().mean()), "looks at its data"),
+        (lambda m, x: x * m.weight.data.add_(1), "changes weight while it runs"),
     ],
 )
 def test_what_cannot_be_a_graph_says_why(forward, reason):
@@ -333,3 +363,25 @@ def test_a_trace_that_takes_too_long_is_given_up(monkeypatch):
     monkeypatch.setattr("lsweep.backends.tracing.SECONDS", 0.0)
     with pytest.raises(Unsupported, match="takes more than 0 s"):
         traced(nn.Linear(4, 2), torch.ones(6, 4), frozenset({"weight"}))
+
+
+def test_neither_a_graph_nor_native_code_imports_a_compiler_of_torch():
+    """sympy and torch._dynamo are 100 MiB of Python that no worker needs."""
+    code = """if True:
+        import sys, torch
+        from torch import nn
+        from lsweep.backends.graph import traced
+        from lsweep.errors import LsweepError
+        from lsweep.native.network import NativeNetwork
+        net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten())
+        x = torch.randn(4, 1, 6, 6)
+        graph = traced(net.eval(), x, frozenset())
+        views = graph.pack({n: t.detach() for n, t in net.state_dict().items()})
+        try:
+            NativeNetwork(graph, views, x, x.device, x.dtype, 1)
+        except LsweepError:
+            pass  # no compiler here
+        print([m for m in ("sympy", "torch._dynamo") if m in sys.modules])
+    """
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "[]"

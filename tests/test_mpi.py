@@ -29,6 +29,7 @@ from cases import (
     evaluated,
     finished,
     fork,
+    hurry,
     in_child,
     merged,
     planned,
@@ -179,7 +180,7 @@ def beside(toml: Path, old: str, new: str) -> None:
 def test_ranks_share_a_run_and_one_of_them_merges(
     launcher: Launcher, tmp_path: Path, calm: Surface
 ) -> None:
-    toml = slow(tmp_path)
+    toml = slow(tmp_path, company=4)
     done = launcher.run(4, "run", toml, "--on", "mpi")
     assert done.code == 0, done.err
     folder = run_of(toml)
@@ -208,7 +209,7 @@ def test_ranks_that_are_worker_processes_know_who_they_are(
 def test_several_workers_on_the_device_of_each_rank(
     mpich: Launcher, tmp_path: Path, calm: Surface
 ) -> None:
-    toml = slow(tmp_path)
+    toml = slow(tmp_path, company=4)
     done = mpich.run(2, "run", toml, "--on", "mpi", "--workers-per-gpu", 2, "--no-picture")
     assert done.code == 0, done.err
     folder = run_of(toml)
@@ -375,6 +376,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_does_exactly_the_rest(
     assert ended(running).code != 0
     before = evaluated(folder)
     assert 0 < len(before) < 231 and len(set(before)) == len(before)
+    hurry(folder)
     done = launcher.run(4, "run", toml, "--on", "mpi", "--no-picture")
     assert done.code == 0, done.err
     assert evaluated(folder) == [(p, 0) for p in range(231)]
@@ -395,6 +397,7 @@ def test_where_the_mpi_allows_survivors_finish_what_a_killed_rank_left(
     running = launcher.start(4, "run", folder.root, "--on", "mpi", more=launcher.recover)
     begun(folder, 4)
     os.kill(int((tmp_path / f"{victim}.pid").read_text()), signal.SIGKILL)
+    hurry(folder)
     done = ended(running)
     require_whole(folder, calm)
     assert Counter(evaluated(folder)).most_common(1)[0][1] == 1
@@ -476,6 +479,7 @@ def test_what_an_interrupted_launch_committed_is_kept(
     assert done.code != 0
     before = evaluated(folder)
     assert 0 < len(before) < 231
+    hurry(folder)
     done = launcher.run(2, "run", folder.root, "--on", "mpi", "--no-picture")
     assert done.code == 0, done.err
     assert evaluated(folder) == [(p, 0) for p in range(231)]
@@ -508,7 +512,7 @@ def two_nodes(mpich: Launcher, tmp_path: Path) -> Iterator[Launcher]:
 def test_two_nodes_share_a_run_and_one_rank_merges(
     two_nodes: Launcher, tmp_path: Path, calm: Surface
 ) -> None:
-    toml = slow(tmp_path)
+    toml = slow(tmp_path, company=4)
     done = two_nodes.run(4, "run", toml, "--on", "mpi", "--no-picture")
     assert done.code == 0, done.err
     folder = run_of(toml)
@@ -542,6 +546,7 @@ def test_a_rank_killed_on_another_node_costs_no_value_and_no_point_twice(
     assert ended(running).code != 0
     before = evaluated(folder)
     assert 0 < len(before) < 231
+    hurry(folder)
     # Its namespaces are gone with it: those who resume here cannot ask for its process, and would
     # wait three minutes for its heartbeat. Its file alone tells that it is not alive.
     for w in all_workers(folder):

@@ -433,8 +433,10 @@ def test_status_names_so_many_unwell_workers_and_no_more(run: RunFolder) -> None
 def test_watching_reads_on_and_ends_when_nothing_is_missing(tmp_path: Path) -> None:
     folder = planned(sweep_file(tmp_path, x=9, pause=0.3), unit_points=1)
     watching = process("status", folder.root, "--watch", "--interval", "0.05")
+    first = watching.stdout.readline()  # it looks already
     assert worked(folder) == 9
     out, err = watching.communicate(timeout=100)
+    out = first + out
     assert (watching.returncode, err) == (0, "")
     counts = [int(line.split(": ")[1].split("/")[0]) for line in out.splitlines() if "/9 " in line]
     assert counts == sorted(counts)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cases import evaluated, finished, merged, planned, sweep_file, wait_for, worked
+from cases import Command, evaluated, finished, hurry, merged, planned, sweep_file, wait_for, worked
 
 from lsweep.hosts.requeue import another_turn
 from lsweep.hosts.stopping import MARGIN, Stop, Stopped
@@ -25,77 +25,89 @@ def folder(tmp_path: Path) -> RunFolder:
     return planned(sweep_file(tmp_path, x=41, pause=0.25), unit_points=UNIT)
 
 
-def worker(folder: RunFolder, **environment: str) -> subprocess.Popen[str]:
+def worker(folder: RunFolder) -> Command:
     """Start ``lsweep work`` and wait for its first unit."""
-    process = subprocess.Popen(
+    running = Command("work", folder.root, "--beat", "0.1")
+    wait_for(lambda: [w for w in all_workers(folder) if w["points"]])
+    return running
+
+
+def process(folder: RunFolder, **environment: str) -> subprocess.Popen[str]:
+    """Start ``lsweep work`` as a user does."""
+    return subprocess.Popen(
         [sys.executable, "-m", "lsweep", "work", str(folder.root), "--beat", "0.1"],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **environment},
     )
-    wait_for(lambda: [w for w in all_workers(folder) if w["points"]] or process.poll() is not None)
-    return process
 
 
-def ended(process: subprocess.Popen[str], folder: RunFolder) -> tuple[int, str, dict[str, object]]:
-    _, err = process.communicate(timeout=60)
+def ended(running: Command, folder: RunFolder) -> tuple[int, str, dict[str, object]]:
+    done = running.wait()
     (facts,) = all_workers(folder)
-    return process.returncode, err, facts
+    return done.code, done.err, facts
 
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT"])
 def test_a_signal_ends_a_worker_with_whole_units_and_the_rest_is_done_later(folder, name):
-    process = worker(folder)
-    process.send_signal(getattr(signal, name))
-    code, err, facts = ended(process, folder)
+    running = worker(folder)
+    os.kill(running.pid, getattr(signal, name))
+    code, err, facts = ended(running, folder)
     assert (code, facts["state"], facts["message"]) == (130, State.STOPPED, name)
     assert err == f"lsweep: stopped by {name}; all that was committed is kept\n"
     done = evaluated(folder)
     assert len(done) == facts["points"] and len(done) % UNIT == 0 and 0 < len(done) < 41
+    hurry(folder)
     assert worked(folder) == 41 - len(done)
     assert len(evaluated(folder)) == 41
 
 
 def test_usr_lets_the_unit_finish_and_term_drops_it(tmp_path):
     # One unit of all points: what is committed after the signal tells which it was.
-    for name, points in (("SIGUSR1", 12), ("SIGTERM", 0)):
-        folder = planned(sweep_file(tmp_path / name, x=12, pause=0.25), unit_points=12)
-        process = subprocess.Popen([sys.executable, "-m", "lsweep", "work", str(folder.root)],
-                                   stderr=subprocess.PIPE, text=True)  # fmt: skip
+    names = ("SIGUSR1", "SIGTERM")
+    folders = [planned(sweep_file(tmp_path / n, x=12, pause=0.25), unit_points=12) for n in names]
+    both = [process(f) for f in folders]
+    for name, folder, running in zip(names, folders, both, strict=True):
         wait_for(lambda folder=folder: list(folder.leases.rglob("*.g0")))
-        process.send_signal(getattr(signal, name))
-        code, _, facts = ended(process, folder)
+        running.send_signal(getattr(signal, name))
+    for points, folder, running in zip((12, 0), folders, both, strict=True):
+        running.communicate(timeout=60)
+        (facts,) = all_workers(folder)
         # All units done: there was nothing to be stopped from.
-        assert (code, facts["points"]) == ((0 if points else 130), points)
+        assert (running.returncode, facts["points"]) == ((0 if points else 130), points)
 
 
 def test_no_unit_begins_that_would_run_into_the_time_limit(folder):
     end = time.time() + MARGIN + 8
-    process = worker(folder, SLURM_JOB_ID="1", SLURM_JOB_END_TIME=str(int(end)))
-    code, err, facts = ended(process, folder)
+    running = process(folder, SLURM_JOB_ID="1", SLURM_JOB_END_TIME=str(int(end)))
+    _, err = running.communicate(timeout=60)
     assert time.time() < end
-    assert (code, facts["state"], facts["message"]) == (130, State.STOPPED, "the time limit")
+    (facts,) = all_workers(folder)
+    assert (running.returncode, facts["state"], facts["message"]) == (
+        130,
+        State.STOPPED,
+        "the time limit",
+    )
     # No Slurm answers for this job: said, and nothing else happens.
     assert err.startswith("lsweep: job 1: the time limit; not requeued: ")
     assert len(evaluated(folder)) == facts["points"] < 41
 
 
 def test_a_second_term_does_not_disturb_the_end(folder):
-    process = worker(folder)
-    for _ in range(50):
-        process.send_signal(signal.SIGTERM)
+    running = worker(folder)
+    for _ in range(50):  # it is not reaped: there is always something to send to
+        os.kill(running.pid, signal.SIGTERM)
         time.sleep(0.002)
-        if process.poll() is not None:
-            break
-    _, err, facts = ended(process, folder)
+    _, err, facts = ended(running, folder)
     assert facts["state"] == State.STOPPED and "Traceback" not in err
     assert len(evaluated(folder)) == facts["points"]
 
 
 def test_the_values_are_those_of_an_undisturbed_run(tmp_path, folder):
-    process = worker(folder)
-    process.send_signal(signal.SIGTERM)
-    ended(process, folder)
+    running = worker(folder)
+    os.kill(running.pid, signal.SIGTERM)
+    ended(running, folder)
+    hurry(folder)
     worked(folder)
     calm = merged(finished(sweep_file(tmp_path / "calm", x=41), unit_points=UNIT))[0]
     there = merged(folder)[0]

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cases import planned, process, sweep_file, wait_for
+from cases import hurry, planned, process, sweep_file, wait_for
 
 from lsweep.hosts.machine import host_identity, start_time
 from lsweep.runs.status import share_done
@@ -123,5 +123,6 @@ def test_of_a_crowd_who_finds_nothing_left_goes_home(tmp_path):
     second = process("work", folder.root, "--index", 1, "--of", 200)
     _, err = second.communicate()
     assert (second.returncode, err, share_done(folder)[0]) == (0, "", 0)
+    hurry(folder)
     first.communicate()
     assert (first.returncode, share_done(folder)[0]) == (0, 9)

@@ -42,7 +42,7 @@ class Builder:
     ) -> None:
         self.ground, self.seat, self.eager, self.packed = ground, seat, eager, packed
         self.batch = batch
-        self.built: dict[str, Backend] = {"eager": eager}
+        self.built: dict[tuple[str, str], Backend] = {}
 
     @functools.cached_property
     def inputs(self) -> object:
@@ -75,9 +75,8 @@ class Builder:
         state = graph.pack(ground.state)
         return Packed(state, ground.moves, ground.device, ground.dtype, relaid)
 
-    def network(self, name: str, module: str, kind: str) -> Backend:
+    def network(self, ground: Ground, name: str, module: str, kind: str) -> Backend:
         """Return a backend whose network, ``module.kind``, is made from the graph."""
-        ground = self.ground
         reduced = ground.settings["precision"] == "bfloat16"
         dtype = torch.bfloat16 if reduced else ground.dtype
         threads = torch.get_num_threads()
@@ -87,13 +86,13 @@ class Builder:
         pack = dict if rows is self.packed else self.graph.pack
         return Networked(name, ground, rows, network, pack)
 
-    def native(self) -> Backend:
+    def native(self, ground: Ground) -> Backend:
         """Return the backend of native code."""
         made = importlib.import_module("lsweep.native.network").NativeNetwork
-        rows, fixed = self.rows, self.ground.directions.family is None
+        rows, fixed = self.rows, ground.directions.family is None
         network = made(self.graph, rows, torch.get_num_threads(), fixed)
         pack = dict if rows is self.packed else self.graph.pack
-        return NetworkOfClasses("native", self.ground, rows, network, pack)
+        return NetworkOfClasses("native", ground, rows, network, pack)
 
 
 @dataclass(frozen=True)
@@ -101,13 +100,13 @@ class Kind:
     """A kind of backend.
 
     Attributes:
-        build: makes it; what goes wrong is raised.
+        build: makes it in the ground's precision; what goes wrong is raised.
         why_not: why it is not for a problem, as far as that is known before it is built.
         set_up: seconds that building takes at most, about.
         worth: whether ``auto`` tries it on a device.
     """
 
-    build: Callable[[Builder], Backend]
+    build: Callable[[Builder, Ground], Backend]
     why_not: Callable[[Ground], str | None]
     set_up: float = 0.1
     worth: Callable[[Ground], bool] = lambda ground: True
@@ -160,33 +159,41 @@ def _is_small_on_gpu(ground: Ground) -> bool:
 
 
 KINDS = {
-    "eager": Kind(lambda b: b.eager, lambda ground: None),
-    "channels_last": Kind(lambda b: ChannelsLast(b.ground, b.seat), _why_no_channels_last),
+    "eager": Kind(lambda b, at: Eager(at, b.seat, b.packed), lambda ground: None),
+    "channels_last": Kind(lambda b, at: ChannelsLast(at, b.seat), _why_no_channels_last),
     "fused": Kind(
-        lambda b: b.network("fused", "backends.fused", "FusedNetwork"), _why_not_fused, 3.0
+        lambda b, at: b.network(at, "fused", "backends.fused", "FusedNetwork"), _why_not_fused, 1.0
     ),
-    "native": Kind(Builder.native, _why_not_native, 3.0),
-    "vmap": Kind(lambda b: Vmapped(b.ground, b.packed), _why_not_stacked, 0.5, _is_small_on_gpu),
-    "cudagraph": Kind(lambda b: Replayed(b.ground, b.seat, b.packed), _why_not_replayed, 1.0),
-    "compiled": Kind(lambda b: Compiled(b.ground, b.seat, b.packed), _why_not_compiled, 60.0),
+    "native": Kind(lambda b, at: b.native(at), _why_not_native, 3.0),
+    "vmap": Kind(lambda b, at: Vmapped(at, b.packed), _why_not_stacked, 0.5, _is_small_on_gpu),
+    "cudagraph": Kind(lambda b, at: Replayed(at, b.seat, b.packed), _why_not_replayed, 1.0),
+    "compiled": Kind(lambda b, at: Compiled(at, b.seat, b.packed), _why_not_compiled, 60.0),
 }  # those that are cheap to build first
 
 
-def build(name: str, builder: Builder) -> Backend:
-    """Build a backend.
+def build(name: str, builder: Builder, precision: str) -> Backend:
+    """Build a backend in a precision that the plan permits.
 
     Raises:
         LsweepError: it is not for this problem, or does not build here; the message is a clause.
     """
-    if name in builder.built:
-        return builder.built[name]
+    if (name, precision) in builder.built:
+        return builder.built[name, precision]
     if name not in KINDS:
         raise LsweepError(f"no backend {name!r}{nearest(name, KINDS)}")
-    reason = KINDS[name].why_not(builder.ground)
+    ground = builder.ground
+    if precision not in ground.precisions:
+        raise LsweepError(f"{precision} is not what the plan permits: {ground.precisions}")
+    if precision == ground.precisions[0]:
+        if name == "eager":
+            return builder.eager
+    else:
+        ground = ground.at(precision)
+    reason = KINDS[name].why_not(ground)
     if reason is not None:
         raise LsweepError(reason)
     try:
-        return builder.built.setdefault(name, KINDS[name].build(builder))
+        return builder.built.setdefault((name, precision), KINDS[name].build(builder, ground))
     except LsweepError:
         raise
     except Exception as e:

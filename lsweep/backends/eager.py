@@ -6,6 +6,7 @@ Here is what they are built on, and eager itself, which moves the network as it 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from lsweep.backends.packed import Packed, Spot
 from lsweep.problems import batchnorm, weights
 from lsweep.problems.data import Batch
 from lsweep.problems.problem import Problem, Sampled
-from lsweep.problems.takeover import numerics
+from lsweep.problems.takeover import products
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -78,6 +79,19 @@ class Ground:
         """For each axis name -> tensor."""
         return [axis.tensors for axis in self.directions.axes.values()]
 
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """The precisions that the plan permits: the one it asks for, or more exact.
+
+        Only beside autocast can float32 stand: tf32 is a setting of the whole process.
+        """
+        asked = str(self.settings["precision"])
+        return (asked, "float32") if asked in AUTOCAST else (asked,)
+
+    def at(self, precision: str) -> Ground:
+        """Return the same in another precision that is permitted."""
+        return dataclasses.replace(self, settings={**self.settings, "precision": precision})
+
     def step(self, number: int) -> weights.State:
         """Read a step of the trajectory: a whole checkpoint."""
         return weights.load_matching(self.directions.steps[number].path, self.state)
@@ -93,9 +107,11 @@ class Ground:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(self.problem.grad))
             if precision in AUTOCAST and not plain:
-                stack.enter_context(torch.autocast(self.device.type, AUTOCAST[precision]))
+                # No cast of a weight is kept: a graph would replay that of another point.
+                low = AUTOCAST[precision]
+                stack.enter_context(torch.autocast(self.device.type, low, cache_enabled=False))
             if precision == "tf32" and plain:
-                stack.enter_context(numerics(self.device, False))
+                stack.enter_context(products(tf32=False))
             if self.settings["batch_norm"] == "batch":
                 stack.enter_context(batchnorm.batch_statistics(self.problem.model))
             yield

@@ -14,8 +14,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from lsweep.backends.simplifying import tidy
 from lsweep.backends.tracing import Unsupported as Unsupported
-from lsweep.backends.tracing import plain_graph, tidy
+from lsweep.backends.tracing import plain_graph
 from lsweep.errors import LsweepError
 from lsweep.problems.weights import State, buffers_of, parameters_of
 
@@ -203,12 +204,11 @@ def _fold(module: fx.GraphModule, moving: frozenset[str]) -> tuple[Fold, ...]:
             continue
         layer = node.args[0]
         sources = (layer.args[1], node.args[3])
-        values = (layer.args[1].meta["val"], node.args[3].meta["val"])
-        for name, like, value in zip(fold.names, sources, values, strict=True):
+        for name, like in zip(fold.names, sources, strict=True):
             if name not in packed:
                 with graph.inserting_before(like):
                     packed[name] = graph.placeholder(f"folded_{len(packed)}")
-                packed[name].meta.update(val=value, name=name)
+                packed[name].meta.update(like.meta, name=name)
         weight, bias = (packed[n] for n in fold.names)
         layer.args = (layer.args[0], weight, bias, *layer.args[3:])
         node.replace_all_uses_with(layer)

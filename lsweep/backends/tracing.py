@@ -1,47 +1,45 @@
-"""A network as a graph of plain operations: traced by ``torch.export``, then simplified.
+"""A network as a graph of plain operations, for any batch length: recorded twice, then simplified.
 
-In eval mode with a free batch length, at the level where a convolution, a linear layer, a
-normalisation and an attention are one operation each. What every backend that generates code
-would do by itself is done here once: dropout, copies and dead code are gone, attention keeps the
-batch dimension first.
+It is run at two batch lengths. Numbers that differ between the two follow from the batch's length,
+which is written into the graph in their place; a third run, on other samples, must come out as the
+network's own. What every backend that generates code would do by itself is done here once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import io
-import logging
 import operator
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 
-from lsweep.errors import LsweepError
+from lsweep.backends.recording import Recording, TooSlow
+from lsweep.backends.recording import Unsupported as Unsupported
+from lsweep.backends.simplifying import computed_constants, tidy
 from lsweep.problems.problem import call
 from lsweep.problems.takeover import generators_kept, model_kept
 
 aten = torch.ops.aten
 SECONDS = 120.0  # a trace that takes longer than this costs more than it can save
-IDENTITIES = (
-    aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default,
-    aten.lift_fresh_copy.default, aten.lift_fresh.default,
-)  # fmt: skip
-CASTS = (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device)
-RECURRENT = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
-CHECKS = ("_assert", "sym_constrain")  # what export adds to guard a batch length
+LENGTHS = (3, 5)  # of the batches on which it is recorded
+OTHER = 7  # of the one on which the graph is compared
+AGREES = 1e-3  # relative to the largest number: another computation, not another rounding
 
 
-class Unsupported(LsweepError):
-    """A network that a backend cannot take; the message is one clause that says why."""
+@dataclass(frozen=True)
+class Length:
+    """A number that follows from the batch's length: so much for each sample, and a rest."""
+
+    each: int
+    rest: int
 
 
 def plain_graph(
@@ -57,7 +55,9 @@ def plain_graph(
         free: False takes the example's batch length, as some networks need.
 
     Returns:
-        a module called with the tensors of the state that it uses, then the inputs.
+        a module called with the tensors of the state that it uses, then the inputs. ``meta["val"]``
+        of a node is a tensor of its shape, dtype and device at the first of ``LENGTHS``;
+        ``meta["shape"]`` has a `Length` where that follows from the batch.
 
     Raises:
         Unsupported: it does not trace, fixes its batch length, draws random numbers, changes its
@@ -68,34 +68,61 @@ def plain_graph(
     leaves = [leaves] if isinstance(leaves, Tensor) else list(leaves)
     if not leaves or not all(isinstance(t, Tensor) and t.dim() for t in leaves):
         raise Unsupported("its inputs are not plain tensors")
-    if len(leaves[0]) < 2:  # a batch of one would be taken for a constant
-        leaves = [torch.cat([t, t]) for t in leaves]
-    with _left_alone(model):
+    if free and len({len(t) for t in leaves}) > 1:
+        raise Unsupported("it does not trace: its inputs differ in length")
+
+    def network(tensors: Sequence[Tensor]) -> Any:
+        if keys is not None:
+            return call(model, dict(zip(keys, tensors, strict=True)))
+        return call(model, tensors[0] if isinstance(inputs, Tensor) else tuple(tensors))
+
+    end = time.monotonic() + SECONDS
+    with _left_alone(model), _told():
         model.eval()
-        called = _Called(model, keys, isinstance(inputs, Tensor))
-        module = _bound(_exported(called, leaves, free), called, state)
+        other = _samples(leaves, OTHER if free else None, -1)
+        with model_kept(model):  # attributes, too: each run begins as the first one
+            wanted = network([t.clone() for t in other])  # fills what caches there are
+        runs = []
+        for length in LENGTHS if free else (None,):
+            few = _samples(leaves, length, 1)
+            run = Recording(model, state, few, end)
+            with model_kept(model), _Watching(run), run.running():
+                output = network(few)
+            if not isinstance(output, Tensor):
+                raise Unsupported("its output is not one tensor")
+            run.finish(output)
+            runs.append(run)
+        for node in runs[0].graph.nodes:
+            shape = getattr(node.meta.get("val"), "shape", None)
+            node.meta["shape"] = None if shape is None else tuple(shape)
+        if free:
+            _Freed(*runs)
+        root = nn.Module()
+        for name, t in runs[0].constants.items():
+            root.register_buffer(name, t.detach())
+        module = fx.GraphModule(root, runs[0].graph)
         tidy(module)
-    for node in module.graph.nodes:
-        if node.op == "call_function" and _draws(node):
-            raise Unsupported(f"it draws random numbers ({node.target})")
-        if "as_strided" in str(node.target):
-            raise Unsupported("it reads memory by strides of its own (as_strided)")
-    _compute_constants(module)
+        computed_constants(module)
+        names = [n.meta["name"] for n in module.graph.nodes if "name" in n.meta]
+        found = module(*(state[n].detach() for n in names), *other)
+        if not _agree(found, wanted):
+            raise Unsupported("it does not trace: it computes otherwise on other samples")
     return module
 
 
-class _Called(nn.Module):
-    """The network as the engine calls it: from tensors to its one output."""
+def _samples(leaves: Sequence[Tensor], length: int | None, step: int) -> list[Tensor]:
+    """Return the first samples (or the last, backwards), again and again where there are few."""
+    count = len(leaves[0])
+    at = torch.arange(length or count, device=leaves[0].device) % max(1, count)
+    return [t.detach()[at if step > 0 else count - 1 - at] for t in leaves]
 
-    def __init__(self, model: nn.Module, keys: tuple[str, ...] | None, single: bool) -> None:
-        super().__init__()
-        self.model, self.keys, self.single = model, keys, single
 
-    def forward(self, *tensors: Tensor) -> Any:
-        """Return the output or the logits."""
-        if self.keys is not None:
-            return call(self.model, dict(zip(self.keys, tensors, strict=True)))
-        return call(self.model, tensors[0] if self.single else tensors)
+def _agree(found: Tensor, wanted: Tensor) -> bool:
+    if found.shape != wanted.shape:
+        return False
+    a, b = found.double(), wanted.double()
+    scale = float(b[b.isfinite()].abs().max()) if bool(b.isfinite().any()) else 1.0
+    return bool(torch.isclose(a, b, AGREES, AGREES * scale, equal_nan=True).all())
 
 
 @contextmanager
@@ -110,55 +137,117 @@ def _left_alone(model: nn.Module) -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _exported(called: _Called, leaves: list[Tensor], free: bool) -> ExportedProgram:
-    batch = torch.export.Dim("batch")
-    shapes = tuple({0: batch} for _ in leaves)
-    try:
-        with _Tracing(), _quiet():
-            exported = torch.export.export(
-                called,
-                tuple(leaves),
-                dynamic_shapes=(shapes,) if free else None,
-                strict=False,
-            )
-            return cast(ExportedProgram, exported.run_decompositions({}))
-    except _TooSlow:
-        raise Unsupported(f"tracing it takes more than {SECONDS:.0f} s") from None
-    except Exception as e:  # whatever the user's code or the exporter raises: no graph
-        text = next((line.strip() for line in str(e).splitlines() if line.strip()), "")
-        if "onstraint" in str(e):
-            raise Unsupported(f"its batch length is fixed: {text[:160]}") from None
-        raise Unsupported(f"it does not trace: {type(e).__name__}: {text[:160]}") from None
-
-
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """What torch says about a network that it cannot trace is said in the exception already."""
-    logger = logging.getLogger("torch.fx.experimental")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+def _told() -> Iterator[None]:
+    """Say in one clause why there is no graph, whatever the user's code raises."""
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
+        yield
+    except Unsupported:
+        raise
+    except TooSlow:
+        raise Unsupported(f"tracing it takes more than {SECONDS:.0f} s") from None
+    except Exception as e:
+        text = next((line.strip() for line in str(e).splitlines() if line.strip()), "")
+        reason = f"{type(e).__name__}: {text[:160]}"
+        raise Unsupported(f"it does not trace, or its batch length is fixed: {reason}") from None
 
 
-class _TooSlow(Exception):
-    pass
+# -- a free batch length ---------------------------------------------------------------------------
 
 
-class _Tracing(TorchFunctionMode):
-    """Watches the clock while a network is traced, and keeps attention's batch dimension first."""
+class _Freed:
+    """Writes into one recording what follows from the batch's length, as another shows it."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: Recording, other: Recording) -> None:
+        self._graph, self._known = run.graph, dict[Length, fx.Node]()
+        pairs = list(zip(run.graph.nodes, other.graph.nodes, strict=False))
+        if len(run.graph.nodes) != len(other.graph.nodes):
+            raise _fixed("another number of operations")
+        self._place = {b: a for a, b in pairs}
+        self._input = next(n for n, _ in reversed(pairs) if n.op == "placeholder")
+        self._last = self._input
+        for a, b in pairs:
+            if (a.op, str(a.target)) != (b.op, str(b.target)):
+                raise _fixed(f"{a.target} here, {b.target} there")
+            if a.op == "get_attr" and not _equal(
+                run.constants[str(a.target)], other.constants[str(b.target)]
+            ):
+                raise _fixed("it holds other numbers")
+            if a.meta["shape"] is not None:
+                there = b.meta["val"].shape
+                if len(there) != len(a.meta["shape"]):
+                    raise _fixed(f"{a.target} has another rank")
+                a.meta["shape"] = tuple(map(_length, a.meta["shape"], there))
+            if a.op == "call_function":
+                a.args, a.kwargs = self._both(a.args, b.args), self._both(a.kwargs, b.kwargs)
+
+    def _both(self, a: Any, b: Any) -> Any:
+        """Return an argument for any batch length."""
+        if isinstance(a, fx.Node):
+            if a is not self._place.get(b):
+                raise _fixed("operations on others")
+            return a
+        if isinstance(a, Mapping):
+            return {k: self._both(v, b[k]) for k, v in a.items()}
+        if isinstance(a, list | tuple):
+            if len(a) != len(b):
+                raise _fixed("another number of arguments")
+            return type(a)(self._both(x, y) for x, y in zip(a, b, strict=True))
+        if type(a) is int and type(b) is int:
+            length = _length(a, b)
+            return length if isinstance(length, int) else self._node(length)
+        if repr(a) != repr(b):
+            raise _fixed(f"{a!r} here, {b!r} there")
+        return a
+
+    def _node(self, length: Length) -> fx.Node:
+        """Return the node that computes a length."""
+        if length not in self._known:
+            if length == Length(1, 0):
+                made: tuple[Any, tuple[Any, ...]] = (aten.sym_size.int, (self._input, 0))
+            elif length.rest:
+                made = (operator.add, (self._node(Length(length.each, 0)), length.rest))
+            else:
+                made = (operator.mul, (self._node(Length(1, 0)), length.each))
+            with self._graph.inserting_after(self._last):
+                self._last = self._known[length] = self._graph.call_function(*made)
+            value = length.each * LENGTHS[0] + length.rest
+            self._last.meta.update(val=value, shape=None, moves=False)
+        return self._known[length]
+
+
+def _length(a: int, b: int) -> int | Length:
+    """Return a number that was found at both lengths."""
+    if a == b:
+        return a
+    each, odd = divmod(b - a, LENGTHS[1] - LENGTHS[0])
+    if odd:
+        raise _fixed(f"{a} for {LENGTHS[0]} samples, {b} for {LENGTHS[1]}")
+    return Length(each, a - each * LENGTHS[0])
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and a.dtype == b.dtype and _agree(a, b))
+
+
+def _fixed(why: str) -> Unsupported:
+    return Unsupported(f"its batch length is fixed: it does otherwise at another ({why})")
+
+
+# -- attention -------------------------------------------------------------------------------------
+
+
+class _Watching(TorchFunctionMode):
+    """Keeps attention's batch dimension first, and sees data that is read past torch."""
+
+    def __init__(self, run: Recording) -> None:
         super().__init__()
-        self.end = time.monotonic() + SECONDS
+        self._run = run
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call ``func``, or attention as plain operations."""
-        if time.monotonic() > self.end:
-            raise _TooSlow
+        if func in (Tensor.numpy, Tensor.tolist, Tensor.__array__):
+            self._run.require_constant(args[0], func.__name__)
         if func is F.multi_head_attention_forward:
             return _attention(func, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -205,176 +294,3 @@ def _attention(func: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any,
     # Where the attention weights are not looked at, this second computation is dead code.
     weights = func(query, key, value, *args, **kw)[1] if given.get("need_weights", True) else None
     return out.transpose(0, 1), weights
-
-
-def _bound(
-    exported: ExportedProgram, called: _Called, state: Mapping[str, Tensor]
-) -> fx.GraphModule:
-    """Return a graph whose placeholders are tensors of the state, once each, then inputs."""
-    signature = exported.graph_signature
-    mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
-    if mutated:
-        raise Unsupported(f"it changes {mutated[0].removeprefix('model.')} while it runs")
-    tensors = {
-        **dict(called.named_parameters(remove_duplicate=False)),
-        **dict(called.named_buffers(remove_duplicate=False)),
-    }
-    known = {id(t): n for n, t in state.items()}
-    source: fx.GraphModule = exported.graph_module
-    graph, root = source.graph, nn.Module()
-    inputs = set(signature.user_inputs)
-    first: dict[str, fx.Node] = {}
-    for node in [n for n in graph.nodes if n.op == "placeholder" and n.name not in inputs]:
-        target = next(s.target for s in signature.input_specs if s.arg.name == node.name)
-        tensor = tensors.get(target)
-        if tensor is None:
-            tensor = exported.constants.get(target)
-        if not isinstance(tensor, Tensor):
-            raise Unsupported(f"it holds an object that is no tensor ({target})")
-        name = known.get(id(tensor))
-        if name is None:  # no direction knows it: a constant
-            attribute = node.name
-            root.register_buffer(attribute, tensor.detach().clone())
-            with graph.inserting_after(node):
-                constant = graph.get_attr(attribute)
-            constant.meta["val"] = node.meta["val"]
-            node.replace_all_uses_with(constant)
-            graph.erase_node(node)
-        elif name in first:
-            node.replace_all_uses_with(first[name])
-            graph.erase_node(node)
-        else:
-            node.meta["name"] = name
-            first[name] = node
-    result = graph.output_node()
-    outputs = cast(Sequence[Any], result.args[0])
-    if len(outputs) != 1 or not isinstance(outputs[0], fx.Node):
-        raise Unsupported("its output is not one tensor")
-    result.args = (outputs[0],)
-    graph.set_codegen(fx.graph.CodeGen())
-    for name, child in source.named_children():  # bodies of higher-order operations
-        root.add_module(name, child)
-    return fx.GraphModule(root, graph)
-
-
-# -- simplifying -----------------------------------------------------------------------------------
-
-
-def tidy(module: fx.GraphModule) -> None:
-    """Remove what computes nothing: copies, casts to the same dtype, checks, dead code.
-
-    A view becomes a reshape, because without the copies a tensor may lie otherwise in memory.
-    """
-    graph = module.graph
-    for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
-        target, value = node.target, node.meta.get("val")
-        if any(word in str(target) for word in CHECKS):
-            graph.erase_node(node)
-        elif target in IDENTITIES or (target in CASTS and _same(node)) or _whole(node):
-            node.replace_all_uses_with(node.args[0])
-        elif target in (aten.view.default, aten._unsafe_view.default, aten.reshape.default):
-            node.target = aten.reshape.default
-            known = [s if isinstance(s, int) else -1 for s in value.shape]
-            if known.count(-1) <= 1:  # then no length need be computed while it runs
-                node.args = (node.args[0], known)
-            if list(value.shape) == list(node.args[0].meta["val"].shape):
-                node.replace_all_uses_with(node.args[0])
-        elif target is aten.transpose.int:
-            _cancel_transposes(node)
-        elif target is aten.cat.default and (only := _nothing_added(node)) is not None:
-            node.replace_all_uses_with(only)
-        elif target is aten._native_batch_norm_legit_no_training.default:
-            _one_output(graph, node)
-    for node in reversed(list(graph.nodes)):  # the graph is functional: nothing acts unseen
-        if node.op in ("call_function", "get_attr") and not node.users:
-            graph.erase_node(node)
-    for node in list(graph.nodes):
-        if node.op == "placeholder" and "name" in node.meta and not node.users:
-            graph.erase_node(node)
-    graph.lint()
-    module.delete_all_unused_submodules()
-    module.recompile()
-
-
-def _compute_constants(module: fx.GraphModule) -> None:
-    """Compute once what depends on neither weights nor inputs: masks, positions."""
-    known: dict[fx.Node, Tensor] = {}
-    for node in module.graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "get_attr" and isinstance(value, Tensor):
-            known[node] = getattr(module, node.target)
-        elif node.op == "call_function" and isinstance(value, Tensor):
-            if not all(n in known for n in node.all_input_nodes):
-                continue
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: known[n])
-            with torch.no_grad():
-                known[node] = node.target(*args, **kwargs)
-    last = [n for n in known if n.op == "call_function" and not set(n.users) <= set(known)]
-    for i, node in enumerate(last):
-        module.register_buffer(f"constant_{i}", known[node].clone())
-        with module.graph.inserting_before(node):
-            new = module.graph.get_attr(f"constant_{i}")
-        new.meta["val"] = node.meta["val"]
-        node.replace_all_uses_with(new)
-    tidy(module)
-
-
-def _nothing_added(node: fx.Node) -> fx.Node | None:
-    """Return the one tensor of a cat that holds any number: a cache that is still empty."""
-    parts = [n for n in cast(Any, node.args[0]) if n.meta["val"].shape != (0,)]
-    return parts[0] if len(parts) == 1 else None
-
-
-def _same(node: fx.Node) -> bool:
-    before, after = cast(fx.Node, node.args[0]).meta["val"], node.meta["val"]
-    return bool(before.dtype == after.dtype and before.device == after.device)
-
-
-def _whole(node: fx.Node) -> bool:
-    """Whether it is a slice that takes all."""
-    if node.target is not aten.slice.Tensor:
-        return False
-    source, dim, start, end, step = cast(
-        Any, (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
-    )
-    size = source.meta["val"].shape[dim]
-    if start not in (0, None) or step != 1 or isinstance(end, fx.Node):
-        return False
-    return end is None or end >= 2**62 or (isinstance(size, int) and bool(end >= size))
-
-
-def _cancel_transposes(node: fx.Node) -> None:
-    inner = node.args[0]
-    rank = node.meta["val"].dim()
-    if isinstance(inner, fx.Node) and inner.target is aten.transpose.int:
-        swaps = [{cast(int, d) % rank for d in n.args[1:]} for n in (node, inner)]
-        if swaps[0] == swaps[1]:
-            node.replace_all_uses_with(cast(fx.Node, inner.args[0]))
-
-
-def _one_output(graph: fx.Graph, node: fx.Node) -> None:
-    """Write batch norm as the operation with one output."""
-    x, gamma, beta, mean, variance, momentum, eps = node.args
-    with graph.inserting_after(node):
-        new = graph.call_function(
-            aten.batch_norm.default,
-            (x, gamma, beta, mean, variance, False, momentum, eps, False),
-        )
-    new.meta["val"] = node.meta["val"][0]
-    for user in list(node.users):
-        if user.target is operator.getitem and user.args[1] == 0:
-            user.replace_all_uses_with(new)
-
-
-def _draws(node: fx.Node) -> bool:
-    """Whether it draws random numbers; some do so only where they are given a probability."""
-    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
-        return False
-    if node.target is aten.scaled_dot_product_attention.default:
-        return bool(node.kwargs.get("dropout_p") or (node.args[4:5] and node.args[4]))
-    if node.target in RECURRENT:
-        _, _, _, _, _, dropout, train, *_ = node.args
-        return bool(dropout and train)
-    return True

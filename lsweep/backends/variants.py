@@ -123,10 +123,38 @@ def _no_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-class Replayed(Eager):
-    """A CUDA graph of network and metrics for each shape of a batch: one launch for all kernels.
+def signature(batch: Batch) -> str:
+    """Return what a graph of a batch depends on beside the numbers in its tensors.
 
-    Weights are moved in place, so that a replay computes with those of the present point.
+    What is no tensor is fixed when a graph is captured, as shapes and strides are.
+
+    >>> signature((torch.zeros(2), "a")) == signature((torch.ones(2), "a"))
+    True
+    >>> signature((torch.zeros(2), "a")) == signature((torch.zeros(2), "b"))
+    False
+    """
+    return repr(map_tensors(batch, lambda t: (t.dtype, tuple(t.shape), t.stride())))
+
+
+@contextlib.contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Let torch refuse what waits for the device: a capture that fails of it cannot be cleared up.
+
+    A graph would leave out what Python does with a number that it waited for.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+class Replayed(Eager):
+    """A CUDA graph of network and metrics for each kind of batch: one launch for all kernels.
+
+    Weights are moved in place, so that a replay computes with those of the present point. Graphs
+    are replayed in turn on one stream and what they leave is copied at once, so they share memory.
 
     Args:
         ground: what to evaluate.
@@ -138,14 +166,16 @@ class Replayed(Eager):
 
     def __init__(self, ground: Ground, seat: Seat, packed: Packed) -> None:
         super().__init__(ground, seat, packed)
-        self._captured: dict[Any, tuple[Any, Batch, Mapping[str, Sampled]]] = {}
+        self._captured: dict[str, tuple[Any, Batch, Mapping[str, Sampled]]] = {}
+        self._stream = torch.cuda.Stream(ground.device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
 
     def values(
         self, spots: Sequence[Spot], batch: Batch, stay: bool = False
     ) -> Iterator[Mapping[str, Sampled]]:
         """Yield the metrics at each spot; see `Backend`."""
         self._seat.take(self._moving.packed)
-        key = tuple((t.shape, t.dtype) for t in tensors_of(batch))
+        key = signature(batch)
         if key not in self._captured:
             self._captured[key] = self._capture(batch)
         graph, inputs, outputs = self._captured[key]
@@ -162,13 +192,17 @@ class Replayed(Eager):
 
     def _capture(self, batch: Batch) -> tuple[Any, Batch, Mapping[str, Sampled]]:
         inputs = map_tensors(batch, torch.clone)
-        stream = torch.cuda.Stream(self._ground.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self._ground.device))
-        with torch.cuda.stream(stream):
+        present = torch.cuda.current_stream(self._ground.device)
+        self._stream.wait_stream(present)
+        with torch.cuda.stream(self._stream):
             for _ in range(WARM_UP):
                 self.here(inputs)
-        torch.cuda.current_stream(self._ground.device).wait_stream(stream)
+            with _no_waiting():
+                self.here(inputs)
+        present.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # The stream of the warm-up has the libraries' workspaces already. Other threads, such as
+        # those that pin a loader's batches, may allocate meanwhile.
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             outputs = self.here(inputs)
         return graph, inputs, outputs

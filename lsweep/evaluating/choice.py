@@ -1,7 +1,9 @@
 """The choice of a backend by measurement: what supports the problem, agrees with eager, is fast.
 
 Candidates are timed on the first samples, at the centre and far out, interleaved with each other;
-all trials together may take a small share of what the sweep would cost with eager.
+all trials together may take a small share of what the sweep would cost with eager. A plan that
+asks for bfloat16 or float16 permits less than float32 and does not demand it: backends are tried in
+both, and what is frozen says in which precision it computes.
 """
 
 from __future__ import annotations
@@ -28,16 +30,19 @@ from lsweep.problems.factory import describe
 
 WORTH = 2.0  # seconds of a sweep with eager, below which nothing is tried
 SHARE = 0.2  # of them may be spent on trials: the best are three to four times faster than eager
-LONG = 30.0  # seconds of set-up, which are spent only where there is none of these:
-SHORTER = ("fused", "native")
+LONG = 30.0  # seconds of set-up, which are spent only where there is none of these,
+SHORTER = ("fused", "native")  # and so is time on the others in a better precision than asked for
 LEAST = 4  # passes over one batch at each spot: below, nothing can be told
+PASSES = 32  # over the samples of a trial: two a backend and batch size, and more rounds
 ROUNDS = 3  # passes of those that were near the fastest in the first
 NEAR = 1.3  # times the fastest
+FAR = 2.0  # times the fastest: no batch size makes up for it, and large ones take memory
 LARGER = (2.0, 4.0, 8.0)  # times the default batch size, as long as that is faster
 SMALLER = 0.5
 TOLERANCE = {"float64": 1e-9, "float32": 2e-5}
 REDUCED_TOLERANCE = 0.1  # nonsense; the error that was measured stands in the record
 FLOOR = 0.05  # of the usual value: below, an error counts as one of that much
+Kind = tuple[str, str]  # name and precision of a backend
 TIES = 200  # of so many samples one may fall on the other side of a metric that has steps
 
 
@@ -47,6 +52,7 @@ class Trial:
 
     Attributes:
         backend: its name.
+        precision: in which it computes.
         batch_sizes: split -> samples.
         seconds: of one point, extrapolated; None when it was not timed.
         set_up: seconds to build it and run it the first time.
@@ -55,28 +61,36 @@ class Trial:
     """
 
     backend: str
+    precision: str
     batch_sizes: dict[str, int]
     seconds: float | None = None
     set_up: float = 0.0
     error: float | None = None
     why_not: str = ""
 
+    @property
+    def kind(self) -> Kind:
+        """What is built."""
+        return self.backend, self.precision
+
 
 @dataclass(frozen=True)
 class Choice:
-    """Which backend, with which batch sizes, and what else was tried."""
+    """Which backend in which precision, with which batch sizes, and what else was tried."""
 
     backend: str
+    precision: str
     batch_sizes: dict[str, int]
     tried: tuple[Trial, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """Return it as plain values."""
-        wanted = (self.backend, self.batch_sizes)
-        taken = [t for t in self.tried if (t.backend, t.batch_sizes) == wanted]
+        wanted = ((self.backend, self.precision), self.batch_sizes)
+        taken = [t for t in self.tried if (t.kind, t.batch_sizes) == wanted]
         eager = [t.seconds for t in self.tried if t.backend == "eager" and t.seconds]
         return {
             "backend": self.backend,
+            "precision": self.precision,
             "batch_sizes": self.batch_sizes,
             "error": taken[0].error if taken else None,
             "speed": eager[0] / taken[0].seconds if taken and taken[0].seconds and eager else None,
@@ -101,24 +115,28 @@ def choose(evaluator: Evaluator, spots: Sequence[Spot], seconds: float, points: 
     """
     asked = str(evaluator.settings["backend"])
     total = seconds * points
+    precisions = evaluator.ground.precisions
+    untried = Choice("eager", precisions[0], dict(evaluator.batch_sizes))
     if asked == "eager" or (asked == "auto" and total < WORTH):
-        return Choice("eager", dict(evaluator.batch_sizes))
+        return untried
     split = evaluator.splits[0]
     batch = samples_in(next(evaluator.fresh(split, evaluator.batch_sizes[split])))
     least = LEAST * len(spots) * seconds * batch / max(1, len(evaluator.centre()[0].values))
     if asked == "auto" and least > SHARE * total:
-        return Choice("eager", dict(evaluator.batch_sizes))
+        return untried
     trials = _Trials(evaluator, spots, seconds, SHARE * total)
     if asked != "auto":
-        trial = trials.first(asked)
-        if trial.why_not:
-            raise LsweepError(f'evaluate.backend = "{asked}": {trial.why_not}')
+        named = [trials.first((asked, p)) for p in precisions]
+        if all(t.why_not for t in named):
+            raise LsweepError(f'evaluate.backend = "{asked}": {named[-1].why_not}')
     else:
-        for name, kind in catalogue.KINDS.items():
-            if name != "eager" and kind.worth(evaluator.ground):
-                trials.first(name, kind.set_up)
-    for backend in trials.fastest(2):
-        trials.sizes(backend, asked)
+        worth = [name for name, k in catalogue.KINDS.items() if k.worth(evaluator.ground)]
+        kinds = [(name, precision) for name in worth for precision in precisions]
+        for kind in sorted(kinds, key=trials.is_spare):
+            if kind != ("eager", precisions[0]):
+                trials.first(kind, catalogue.KINDS[kind[0]].set_up)
+    for kind in trials.fastest(2):
+        trials.sizes(kind)
     return trials.decision(asked)
 
 
@@ -135,17 +153,17 @@ class _Trials:
         self._all = sum(counts) * evaluator.slices  # about: of all splits
         self._opaque = any(s.opaque for s in evaluator.centre())
         self._default = dict(evaluator.batch_sizes)
-        # Four default batches, but no more than a few passes that the budget has room for.
-        most = budget / 12 / (seconds / max(1, self._all) * len(spots))
+        # Four default batches, but so few samples that the budget has room for all the passes.
+        most = budget / PASSES / (seconds / max(1, self._all) * len(spots))
         size = self._default[self._split]
         self._samples = int(min(counts[0], max(size, min(4 * size, most))))
-        self._built: dict[str, Backend] = {}
+        self._built: dict[Kind, Backend] = {}
         self._cut: dict[int, list[Batch]] = {}
         self._done: list[Trial] = []
         self._times: dict[int, list[float]] = {}
         self._builder = evaluator.builder()
         self._reference = self._found(evaluator.plain, self._batches(self._default))
-        self.first("eager")
+        self.first(("eager", evaluator.ground.precisions[0]))
 
     @property
     def _left(self) -> float:
@@ -174,21 +192,24 @@ class _Trials:
 
     # -- one candidate --------------------------------------------------------------------------
 
-    def first(self, name: str, set_up: float = -math.inf) -> Trial:
+    def first(self, kind: Kind, set_up: float = -math.inf) -> Trial:
         """Build a backend, compare it, time it once; where there is time for its set-up."""
-        trial = Trial(name, self._default)
+        trial = Trial(*kind, self._default)
         self._done.append(trial)
-        reason = catalogue.KINDS[name].why_not(self._evaluator.ground)
+        name, precision = kind
+        reason = catalogue.KINDS[name].why_not(self._evaluator.ground.at(precision))
         if reason is None and set_up > self._left:
             reason = f"not tried: {max(0.0, self._left):.1f} s are left for trials"
-        if reason is None and set_up >= LONG and any(t.backend in SHORTER for t in self._sound()):
-            reason = f"not tried: it takes long to build, and there is {' or '.join(SHORTER)}"
+        if reason is None and self.is_spare(kind):
+            there = next((t.backend for t in self._sound() if t.backend in SHORTER), None)
+            if there is not None:
+                reason = f"not tried: there is {there}"
         if reason is not None:
             trial.why_not = reason
             return trial
         start = time.perf_counter()
         try:
-            self._built[name] = catalogue.build(name, self._builder)
+            self._built[kind] = catalogue.build(name, self._builder, precision)
             self._compare(trial)
             trial.set_up = time.perf_counter() - start
             if not trial.why_not:
@@ -196,25 +217,35 @@ class _Trials:
         except Exception as e:
             trial.set_up = time.perf_counter() - start
             trial.why_not = _reason(e)
+        near = self.fastest(len(self._built))
+        for far in self._built.keys() - {self._done[0].kind, *near}:  # they hold rows and buffers
+            del self._built[far]
+            self._builder.built.pop(far, None)
         return trial
 
-    def sizes(self, name: str, asked: str) -> None:
+    def is_spare(self, kind: Kind) -> bool:
+        """Whether a kind is tried last, and only where none of `SHORTER` can be had."""
+        name, precision = kind
+        better = precision != self._evaluator.ground.precisions[0]
+        return catalogue.KINDS[name].set_up >= LONG or (better and name not in SHORTER)
+
+    def sizes(self, kind: Kind) -> None:
         """Try other batch sizes for a backend."""
         ev = self._evaluator
         free = ev.settings["batch_size"] == "auto" and ev.settings["batch_norm"] == "eval"
-        long = max(t.set_up for t in self._done if t.backend == name) > self._left
+        long = max(t.set_up for t in self._done if t.kind == kind) > self._left
         if long or not free or self._opaque or not ev.problem.splits[self._split].sizable:
             return
         for factor in LARGER:
-            if not self._is_faster(name, factor):
+            if not self._is_faster(kind, factor):
                 break
-        if self._best(name).batch_sizes == self._default:
-            self._is_faster(name, SMALLER)
+        if self._best(kind).batch_sizes == self._default:
+            self._is_faster(kind, SMALLER)
 
-    def _best(self, name: str) -> Trial:
-        return next(t for t in self._sound() if t.backend == name)
+    def _best(self, kind: Kind) -> Trial:
+        return next(t for t in self._sound() if t.kind == kind)
 
-    def _is_faster(self, name: str, factor: float) -> bool:
+    def _is_faster(self, kind: Kind, factor: float) -> bool:
         """Try some times the default batch sizes; True when they are the fastest of a backend."""
         splits = self._evaluator.problem.splits
         counts = {s: splits[s].samples or math.inf for s in self._default}
@@ -222,11 +253,11 @@ class _Trials:
             s: max(1, int(min(counts[s], min(n, counts[s]) * factor)))
             for s, n in self._default.items()
         }
-        before = self._best(name)
+        before = self._best(kind)
         most = {s: min(n, counts[s]) for s, n in before.batch_sizes.items()}
         if most == sizes or sizes[self._split] > 2 * self._samples or self._left <= 0:
             return False
-        trial = Trial(name, sizes)
+        trial = Trial(*kind, sizes)
         self._done.append(trial)
         try:
             self._compare(trial)
@@ -234,12 +265,11 @@ class _Trials:
                 self._time(trial)
         except Exception as e:
             trial.why_not = _reason(e)
-        return self._best(name) is trial
+        return self._best(kind) is trial
 
     def _compare(self, trial: Trial) -> None:
-        found = self._found(self._built[trial.backend], self._batches(trial.batch_sizes))
-        precision = self._evaluator.settings["precision"]
-        tolerance = TOLERANCE.get(precision, REDUCED_TOLERANCE)
+        found = self._found(self._built[trial.kind], self._batches(trial.batch_sizes))
+        tolerance = TOLERANCE.get(trial.precision, REDUCED_TOLERANCE)
         trial.error = 0.0
         for m, metric in enumerate(self._evaluator.metrics):
             pairs = [(f[m], r[m]) for f, r in zip(found, self._reference, strict=True)]
@@ -252,7 +282,7 @@ class _Trials:
 
     def _time(self, trial: Trial) -> None:
         """Time one pass over the samples; a trial's seconds are the median of its passes."""
-        ev, backend = self._evaluator, self._built[trial.backend]
+        ev, backend = self._evaluator, self._built[trial.kind]
         batches = self._batches(trial.batch_sizes)
         samples = sum(map(samples_in, batches))
         like = next(iter(backend.values(self._spots[:1], batches[0])))
@@ -278,9 +308,11 @@ class _Trials:
         sound = [t for t in self._done if not t.why_not and t.seconds is not None]
         return sorted(sound, key=lambda t: t.seconds or 0.0)
 
-    def fastest(self, number: int) -> list[str]:
-        """Return the names of the fastest backends so far."""
-        return list(dict.fromkeys(t.backend for t in self._sound()))[:number]
+    def fastest(self, number: int) -> list[Kind]:
+        """Return the fastest backends so far, without those that are far behind."""
+        sound = self._sound()
+        near = [t.kind for t in sound if (t.seconds or 0.0) <= FAR * (sound[0].seconds or 0.0)]
+        return list(dict.fromkeys(near))[:number]
 
     def decision(self, asked: str) -> Choice:
         """Time those near the fastest a few times more, in turns, and take the fastest."""
@@ -291,7 +323,7 @@ class _Trials:
                 if self._left > 0:
                     self._time(trial)
         sound = [t for t in self._sound() if asked in ("auto", t.backend)]
-        return Choice(sound[0].backend, dict(sound[0].batch_sizes), tuple(self._done))
+        return Choice(*sound[0].kind, dict(sound[0].batch_sizes), tuple(self._done))
 
 
 def disagreement(pairs: Sequence[tuple[Samples, Samples]], steps: bool) -> float:

@@ -23,6 +23,7 @@ from lsweep.backends.packed import KEPT, Packed, Spot
 from lsweep.backends.summing import Reference, Samples, stacked
 from lsweep.derivatives.differentiating import Differentiating
 from lsweep.errors import LsweepError, nearest
+from lsweep.evaluating.pieces import piece_of, values_in_pieces
 from lsweep.hosts.device import is_out_of_memory
 from lsweep.plans.pointwise import POINTWISE, expanded
 from lsweep.problems import batchnorm
@@ -30,7 +31,7 @@ from lsweep.problems.data import Batch, map_tensors, moved, samples_in
 from lsweep.problems.factory import describe
 from lsweep.problems.problem import Problem, Sampled
 from lsweep.problems.supply import Supply, default_batch_size
-from lsweep.problems.takeover import generators_kept, model_kept, numerics
+from lsweep.problems.takeover import generators_kept, model_kept, numerics, products
 from lsweep.storage.sums import SUMS
 
 T = TypeVar("T")
@@ -80,6 +81,8 @@ class Evaluator:
                 self.batch_sizes[name] = (
                     asked if isinstance(asked, int) else default_batch_size(split, device)
                 )
+        sizes = self.batch_sizes.items()
+        self._pieces = {s: piece_of(settings, problem.splits[s], n) for s, n in sizes}
         self.dtype = torch.float64 if settings["precision"] == "float64" else torch.float32
         self._supply = Supply(problem.splits, self.batch_sizes, self.slices, device, self.dtype)
         self._centre: dict[int, list[list[list[Reference]]]] = {}
@@ -100,8 +103,9 @@ class Evaluator:
 
     def __enter__(self) -> Evaluator:
         try:
+            self._stack.enter_context(numerics(self.device))
+            self._stack.enter_context(products(tf32=self.settings["precision"] == "tf32"))
             self._stack.enter_context(generators_kept())
-            self._stack.enter_context(numerics(self.device, self.settings["precision"] == "tf32"))
             self._stack.enter_context(model_kept(self.problem.model))
             self.problem.model.eval()
             self._take_over()
@@ -151,6 +155,7 @@ class Evaluator:
         self.eager = Eager(self.ground, self.seat, packed)
         self.plain = Eager(self.ground, self.seat, packed, plain=True)
         self.backend: Backend = self.eager
+        self._using = ("eager", self.ground.precisions[0])
         self.differentiating = Differentiating(self.ground, self.plain, self._supply.batches)
 
     # -- backends -------------------------------------------------------------------------------
@@ -165,18 +170,23 @@ class Evaluator:
             )
         return self._builder
 
-    def use(self, name: str, batch_sizes: Mapping[str, int]) -> None:
-        """Evaluate with a backend and batch sizes from now on.
+    def use(self, name: str, batch_sizes: Mapping[str, int], precision: str = "") -> None:
+        """Evaluate with a backend, batch sizes and precision (the plan's own) from now on.
 
         Raises:
             LsweepError: the backend is not for this problem, or does not build here.
         """
-        backend = catalogue.build(name, self.builder()) if name != "eager" else self.eager
+        asked = self.ground.precisions[0]
+        wanted, backend = (name, precision or asked), self.backend
+        if wanted != self._using:
+            backend = self.eager
+            if wanted != ("eager", asked):
+                backend = catalogue.build(name, self.builder(), wanted[1])
         if backend is not self.backend or self.batch_sizes != batch_sizes:
             self.batch_sizes |= batch_sizes
             self._supply.clear()
             self._centre.clear()
-        self.backend, self._builder = backend, None
+        self.backend, self._builder, self._using = backend, None, wanted
 
     # -- data -----------------------------------------------------------------------------------
 
@@ -225,7 +235,9 @@ class Evaluator:
                 stay = True
             for i, split in enumerate(self.splits):
                 for b, batch in enumerate(self._some(split, slice_, limit)):
-                    yield group, i, b, list(backend.values(here, batch, stay))
+                    audits = backend is self.plain and self.backend.name != "eager"
+                    most = self._pieces[split] if audits else None
+                    yield group, i, b, values_in_pieces(backend, here, batch, stay, most)
                     stay = len(here) == 1
 
     def _some(self, split: str, slice_: int, limit: int | None) -> Iterator[Batch]:

@@ -6,6 +6,7 @@ in ``devices/`` fixes the batch sizes; the first worker of the class writes it, 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -98,11 +99,12 @@ def preflight(
             raise LsweepError(f"{label}: a weight is negative or not finite")
     check_expected(centre, expected)
     changes = _batch_norm_check(evaluator)
-    choice = Choice("eager", dict(evaluator.batch_sizes))
+    untried = Choice("eager", plan.evaluate["precision"], dict(evaluator.batch_sizes))
+    choice = untried
     if evaluator.stored:
         choice = choose(evaluator, [evaluator.origin, *spots], seconds, points)
-    if (choice.backend, choice.batch_sizes) != ("eager", evaluator.batch_sizes):
-        evaluator.use(choice.backend, choice.batch_sizes)
+    if dataclasses.replace(choice, tried=()) != untried:
+        evaluator.use(choice.backend, choice.batch_sizes, choice.precision)
         slices.clear()
         seconds = timed(
             evaluator.device,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 
@@ -9,6 +10,11 @@ import torch
 
 from lsweep.errors import LsweepError
 from lsweep.hosts import machine
+
+# Environment variables by which CUDA's libraries compute otherwise than asked.
+DECIDES = ("NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE")
+# What they say where memory is too small for them.
+EXHAUSTED = ("out of memory", "can't allocate memory", "_alloc_failed")
 
 
 def choose_device(name: str, local: int = 0) -> torch.device:
@@ -42,8 +48,11 @@ def choose_device(name: str, local: int = 0) -> torch.device:
 def device_class(device: torch.device) -> str:
     """Return the name of the device class: equal names compute equal bits."""
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        what = f"{properties.name} sm{properties.major}{properties.minor} cuda {torch.version.cuda}"
+        p = torch.cuda.get_device_properties(device)
+        # Libraries choose by the number of processors, a slice of a GPU has fewer.
+        what = f"{p.name} sm{p.major}{p.minor} x{p.multi_processor_count} cuda {torch.version.cuda}"
+        what += f" cudnn {torch.backends.cudnn.version()}"  # type: ignore[no-untyped-call]
+        what += "".join(f" {v}={os.environ[v]}" for v in DECIDES if v in os.environ)
     else:
         # A backend may be compiled on the node: the compiler decides bits, too.
         compiler = machine.compiler() or "none"
@@ -79,33 +88,31 @@ def memory_used(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for torch's out-of-memory errors on a GPU and on the host."""
+    """True for torch's out-of-memory errors on a GPU and on the host.
+
+    >>> is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling ..."))
+    True
+    """
     text = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError)
-        and ("out of memory" in text or "can't allocate memory" in text)
+        isinstance(error, RuntimeError) and any(words in text for words in EXHAUSTED)
     )
 
 
-def free_memory(device: torch.device) -> float:
-    """Return the bytes that are free on a device."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    return float(machine.available_memory() or 2**30)
-
-
 def room(device: torch.device) -> float:
-    """Return the bytes that a tensor may take: free memory, and what torch keeps for reuse."""
-    kept = 0
+    """Return the bytes that tensors may take: free memory, and what torch keeps for reuse."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free_memory(device) + kept
+        return float(torch.cuda.mem_get_info(device)[0] + kept)
+    return float(machine.available_memory() or 2**30)
 
 
 def synchronize(device: torch.device) -> None:
     """Wait until all that was started on a device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def timed(device: torch.device, work: Callable[[], object]) -> float:

@@ -17,7 +17,7 @@ from lsweep.axes.directions import Directions
 from lsweep.backends.tracing import Unsupported
 from lsweep.errors import LsweepError
 from lsweep.evaluating.evaluate import Evaluator
-from lsweep.hosts.device import free_memory
+from lsweep.hosts.device import room
 from lsweep.invariance.rescaling import Element, Transform, acted
 from lsweep.plans.pointwise import POINTWISE
 from lsweep.problems import batchnorm, weights
@@ -346,6 +346,6 @@ def bench(
 def precisions(problem: Problem, device: torch.device) -> tuple[torch.dtype, ...]:
     """Return float32, and float64 where it is there and fits."""
     numbers = sum(p.numel() for p in problem.model.parameters())
-    if device.type == "mps" or COPIES * 8 * numbers > free_memory(device) / 2:
+    if device.type == "mps" or COPIES * 8 * numbers > room(device) / 2:
         return (torch.float32,)
     return torch.float32, torch.float64

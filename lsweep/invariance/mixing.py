@@ -320,6 +320,4 @@ def name_of(node: fx.Node) -> str:
 
 def where_of(node: fx.Node) -> str:
     """Return the path of the module that computes a node, or the node's name."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = next(reversed(list(stack.values())), ("",))[0] if stack else ""
-    return str(path).removeprefix("model").strip(".") or node.name
+    return node.meta.get("module") or node.name

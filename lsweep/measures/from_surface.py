@@ -44,7 +44,8 @@ def context_of(surface: Surface, split: str) -> dict[str, Any]:
     out = {"split": split, "samples": counted or data["samples"], **penalty}
     if "of" in data:
         out["of"] = data["of"]
-    out |= {key: evaluate[key] for key in ("batch_norm", "precision")}
+    used = surface.provenance.get("numerics", {}).get("precision", evaluate["precision"])
+    out |= {"batch_norm": evaluate["batch_norm"], "precision": used}
     recipes = [plan["directions"][axis] for axis in sorted(plan["directions"])]
     recipe = next((r for r in recipes if r["kind"] == "random"), recipes[0])
     out["seed"] = recipe["seed"]

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lsweep.errors import LsweepError
 from lsweep.hosts.machine import versions
 from lsweep.outcomes import variates
+from lsweep.outcomes.audits import audited_variable, compared
 from lsweep.outcomes.certified import notes
 from lsweep.outcomes.committed import read_run
 from lsweep.outcomes.estimates import estimate
+from lsweep.outcomes.frozen import ACROSS_CLASSES, AUDIT_TOLERANCE, coarsest, frozen
 from lsweep.outcomes.winners import Winners
 from lsweep.plans.caption import caption, describe_recipe, title
 from lsweep.plans.plan import Plan
@@ -24,17 +25,13 @@ from lsweep.plans.points import IntArray, Lattice
 from lsweep.plans.pointwise import Pointwise
 from lsweep.plans.rounds import Rounds
 from lsweep.refinement.gaps import fill_gaps
-from lsweep.storage.files import read_json
 from lsweep.storage.folder import RunFolder
 from lsweep.storage.rows import device_code
-from lsweep.storage.sums import means
 from lsweep.surfaces.surface import Status, Surface, Trajectory
 from lsweep.wording import counted
 
 FloatArray = npt.NDArray[np.float64]
 ByteArray = npt.NDArray[np.uint8]
-AUDIT_TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "tf32": 0.1, "bfloat16": 0.5, "float16": 0.5}
-ACROSS_CLASSES = {"float64": 1e-9, "float32": 1e-4, "tf32": 1e-2, "bfloat16": 5e-2, "float16": 5e-2}
 
 
 @dataclass
@@ -133,6 +130,10 @@ def merge(folder: RunFolder, parts: Sequence[Path] | None = None) -> tuple[Surfa
         index[~np.isin(device, list(classes))] = np.nan
         values["device_class"] = _gathered(index, numbers, np.nan)
     gaps = fill_gaps(values, status, numbers, rounds, plan)
+    damaged = winners.committed.damage
+    devices = frozen(folder, damaged)
+    precision = coarsest(plan, devices)
+    audit = compared(*winners.audits(), audited_variable(plan))
     report = Report(
         points=len(lattice),
         evaluated=int(((status > 0) & (status < Status.INTERPOLATED)).sum()),
@@ -141,11 +142,11 @@ def merge(folder: RunFolder, parts: Sequence[Path] | None = None) -> tuple[Surfa
         missing=int((status == Status.PENDING).sum()),
         failed=_reasons(winners, failed),
         nonfinite=int((status == Status.NONFINITE).sum()),
-        conflicts=winners.conflicts(ACROSS_CLASSES[plan.evaluate["precision"]]),
-        damaged=winners.committed.damage,
-        audit=_audit(winners, plan),
+        conflicts=winners.conflicts(ACROSS_CLASSES[precision]),
+        damaged=damaged,
+        audit=audit and {**audit, "tolerance": AUDIT_TOLERANCE[precision]},
     )
-    provenance = _provenance(folder, plan, winners.seconds, report, classes, sampling)
+    provenance = _provenance(folder, plan, winners.seconds, report, classes, sampling, devices)
     attributes = variates.annotate(_attributes(plan, opaque), sampling) | gaps.attributes
     if rounds.last.refine is not None:
         provenance["refinement"] = gaps.facts
@@ -191,32 +192,6 @@ def _reasons(winners: Winners, failed: IntArray) -> dict[str, int]:
     codes, counts = np.unique(winners.committed.standing()[1][failed], return_counts=True)
     texts = winners.committed.reasons
     return dict(sorted((texts[c], n) for c, n in zip(codes.tolist(), counts.tolist(), strict=True)))
-
-
-def _audit(winners: Winners, plan: Plan) -> dict[str, float]:
-    """Compare the first variable of audited points, a mean, with their value."""
-    rows, audits = winners.audits()
-    if not len(audits):
-        return {}
-    k = next(k for k, name in enumerate(plan.variable_names) if name not in plan.pointwise)
-    pairs = np.stack([means(rows["sums"][:, k]), means(audits["sums"][:, k])], axis=1)
-    values = pairs[audits["status"] == Status.OK]
-    finite = np.isfinite(values)
-    both = values[finite.all(axis=1)]
-    difference = np.abs(both[:, 0] - both[:, 1])
-    # Near a minimum of zero a relative error says nothing: a thousandth of the usual value counts.
-    size = np.abs(both[:, 1])
-    floor = max(1e-3 * float(np.median(size)), 1e-300) if len(size) else 1.0
-    relative = difference / np.maximum(size, floor)
-    return {
-        "points": float(len(values)),
-        "failed": float((audits["status"] == Status.FAILED).sum()),
-        "one_finite": float((finite[:, 0] != finite[:, 1]).sum()),
-        "largest_absolute": float(difference.max(initial=0.0)),
-        "largest_relative": float(relative.max(initial=0.0)),
-        "median_relative": float(np.median(relative)) if len(relative) else 0.0,
-        "tolerance": AUDIT_TOLERANCE[plan.evaluate["precision"]],
-    }
 
 
 def _classes(winners: Winners, numbers: IntArray) -> dict[int, str]:
@@ -295,20 +270,9 @@ def _provenance(
     report: Report,
     classes: dict[int, str],
     sampling: dict[str, Any],
+    devices: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    devices = {}
-    for path in folder.all_devices():
-        try:
-            value = read_json(path)
-        except LsweepError as e:
-            report.damaged[path.name] = str(e)
-            continue
-        devices[value["class"]] = {
-            k: value[k]
-            for k in ("device", "batch_sizes", "threads", "versions", "samples", "centre")
-        } | {"batch_norm": value["batch_norm"], "seconds_per_point": value["seconds_per_point"]}
-        devices[value["class"]] |= {k: value.get(k) for k in ("backend", "error", "tried")}
-        devices[value["class"]]["derivatives"] = value.get("derivatives", "")
+    precision = coarsest(plan, devices)
     left_out = list(dict.fromkeys(p.name for p in plan.pointwise.values()))
     return {
         "plan": {f: getattr(plan, f) for f in plan.__dataclass_fields__},
@@ -317,15 +281,21 @@ def _provenance(
         "devices": devices,
         "device_classes": [classes[c] for c in sorted(classes)],
         "numerics": {
-            "precision": plan.evaluate["precision"],
+            "precision": precision,
+            "asked": plan.evaluate["precision"],
             "sums": "float64",
-            "agreement_across_classes": ACROSS_CLASSES[plan.evaluate["precision"]],
+            "agreement_across_classes": ACROSS_CLASSES[precision],
         },
         "seconds": f"{seconds:.3f}",
         "audit": {**report.audit, **({"left_out": left_out} if left_out else {})},
         "failures": report.failed,
         "sampling": sampling,
-        "caption": caption(plan, devices, [*variates.words(sampling), *notes(folder, plan.digest)]),
+        "caption": caption(
+            plan,
+            devices,
+            [*variates.words(sampling), *notes(folder, plan.digest)],
+            report.audit,
+        ),
     }
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lsweep.backends.graph import Graph
-from lsweep.backends.tracing import Unsupported
+from lsweep.backends.tracing import Length, Unsupported
 from lsweep.native.expressions import (
     POINTWISE,
     Array,
@@ -62,7 +62,6 @@ class Lowering:
         self.packed = self.mixed = self._scratch = 0
         self.constants: list[Tensor] = []
         self._functions: dict[str, str] = {}
-        self._batch: Any = None
         self._prepared: list[str] = []
         self._first: list[str] = []
         self._steps: list[str] = []
@@ -74,10 +73,10 @@ class Lowering:
             value, weight = node.meta["val"], node.op == "get_attr" or "name" in node.meta
             if not isinstance(value, Tensor) or value.dtype != torch.float32:
                 raise Unsupported(f"{node.name} is not float32")
-            if not weight and isinstance(value.shape[0], int):
+            if not weight and isinstance(node.meta["shape"][0], int):
                 raise Unsupported(f"{node.name} is the same for all samples")
             if not weight:
-                self._batch, size = _symbol(value.shape[0]), math.prod(value.shape[1:])
+                size = math.prod(value.shape[1:])
                 x = self._values[node] = self._fresh([1, *value.shape[1:]])
                 source = f"call.inputs[{len(self._steps)}]"
                 self._steps.append(f"load({source}, {x.start}, {size}, at, call.samples);")
@@ -121,26 +120,25 @@ class Lowering:
         if target is operator.getitem:
             self._values[node] = args[0][args[1]]
             return
-        lies = tree_map(lambda a: a.lies if isinstance(a, Array) else a, (args, kwargs))
-        found = target(*lies[0], **lies[1])
-        whole = {_id(a.lies): a for a in tree_leaves((args, kwargs)) if isinstance(a, Array)}
-        if not isinstance(tree_leaves(found)[0], Tensor):
-            self._values[node] = found
-        elif all(_id(t) in whole for t in tree_leaves(found)):
-            self._values[node] = tree_map(lambda t: whole[_id(t)].viewed(t), found)
-        else:
-            name, given = bound(node, args, kwargs)
-            if name in POINTWISE:
-                value, operands = expression(name, given)
-                self._values[node] = self._loops(value, operands, self._fresh(found.shape, node))
-            elif hasattr(self, f"_on_{name}"):
-                getattr(self, f"_on_{name}")(node, given, tuple(found.shape))
-            else:
+        name, given = bound(node, args, kwargs) if hasattr(target, "_schema") else ("", {})
+        if name in POINTWISE:
+            value, operands = expression(name, given)
+            self._values[node] = self._loops(value, operands, self._fresh(_shape(node), node))
+        elif hasattr(self, f"_on_{name}"):
+            getattr(self, f"_on_{name}")(node, given, _shape(node))
+        else:  # a number or a view; others are not run here, as torch would import sympy for them
+            lies = tree_map(lambda a: a.lies if isinstance(a, Array) else a, (args, kwargs))
+            whole = {_id(a.lies): a for a in tree_leaves((args, kwargs)) if isinstance(a, Array)}
+            found = target(*lies[0], **lies[1]) if _is_view(target) else torch.empty(0)
+            if not all(_id(t) in whole for t in tree_leaves(found) if isinstance(t, Tensor)):
                 raise Unsupported(f"{target} is not among its operators")
-        value, shape = self._values[node], getattr(node.meta["val"], "shape", ())
+            self._values[node] = tree_map(
+                lambda t: whole[_id(t)].viewed(t) if isinstance(t, Tensor) else t, found
+            )
+        value, shape = self._values[node], node.meta["shape"]
         if isinstance(value, Array) and value.home:  # then its rows are the samples' in order
-            rows = self._batch * value.lies.shape[0] if shape else 0
-            if not shape or _symbol(shape[0]) != rows or shape[1:] != value.lies.shape[1:]:
+            rows = Length(value.lies.shape[0], 0) if shape else None
+            if not shape or shape[0] != rows or shape[1:] != value.lies.shape[1:]:
                 raise Unsupported(f"{node.name} mixes the samples of a batch")
 
     # -- steps ------------------------------------------------------------------------------------
@@ -364,14 +362,27 @@ class Lowering:
     _on_constant_pad_nd = _on_pad
 
     def _on_reshape(self, node: fx.Node, given: Given, shape: tuple[int, ...]) -> None:
-        x = self._straight(given["self"])
-        self._values[node] = x.viewed(x.lies.view(shape))
+        x = given["self"]
+        try:
+            self._values[node] = x.viewed(x.lies.view(shape))
+        except RuntimeError:  # no strides say how it would lie
+            x = self._straight(x)
+            self._values[node] = x.viewed(x.lies.view(shape))
 
 
 def _id(t: Tensor) -> int:
     return int(t.untyped_storage()._cdata)
 
 
-def _symbol(size: Any) -> Any:
-    """Return a length as an expression of the batch's: compared by form, not at the example."""
-    return size if isinstance(size, int) else size.node.expr
+def _is_view(target: Any) -> bool:
+    """Whether an operator's outcome lies in what it is given; sizes count as such, too."""
+    returns = target._schema.returns if hasattr(target, "_schema") else ()
+    return all(r.alias_info is not None or "Tensor" not in str(r.type) for r in returns)
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    """Return the shape of what a node computes for a vector of samples."""
+    lengths = [Length(0, n) if isinstance(n, int) else n for n in node.meta["shape"]]
+    if any(n.each and n.rest for n in lengths):
+        raise Unsupported(f"{node.name} mixes the samples of a batch")
+    return tuple(n.each + n.rest for n in lengths)

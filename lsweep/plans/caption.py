@@ -48,7 +48,12 @@ def title(plan: Plan) -> str:
     )
 
 
-def caption(plan: Plan, devices: Mapping[str, Any], notes: Sequence[str] = ()) -> str:
+def caption(
+    plan: Plan,
+    devices: Mapping[str, Any],
+    notes: Sequence[str] = (),
+    audit: Mapping[str, float] | None = None,
+) -> str:
     """Return what a reader of the picture must know: network, directions, samples, batch norm."""
     words = [f"{plan.facts['network']}, {plan.facts['parameters']:,} parameters"]
     if any(r.get("gauge", "none") == "equi" for r in plan.directions.values()):
@@ -92,5 +97,20 @@ def caption(plan: Plan, devices: Mapping[str, Any], notes: Sequence[str] = ()) -
         )
     elif mode != "eval":
         words.append(f"batch norm {mode}")
-    words.append(str(plan.evaluate["precision"]))
+    words.append(_precision(str(plan.evaluate["precision"]), devices, audit or {}))
     return "; ".join(words) + "."
+
+
+def _precision(asked: str, devices: Mapping[str, Any], audit: Mapping[str, float]) -> str:
+    """In what precision it was computed, and how far from float32 that was found to be."""
+    used = {name: d.get("precision", asked) for name, d in devices.items()}
+    each = list(dict.fromkeys(used.values()))
+    words = asked
+    if len(each) > 1:
+        words = f"{asked} allowed, " + ", ".join(f"{p} on {name}" for name, p in used.items())
+    elif each and each[0] != asked:
+        words = f"{each[0]} ({asked} was allowed and is no faster)"
+    if asked not in ("float64", "float32") and "largest_relative" in audit:
+        audited = f"{audit['points']:.0f} audited points"
+        words += f", off by up to {audit['largest_relative']:.1e} (relative) at {audited}"
+    return words

@@ -108,6 +108,8 @@ def _reduction(loss: Callable[..., Any]) -> str | None:
 
 
 def _class_loss(loss: nn.CrossEntropyLoss | nn.NLLLoss, output: Tensor, target: Tensor) -> Values:
+    if isinstance(output, Tensor):
+        loss.to(output.device)  # its class weights; our own copy, and only once
     if _is_narrow(output, target):
         values = whole(loss, output.T[None], target[None])[0]
     else:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
-from lsweep.hosts.device import free_memory
+from lsweep.hosts.device import room
 from lsweep.problems.data import Batch, Split, map_tensors, moved, tensors_of
 
 RESIDENT_SHARE = 0.25  # of the free memory may hold the data
@@ -55,7 +55,7 @@ class Supply:
             yield from kept
             return
         keeping: list[Batch] | None = None if key in self._resident else []
-        free = free_memory(self._device) * RESIDENT_SHARE
+        free = room(self._device) * RESIDENT_SHARE
         used = sum(
             t.numel() * t.element_size()
             for batches in self._resident.values()

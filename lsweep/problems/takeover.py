@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,19 +53,69 @@ def generators_kept() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def numerics(device: torch.device, tf32: bool) -> Iterator[None]:
-    """Fix what decides the last bits on a GPU: no silent tf32, no algorithm chosen by timing."""
+def numerics(device: torch.device) -> Iterator[None]:
+    """Fix what decides the last bits on a GPU: no algorithm chosen by timing, sums in one order.
+
+    What torch cannot compute in one order it says in a warning. The GPU is the current one, too:
+    streams, graphs and kernels made while running ask for that instead of looking at tensors.
+    """
     if device.type != "cuda":
         yield
         return
     cudnn = torch.backends.cudnn
-    before = (torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark)
-    deterministic = cudnn.deterministic
+    before = cudnn.benchmark, cudnn.deterministic
+    ordered = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    with torch.cuda.device(device):
+        cudnn.benchmark, cudnn.deterministic = False, True
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+            torch.use_deterministic_algorithms(ordered, warn_only=warns)
+            cudnn.benchmark, cudnn.deterministic = before
+
+
+@contextlib.contextmanager
+def products(tf32: bool) -> Iterator[None]:
+    """Let products of float32 be float32 in every library, or tf32 on a GPU; give it back after.
+
+    A user's code may have chosen less in either of torch's two ways. The older cannot be read
+    where the newer (torch 2.9) has spoken, and does not overrule it; so both are set.
+
+    >>> torch.set_float32_matmul_precision("medium")
+    >>> with products(tf32=False):
+    ...     torch.get_float32_matmul_precision()
+    'highest'
+    >>> torch.get_float32_matmul_precision()
+    'medium'
+    >>> torch.set_float32_matmul_precision("highest")
+    """
+    backends: Any = torch.backends
+    newer: list[Any] = []
+    if hasattr(backends.cudnn, "conv"):
+        gpu = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+        newer = [*gpu, backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+    linear: str | None = None
+    convolution: bool | None = None
+    with contextlib.suppress(RuntimeError):
+        linear = torch.get_float32_matmul_precision()
+    with contextlib.suppress(RuntimeError):
+        convolution = backends.cudnn.allow_tf32
+    before = [n.fp32_precision for n in newer]
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = tf32, False, True
+    backends.cudnn.allow_tf32 = tf32
+    for k, n in enumerate(newer):
+        n.fp32_precision = "tf32" if tf32 and k < 3 else "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        cudnn.allow_tf32, cudnn.benchmark = before[1:]
-        cudnn.deterministic = deterministic
+        if linear is not None:
+            torch.set_float32_matmul_precision(linear)
+        if convolution is not None:
+            backends.cudnn.allow_tf32 = convolution
+        for n, was in zip(newer, before, strict=True):
+            n.fp32_precision = was

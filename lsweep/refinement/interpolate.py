@@ -12,11 +12,11 @@ with the error e_i = c_i / (A⁻¹)_ii and the deviation s_i = (A⁻¹)_ii^-½ (
 11, 1999), so that one inverse tells the roughness around every node, and the **scale** of the
 error is
 
-    scale(x) = ρ(x) · S(x)^POWER,   ρ(x) = Σ w_i(x) ρ_i,   ρ_i = |e_i| / s_i^POWER,
+    scale(x) = ρ(x) · S(x),   ρ(x) = Σ w_i(x) ρ_i,   ρ_i = |e_i| / s_i,
 
-w the weights of the nearest nodes. POWER = 1 would be right for a field exactly as rough as r³
-supposes; losses are smoother than that between kinks, and 1.5 made the ratio of true error to
-scale the most even from place to place, on the trained networks of notes/perf.md's kind.
+w the weights of the nearest nodes. It is the mean of the |error|, and does not know its sign: over
+it the true error is spread as the absolute value of a normal variable is, with tails a little
+heavier (benchmarks/honesty.md).
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
-POWER = 1.5
 NEAR = 16
 """Nodes that tell the roughness of a place."""
 COMMON = 0.1
@@ -72,7 +71,7 @@ class Interpolant:
         diagonal = np.maximum(np.diag(self._inverse)[:n], np.finfo(float).tiny)
         self._deviation = diagonal**-0.5
         self.missed: FloatArray = np.abs(self._weights[:n] / diagonal)
-        self._rough = self.missed / self._deviation**POWER
+        self._rough = self.missed / self._deviation
         self._median = float(np.median(self._rough))
 
     def predict(self, points: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -92,7 +91,7 @@ class Interpolant:
             b = self._functions(points[here], squares)
             value[here] = b @ self._weights + self._offset
             variance = -np.einsum("ij,ij->i", b @ self._inverse, b)
-            scale[here] = self._roughness(squares) * np.maximum(variance, 0.0) ** (POWER / 2)
+            scale[here] = self._roughness(squares) * np.sqrt(np.maximum(variance, 0.0))
         return value, scale
 
     def coefficients(self, points: FloatArray) -> FloatArray:
@@ -117,7 +116,7 @@ class Interpolant:
             here = np.arange(start, min(start + step, len(ratio)))
             squares = _squares(self._nodes[here], self._nodes)
             squares[np.arange(len(here)), here] = np.inf  # its own error tells nobody its roughness
-            scale = self._roughness(squares) * self._deviation[here] ** POWER
+            scale = self._roughness(squares) * self._deviation[here]
             ratio[here] = self.missed[here] / np.maximum(scale, np.finfo(float).tiny)
         return ratio
 
@@ -147,7 +146,7 @@ class Interpolant:
         needed = None
         for k in range(len(found)):
             # Rounded, so that equals stay equal and the first is taken on every machine.
-            scale = np.round(rough * variance ** (POWER / 2), 6)
+            scale = np.round(rough * np.sqrt(variance), 6)
             c = int(np.argmax(scale))
             if scale[c] <= 1.0 and needed is None:
                 needed = k

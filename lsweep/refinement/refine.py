@@ -39,8 +39,9 @@ HELD_OUT = 24
 """Random points asked beside the first sub-lattice; of small grids at most every tenth point."""
 DEPTH = {1: 3, 2: 2, 3: 2}
 """Bisections that make the first sub-lattice, by the number of axes: 9, 5 x 5, 5 x 5 x 5."""
-AIM = 0.85
-"""Refinement goes on until the stated error is below this share of the tolerance."""
+AIM = 0.8
+"""Refinement goes on until the stated error is below this share of the tolerance, for of all points
+some are further off than is stated, and the tolerance is to bound those too."""
 GROWTH = 0.5
 """A round asks at most this share of what is evaluated already, for roughness is yet to be seen."""
 LEAST = 0.1

@@ -127,7 +127,7 @@ def preflight_line(found: dict[str, Any], points: int) -> str:
         f"{name} {value:.6g}" for name, value in found["centre"].items() if value is not None
     )
     seconds = float(found["seconds_per_point"])
-    backend = found.get("backend", "eager")
+    backend = " in ".join(filter(None, (found["backend"], found.get("precision"))))
     if found.get("speed"):
         backend += f" ({found['speed']:.3g} x eager, off by {found['error'] or 0.0:.1g})"
     start = f"pre-flight on {found['device']}: {centre} at the centre; {backend}: "

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from lsweep.errors import LsweepError
+from lsweep.outcomes.audits import Audits, audited_variable
 from lsweep.outcomes.committed import Committed, read_run
+from lsweep.outcomes.frozen import frozen
 from lsweep.plans.plan import Plan
 from lsweep.plans.rounds import Goal, Refining, Rounds, describe_refining
 from lsweep.refinement.audit import contradictions, phrase
@@ -33,6 +35,7 @@ from lsweep.wording import counted
 DEAD = "dead"
 SLOW = 2.0  # times the seconds per point that are usual among the others
 LATE, BEATS_LATE = 30.0, 3.0  # seconds, and times its own interval, without a beat
+FROZEN = ("device", "backend", "precision", "batch_sizes", "error", "seconds_per_point")
 MOST_NAMED = 20  # workers that are not well, one line each
 
 
@@ -51,12 +54,15 @@ class Overview:
         self._folder, self._plan = folder, Plan.read(folder)
         self._rounds = Rounds.read(folder, self._plan)
         self._committed = Committed(folder, self._plan, self._rounds)
+        self._variable = audited_variable(self._plan)
         self._observer = Observer(folder)
+        self._audits = Audits(self._rounds.last.unit_points)
 
     def look(self) -> dict[str, Any]:
         """Return the state as plain values, ready for JSON."""
         rounds = Rounds.read(self._folder, self._plan)
-        self._committed.look(rounds)
+        for reader, _, rows in self._committed.news(rounds):
+            self._audits.add(reader.path.name, rows)
         outcome, reason = (a[rounds.required] for a in self._committed.standing())
         texts = self._committed.reasons
         codes = reason[np.nonzero(outcome == Status.FAILED)[0]]
@@ -67,6 +73,8 @@ class Overview:
         rate = sum(w["rate"] for w in workers if w["state"] == State.WORKING)
         merged = there(self._folder.surface)
         tasks, silent = slurm.told(self._folder)
+        damaged = self._committed.damage
+        classes = frozen(self._folder, damaged)
         return {
             "run": str(self._folder.root),
             "plan": self._plan.digest,
@@ -85,7 +93,9 @@ class Overview:
             "workers": workers,
             "tasks": tasks,
             "slurm": silent,
-            "damaged": self._committed.damage,
+            "devices": {c: {k: d.get(k) for k in FROZEN} for c, d in classes.items()},
+            "audit": self._audits.compared(self._variable),
+            "damaged": damaged,
             "merged": merged,
             "children": _children(self._folder),
             "last_beat": beat,
@@ -178,8 +188,8 @@ def _late(facts: dict[str, Any], age: float) -> str:
 
 def lines(state: dict[str, Any]) -> list[str]:
     """Return the state for people, one line a fact."""
-    return [*_progress(state), *_hands(state["workers"]), *_tasks(state), *_ahead(state),
-            *_measures(state)]  # fmt: skip
+    return [*_progress(state), *_computed(state), *_hands(state["workers"]), *_tasks(state),
+            *_ahead(state), *_measures(state)]  # fmt: skip
 
 
 def _progress(state: dict[str, Any]) -> list[str]:
@@ -200,6 +210,22 @@ def _progress(state: dict[str, Any]) -> list[str]:
         out.append(f"  {state['interpolated']} interpolated")
     out += [f"  {n} failed: {reason}" for reason, n in state["failed"].items()]
     out += [f"  {name}: {what}" for name, what in state["damaged"].items()]
+    return out
+
+
+def _computed(state: dict[str, Any]) -> list[str]:
+    """One line for what each device class computes with, and one for how far off that was."""
+    out = []
+    for name, frozen_ in state["devices"].items():
+        sizes = ", ".join(f"{n} {split}" for split, n in frozen_["batch_sizes"].items())
+        what = " in ".join(filter(None, (frozen_["backend"], frozen_["precision"])))
+        out.append(f"  {name}: {what}, batches of {sizes}")
+    audit = state["audit"]
+    if audit:
+        out.append(
+            f"  audit: {counted(int(audit['points']), 'value')} evaluated again by eager, off by "
+            f"up to {audit['largest_relative']:.1e} (relative)"
+        )
     return out
 
 

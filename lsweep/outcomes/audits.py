@@ -1,0 +1,99 @@
+"""Audits: how far values were from a second evaluation by eager in float32 (or float64)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from lsweep.plans.plan import Plan
+from lsweep.storage.rows import Kind, Rows
+from lsweep.storage.sums import means
+from lsweep.surfaces.surface import Status
+
+BELOW = 1e-3  # of the usual value: near a minimum of zero a relative error says nothing
+
+
+def audited_variable(plan: Plan) -> int:
+    """Return which variable is compared: the first that is a mean."""
+    names = plan.variable_names
+    return next((k for k, name in enumerate(names) if name not in plan.pointwise), 0)
+
+
+def compared(values: Rows, audits: Rows, variable: int) -> dict[str, float]:
+    """Compare one variable of rows with those that audit them.
+
+    Args:
+        values: rows, shape (n,).
+        audits: of the same points and slices, shape (n,).
+        variable: which of their variables.
+
+    Returns:
+        numbers of points, and the largest and median differences; empty where n is 0.
+
+    >>> from lsweep.storage.rows import row_type
+    >>> values, audits = np.zeros((2, 1), row_type(1))
+    >>> values["sums"][..., :3], audits["sums"][..., :3] = (2, 4, 3.0), (2, 4, 2.0)  # W, WW, WV
+    >>> audits["status"] = Status.OK
+    >>> compared(values, audits, 0)["largest_relative"]
+    0.5
+    """
+    if not len(audits):
+        return {}
+    pairs = np.stack([means(rows["sums"][:, variable]) for rows in (values, audits)], axis=1)
+    pairs = pairs[audits["status"] == Status.OK]
+    finite = np.isfinite(pairs)
+    both = pairs[finite.all(axis=1)]
+    difference, size = np.abs(both[:, 0] - both[:, 1]), np.abs(both[:, 1])
+    floor = max(BELOW * float(np.median(size)), 1e-300) if len(size) else 1.0
+    relative = difference / np.maximum(size, floor)
+    return {
+        "points": float(len(pairs)),
+        "failed": float((audits["status"] == Status.FAILED).sum()),
+        "one_finite": float((finite[:, 0] != finite[:, 1]).sum()),
+        "largest_absolute": float(difference.max(initial=0.0)),
+        "largest_relative": float(relative.max(initial=0.0)),
+        "median_relative": float(np.median(relative)) if len(relative) else 0.0,
+    }
+
+
+class Audits:
+    """Audits among rows as they are read: each comes soon after the value that it audits.
+
+    Args:
+        unit: how many points a unit has at most; audits follow a unit's values.
+    """
+
+    def __init__(self, unit: int) -> None:
+        self._unit = unit
+        self._tails: dict[str, Rows] = {}
+        self._pairs: list[tuple[Rows, Rows]] = []
+
+    def add(self, part: str, rows: Rows) -> None:
+        """Take the rows that come next in a part."""
+        if part in self._tails:
+            rows = np.concatenate([self._tails[part], rows])
+        audits = np.flatnonzero(rows["kind"] == Kind.AUDIT)
+        audits = audits[audits >= len(self._tails.get(part, ()))]  # others have their values
+        if len(audits):
+            audited = np.isin(rows["point"], rows["point"][audits])
+            values = np.flatnonzero(audited & (rows["kind"] == Kind.VALUE))
+            found = dict(zip(_keys(rows[values]), values.tolist(), strict=True))
+            pairs = zip(_keys(rows[audits]), audits.tolist(), strict=True)
+            at = np.array([(found[k], i) for k, i in pairs if k in found], dtype=np.int64)
+            value, audit = at.reshape(-1, 2).T
+            self._pairs.append((rows[value], rows[audit]))
+        self._tails[part] = rows[-2 * self._unit :].copy()
+
+    def compared(self, variable: int) -> dict[str, float]:
+        """Return what `compared` finds in all that were read."""
+        if not self._pairs:
+            return {}
+        values, audits = (np.concatenate(rows) for rows in zip(*self._pairs, strict=True))
+        return compared(values, audits, variable)
+
+
+def _keys(rows: Rows) -> Iterable[tuple[int, int]]:
+    points: npt.NDArray[np.int64] = rows["point"].astype(np.int64)
+    return zip(points.tolist(), rows["slice"].tolist(), strict=True)
