@@ -381,7 +381,7 @@ def _is_view(target: Any) -> bool:
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
-    """Return the shape of what a node computes for one vector of samples."""
+    """Return the shape of what a node computes for a vector of samples."""
     lengths = [Length(0, n) if isinstance(n, int) else n for n in node.meta["shape"]]
     if any(n.each and n.rest for n in lengths):
         raise Unsupported(f"{node.name} mixes the samples of a batch")
