@@ -141,6 +141,8 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with self:
                 arguments = (*args[:3], *args[5:8])
                 return aten._native_batch_norm_legit.no_stats(*arguments)[0]
+        if func is aten.detach_.default:
+            return args[0]  # nothing to be done below autograd
         if func._schema.is_mutable:
             return self._change(func, args, kwargs)
         # What is lifted is a constant, and may be changed in place: only what is made of it.
@@ -216,7 +218,8 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name, overload = func._schema.name.removeprefix("aten::"), func._overloadname
         packet = getattr(aten, name[:-1], None) if name.endswith("_") else None
         target: Tensor = args[0]
-        if not hasattr(packet, overload) or not isinstance(target, Tensor):
+        reshapes = torch.Tag.inplace_view in func.tags
+        if not hasattr(packet, overload) or not isinstance(target, Tensor) or reshapes:
             raise Unsupported(f"it writes into a tensor that is there ({func})")
         root = target
         while (base := self._held(root).base) is not None:
@@ -225,12 +228,14 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise Unsupported(f"it changes {self._held(root).name} while it runs")
         source = args[1] if func is aten.copy_.default else None
         if source is not None and (source.shape, source.dtype) == (target.shape, target.dtype):
-            node = self._read(source)
+            node, made = self._read(source), source
         else:
-            node = self._node(getattr(packet, overload), args, kwargs, target)
+            made = getattr(packet, overload)(*args, **kwargs)
+            node = self._node(getattr(packet, overload), args, kwargs, made)
+            if made.dtype != target.dtype:  # what is there keeps its own
+                node = self._node(aten._to_copy.default, (node,), {"dtype": target.dtype}, target)
         self._write(target, node)
-        func(*args, **kwargs)
-        return target
+        return target.copy_(made)
 
     def _write(self, t: Tensor, node: fx.Node) -> None:
         """Enter what a tensor holds from now on; of a view, into what it looks as well."""
