@@ -33,6 +33,11 @@ PARTS = {
 }
 
 
+COUNTING = (  # how much they return follows from numbers, but has no tag that says so
+    aten.where.default, aten.nonzero_numpy.default, aten.repeat_interleave.self_Tensor,
+)  # fmt: skip
+
+
 class Unsupported(LsweepError):
     """A network that a backend cannot take; the message is one clause that says why."""
 
@@ -153,6 +158,10 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _enter(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Write down an operation and what came of it."""
         given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        if torch.Tag.dynamic_output_shape in func.tags or func in COUNTING:
+            masks = [t for t in given[1:] if t.dtype in (torch.bool, torch.uint8)]
+            for t in masks if func is aten.index.Tensor else given:
+                self.require_constant(t, str(func))
         if not any(isinstance(t, Tensor) for t in tree_leaves(out)):
             for t in given if out is not None else ():
                 self.require_constant(t, str(func))
