@@ -373,7 +373,7 @@ def test_what_does_not_run_in_bfloat16_says_why():
 
 def test_a_trace_that_takes_too_long_is_given_up(monkeypatch):
     monkeypatch.setattr("lsweep.backends.tracing.SECONDS", 0.0)
-    with pytest.raises(Unsupported, match="takes more than 0 s"):
+    with pytest.raises(Unsupported, match="takes minutes"):
         traced(nn.Linear(4, 2), torch.ones(6, 4), frozenset({"weight"}))
 
 

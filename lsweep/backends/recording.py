@@ -42,10 +42,6 @@ class Unsupported(LsweepError):
     """A network that a backend cannot take; the message is one clause that says why."""
 
 
-class TooSlow(Exception):
-    """The time is over."""
-
-
 @dataclass
 class _Held:
     """What a tensor holds: a node, as of so many changes of its storage.
@@ -77,8 +73,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Raises:
         Unsupported: from within a run: it looks at its data, draws random numbers, changes what
-            was there before.
-        TooSlow: from within a run.
+            was there before, or goes on after the end.
     """
 
     def __init__(
@@ -135,7 +130,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run an operation and write it down."""
         kwargs = kwargs or {}
         if time.monotonic() > self._end:
-            raise TooSlow
+            raise Unsupported("tracing it takes minutes")
         if _draws(func, args, kwargs):
             raise Unsupported(f"it draws random numbers ({func})")
         if "as_strided" in str(func):

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from lsweep.backends.recording import Recording, TooSlow
+from lsweep.backends.recording import Recording
 from lsweep.backends.recording import Unsupported as Unsupported
 from lsweep.backends.simplifying import computed_constants, tidy
 from lsweep.problems.problem import call
@@ -171,8 +171,6 @@ def _told() -> Iterator[None]:
         yield
     except Unsupported:
         raise
-    except TooSlow:
-        raise Unsupported(f"tracing it takes more than {SECONDS:.0f} s") from None
     except Exception as e:
         text = next((line.strip() for line in str(e).splitlines() if line.strip()), "")
         reason = f"{type(e).__name__}: {text[:160]}"
@@ -303,7 +301,7 @@ def _attention(func: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any,
         return x.reshape(*x.shape[:2], heads, width // heads).transpose(1, 2)
 
     q, k, v = (t.transpose(0, 1) for t in (query, key, value))
-    if query is key is value or (key is value and query is key):
+    if query is key is value:
         q, k, v = F.linear(q, weight, bias).chunk(3, -1)
     else:
         biases = (None,) * 3 if bias is None else bias.chunk(3)
