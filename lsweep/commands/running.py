@@ -222,6 +222,7 @@ def _silent(text: str) -> None:
 
 
 def _merge_and_show(folder: RunFolder, look: Look) -> int:
+    from lsweep.measures.from_surface import guessed
     from lsweep.merging.merge import merge
 
     surface, report = merge(folder)
@@ -236,8 +237,8 @@ def _merge_and_show(folder: RunFolder, look: Look) -> int:
         at = ", ".join(f"{axis} = {offset:.4g}" for axis, offset in where.items())
         center = surface.center(name)
         middle = f"{center:.6g} at the centre, " if np.isfinite(center) else ""
-        guess = "" if surface.evaluated_at(where) else " (interpolated)"
-        print(f"{name}: {middle}minimum {least:.6g} at {at}{guess}")
+        guess = guessed(surface, name, where)
+        print(f"{name}: {middle}minimum {least:.6g} at {at}" + (f" ({guess})" if guess else ""))
     print(f"wrote {folder.surface}")
     if look.draw:
         from lsweep.pictures.drawing import draw_run

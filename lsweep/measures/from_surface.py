@@ -16,6 +16,7 @@ from lsweep.measures.convexity import nonconvexity
 from lsweep.measures.persistence import persistence
 from lsweep.measures.roughness import roughness
 from lsweep.outcomes.measured import Measured
+from lsweep.plans.rounds import stated_error
 from lsweep.refinement.audit import phrase
 from lsweep.surfaces.surface import Status, Surface
 
@@ -155,16 +156,35 @@ def on_interpolated(surface: Surface, name: str) -> str:
     error = surface.values.get(f"{name}_error")
     words = f"from interpolated values: {int(surface.evaluated.sum())} points evaluated"
     if error is not None:
-        words += f", stated error at most {float(np.nanmax(error)):.2%} of the log range"
+        of = "of the log range" if name.endswith("_loss") else "of the range"
+        words += f", {stated_error(float(np.nanmax(error)), of)}"
     refinement = surface.provenance.get("refinement") or {}
-    checked = phrase(refinement.get("audit") or {})
-    return f"{words}; {checked or 'no audit of interpolated points'}"
+    checked = phrase(refinement.get("audit") or {}, name)
+    return f"{words}; {checked or 'no interpolation check'}"
+
+
+def guessed(surface: Surface, name: str, where: Mapping[str, float]) -> str:
+    """Return "" where a value was evaluated, or that it is interpolated, with its stated error.
+
+    >>> values = {"a": np.ones(1), "a_abs_error": np.full(1, 3e-4)}
+    >>> line = Surface({"x": np.zeros(1)}, values, np.array([Status.INTERPOLATED], np.uint8))
+    >>> guessed(line, "a", {"x": 0.0})
+    'interpolated, ± 0.0003'
+    """
+    if surface.evaluated_at(where):
+        return ""
+    error = surface.values.get(f"{name}_abs_error")
+    if error is None:
+        return "interpolated"
+    at = tuple(int(np.flatnonzero(surface.axes[d] == where[d])[0]) for d in surface.dimensions)
+    return f"interpolated, ± {error[at]:.1g}"
 
 
 def _minimum(surface: Surface, name: str) -> list[Measured]:
     where, least = surface.minimum(name)
     at = ", ".join(f"{axis} = {offset:.4g}" for axis, offset in where.items())
-    kind = "" if surface.evaluated_at(where) else ", interpolated"
+    guess = guessed(surface, name, where)
+    kind = f", {guess}" if guess else ""
     return [Measured("minimum", least, context={"at": where}, note=f"at {at}{kind}")]
 
 
