@@ -203,9 +203,10 @@ def _progress(state: dict[str, Any]) -> list[str]:
         out.append(f"  {state['nonfinite']} NaN or infinite")
     if state["refine"]:
         refine = Refining(**state["refine"])
-        words = [describe_refining(refine), phrase(refine.audit)]
-        out.append(f"  refinement: {', '.join(filter(None, words))}")
-        out += [f"  {line}" for line in contradictions(refine.audit)]
+        out.append(f"  refinement: {describe_refining(refine)}")
+        out += [
+            f"  {line}" for line in (phrase(refine.audit), *contradictions(refine.audit)) if line
+        ]
     if state["interpolated"]:
         out.append(f"  {state['interpolated']} interpolated")
     out += [f"  {n} failed: {reason}" for reason, n in state["failed"].items()]
@@ -221,10 +222,11 @@ def _computed(state: dict[str, Any]) -> list[str]:
         what = " in ".join(filter(None, (frozen_["backend"], frozen_["precision"])))
         out.append(f"  {name}: {what}, batches of {sizes}")
     audit = state["audit"]
-    if audit:
+    alone = all(d["backend"] == "eager" for d in state["devices"].values())
+    if audit and not (alone and audit["largest_relative"] == 0):  # eager against itself
         out.append(
-            f"  audit: {counted(int(audit['points']), 'value')} evaluated again by eager, off by "
-            f"up to {audit['largest_relative']:.1e} (relative)"
+            f"  backend check: {counted(int(audit['points']), 'value')} evaluated again by eager, "
+            f"off by up to {audit['largest_relative']:.1e} (relative)"
         )
     return out
 
