@@ -89,7 +89,12 @@ def _run_here(folder: RunFolder, problem: Problem | None, options: Namespace, lo
     code, interrupted = 0, False
     if not committed.complete:
         more = ", then more where the picture needs them" if rounds.refining else ""
-        print(f"{folder.root}: {total - done} of {total} points to evaluate{more}", flush=True)
+        todo = f"{total - done} of {total} points to evaluate{more}"
+        if done == total:
+            todo = (
+                f"all {total} points so far are evaluated; whether more are needed is decided now"
+            )
+        print(f"{folder.root}: {todo}", flush=True)
         before = done
         with Stop(end_of_job()) as stop, Display(folder, total, done, sys.stderr) as display:
             code, interrupted = _evaluate(folder, options, problem, display, stop)
@@ -122,6 +127,7 @@ def _evaluate(
         gpus = 0 if options.device == "cpu" else torch.cuda.device_count()
         count = default_workers(gpus, options.workers_per_gpu)
     role = role_for(options, Rank(job=own_rank().job), 1.0)
+    display.started(count)
     if count == 1:
         from lsweep.working.worker import work
 
@@ -224,8 +230,10 @@ def _silent(text: str) -> None:
 def _merge_and_show(folder: RunFolder, look: Look) -> int:
     from lsweep.measures.from_surface import guessed
     from lsweep.merging.merge import merge
+    from lsweep.runs.display import stage
 
-    surface, report = merge(folder)
+    with stage("merging", sys.stderr):
+        surface, report = merge(folder)
     for line in report.lines():
         print(f"lsweep: {line}", file=sys.stderr)
     if report.missing == report.points:
@@ -243,5 +251,7 @@ def _merge_and_show(folder: RunFolder, look: Look) -> int:
     if look.draw:
         from lsweep.pictures.drawing import draw_run
 
-        print(f"wrote {draw_run(surface, folder)}")
+        with stage("drawing", sys.stderr):
+            picture = draw_run(surface, folder)
+        print(f"wrote {picture}")
     return 0 if report.clean else INCOMPLETE
