@@ -30,12 +30,15 @@ from lsweep.hosts.requeue import another_turn, end_of_job
 from lsweep.hosts.startup import CROWD, delay, turn
 from lsweep.hosts.stopping import Stop, Stopped
 from lsweep.storage.folder import RunFolder
+from lsweep.wording import counted
 from lsweep.working.role import Role
 
 if TYPE_CHECKING:
     from lsweep.plans.children import Child
+    from lsweep.plans.rounds import Rounds
     from lsweep.problems.problem import Problem
     from lsweep.runs.display import Display
+    from lsweep.surfaces.surface import Surface
 
 
 def do_run(options: Namespace) -> int:
@@ -94,6 +97,10 @@ def _run_here(folder: RunFolder, problem: Problem | None, options: Namespace, lo
             todo = (
                 f"all {total} points so far are evaluated; whether more are needed is decided now"
             )
+        beside = _beside(rounds)
+        if beside:
+            print(f"{folder.root}: {counted(beside, 'point')} of earlier grids are not on this one "
+                  "(a count of 2n - 1 has all points of n)")  # fmt: skip
         print(f"{folder.root}: {todo}", flush=True)
         before = done
         with Stop(end_of_job()) as stop, Display(folder, total, done, sys.stderr) as display:
@@ -111,6 +118,15 @@ def _run_here(folder: RunFolder, problem: Problem | None, options: Namespace, lo
         return code
     merged = _merge_and_show(folder, look)
     return merged if committed.complete else (code or merged)
+
+
+def _beside(rounds: Rounds) -> int:
+    """How many points that were asked are not on the present grid."""
+    if len(rounds.all) < 2 or all(r.lattice is rounds.last.lattice for r in rounds):
+        return 0
+    numbers = rounds.numbers_of(rounds.last.lattice)
+    asked = rounds.first_asked[rounds.required & (rounds.step < 0)]
+    return len(np.setdiff1d(asked, rounds.first_asked[numbers[numbers >= 0]]))
 
 
 def _evaluate(
@@ -227,6 +243,16 @@ def _silent(text: str) -> None:
     """Say nothing: another rank does."""
 
 
+def _hints(surface: Surface, name: str) -> list[str]:
+    """Return what another grid would do better."""
+    from lsweep.measures.from_surface import finite_within
+
+    lacking = [a for a, x in sorted(surface.axes.items()) if x.min() < 0 < x.max() and 0 not in x]
+    zeros = ", ".join(f"{a} = 0" for a in lacking)
+    even = f"the grid does not contain {zeros}: odd counts of a symmetric range do"
+    return [*filter(None, [finite_within(surface, name)]), *([even] if lacking else [])]
+
+
 def _merge_and_show(folder: RunFolder, look: Look) -> int:
     from lsweep.measures.from_surface import guessed
     from lsweep.merging.merge import merge
@@ -240,6 +266,8 @@ def _merge_and_show(folder: RunFolder, look: Look) -> int:
         return INCOMPLETE
     surface.save(folder.surface)
     name = surface.metrics[0]
+    for hint in _hints(surface, name):
+        print(f"lsweep: {hint}", file=sys.stderr)
     if look.values and np.isfinite(surface[name]).any():
         where, least = surface.minimum(name)
         at = ", ".join(f"{axis} = {offset:.4g}" for axis, offset in where.items())

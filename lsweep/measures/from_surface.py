@@ -180,6 +180,31 @@ def guessed(surface: Surface, name: str, where: Mapping[str, float]) -> str:
     return f"interpolated, ± {error[at]:.1g}"
 
 
+def finite_within(surface: Surface, name: str) -> str:
+    """Return how far around the centre all values are finite, where not all are.
+
+    >>> line = Surface({"x": np.linspace(-1, 1, 5)}, {"a": np.array([0.0, 1, 2, np.nan, 4])})
+    >>> finite_within(Surface(line.axes, {"a": [np.inf, 1, 2, 3, np.inf] * np.ones(5)}), "a")
+    'finite within |x| <= 0.5: a smaller range'
+    >>> finite_within(line, "a")
+    ''
+    """
+    sizes = {d: np.abs(surface.axes[d]) for d in surface.dimensions}
+    each = np.meshgrid(*(s / max(s.max(), 1e-300) for s in sizes.values()), indexing="ij")
+    radius = np.max(each, axis=0)
+    known = surface.status != Status.PENDING
+    bad = known & ((surface.status == Status.NONFINITE) | ~np.isfinite(surface[name]))
+    inside = radius < np.min(radius[bad], initial=np.inf)
+    if not bad.any() or not inside.any():
+        return ""
+    far = float(radius[inside].max())
+    bounds = {d: float(s[s <= far * s.max()].max(initial=0.0)) for d, s in sizes.items()}
+    if not all(bounds.values()):
+        return ""
+    words = ", ".join(f"|{d}| <= {bound:.3g}" for d, bound in sorted(bounds.items()))
+    return f"finite within {words}: a smaller range"
+
+
 def _minimum(surface: Surface, name: str) -> list[Measured]:
     where, least = surface.minimum(name)
     at = ", ".join(f"{axis} = {offset:.4g}" for axis, offset in where.items())

@@ -146,7 +146,9 @@ def preflight_line(found: dict[str, Any], points: int) -> str:
     backend = " in ".join(filter(None, (found["backend"], found.get("precision"))))
     if found.get("speed") and found["backend"] != "eager":
         backend += f" ({found['speed']:.3g} x eager, off by {found['error'] or 0.0:.1g})"
-    start = f"pre-flight on {found['device']}: {centre} at the centre; {backend}: "
+    drawn = " and ".join(f"{n}" for n in dict.fromkeys(found["samples"].values()))
+    over = f" (over {drawn} drawn samples)" if found.get("anchor") else ""
+    start = f"pre-flight on {found['device']}: {centre} at the centre{over}; {backend}: "
     memory = f"{found['memory'] / 2**20:.0f} MiB"
     if found.get("pointwise"):  # how many passes they take is found out at the first point
         return (
