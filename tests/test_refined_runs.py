@@ -204,13 +204,13 @@ def test_few_points_give_the_surface_within_the_stated_error(
 
 def test_what_looks_at_it_says_that_it_is_refined(calm: RunFolder, reference: Surface) -> None:
     few = int(reference.evaluated.sum())
-    words = f"{few} of {COUNT**2} points evaluated, the rest interpolated, stated error at most"
+    words = f"{few} of {COUNT**2} points evaluated, the rest interpolated, stated error up to"
     assert merge(calm)[1].lines()[0].startswith(words)
     assert words in reference.provenance["caption"]
     state = status(calm)
     assert (state["complete"], state["missing"], state["points"]) == (True, 0, few)
     assert state["interpolated"] == COUNT**2 - few
-    assert "  refinement: tolerance 1%, error about" in "\n".join(lines(state))
+    assert "  refinement: tolerance 1%, stated error up to" in "\n".join(lines(state))
     found = measure(reference)
     assert found["evaluated"] == few and "interpolated values" in found["values"]
     assert found["minimum_is"] == "evaluated" and found["minimum_at"] == {"x": 0.0, "y": 0.0}

@@ -128,7 +128,10 @@ def choose(evaluator: Evaluator, spots: Sequence[Spot], seconds: float, points: 
     if asked != "auto":
         named = [trials.first((asked, p)) for p in precisions]
         if all(t.why_not for t in named):
-            raise LsweepError(f'evaluate.backend = "{asked}": {named[-1].why_not}')
+            raise LsweepError(
+                f'evaluate.backend = "{asked}": {named[-1].why_not}; backend = "auto" takes the '
+                "fastest that works"
+            )
     else:
         worth = [name for name, k in catalogue.KINDS.items() if k.worth(evaluator.ground)]
         kinds = [(name, precision) for name in worth for precision in precisions]

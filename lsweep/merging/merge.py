@@ -42,6 +42,7 @@ class Report:
         points: how many points the surface has.
         evaluated: how many of them count as evaluated: the others are pending or interpolated.
         refined: how the refinement ended, or what it still lacks; "" without one.
+        check: what the interpolation check found, or why it was not made.
         contradictions: what the audit of interpolated points says against their stated error.
         missing: how many of them are pending.
         failed: reason -> how many points.
@@ -54,6 +55,7 @@ class Report:
     points: int = 0
     evaluated: int = 0
     refined: str = ""
+    check: str = ""
     contradictions: list[str] = field(default_factory=list)
     missing: int = 0
     failed: dict[str, int] = field(default_factory=dict)
@@ -72,6 +74,7 @@ class Report:
         out = []
         if self.refined:
             out.append(f"{self.evaluated} of {self.points} points evaluated, {self.refined}")
+        out += [self.check] if self.check else []
         out += self.contradictions
         if self.missing:
             out.append(f"{self.missing} of {self.points} points are missing")
@@ -82,16 +85,19 @@ class Report:
         if self.conflicts:
             out.append(f"{self.conflicts} points were computed twice with different values")
         if self.audit.get("failed"):
-            out.append(f"audit: {self.audit['failed']:.0f} points could not be evaluated again")
+            out.append(
+                f"backend check: {self.audit['failed']:.0f} points could not be evaluated again"
+            )
         if self.audit.get("one_finite"):
             out.append(
-                f"audit: {self.audit['one_finite']:.0f} points are finite in one evaluation and "
-                "not in the other: do not trust these values"
+                f"backend check: {self.audit['one_finite']:.0f} points are finite in one "
+                "evaluation and not in the other: do not trust these values"
             )
         if self.audit.get("largest_relative", 0.0) > self.audit.get("tolerance", math.inf):
             out.append(
-                f"audit: a second evaluation differs by {self.audit['largest_relative']:.1e} "
-                f"(relative), more than {self.audit['tolerance']:.0e}: do not trust these values"
+                "backend check: evaluated again by eager a value differs by "
+                f"{self.audit['largest_relative']:.1e} (relative), more than "
+                f"{self.audit['tolerance']:.0e}: do not trust these values"
             )
         out += [f"{name}: {what}" for name, what in self.damaged.items()]
         return out
@@ -138,6 +144,7 @@ def merge(folder: RunFolder, parts: Sequence[Path] | None = None) -> tuple[Surfa
         points=len(lattice),
         evaluated=int(((status > 0) & (status < Status.INTERPOLATED)).sum()),
         refined=gaps.words,
+        check=gaps.check,
         contradictions=gaps.contradictions,
         missing=int((status == Status.PENDING).sum()),
         failed=_reasons(winners, failed),

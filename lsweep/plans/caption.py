@@ -111,6 +111,8 @@ def _precision(asked: str, devices: Mapping[str, Any], audit: Mapping[str, float
     elif each and each[0] != asked:
         words = f"{each[0]} ({asked} was allowed and is no faster)"
     if asked not in ("float64", "float32") and "largest_relative" in audit:
-        audited = f"{audit['points']:.0f} audited points"
-        words += f", off by up to {audit['largest_relative']:.1e} (relative) at {audited}"
+        again = f"{audit['points']:.0f} points evaluated again by eager in float32"
+        words += (
+            f", backend check: off by up to {audit['largest_relative']:.1e} (relative) at {again}"
+        )
     return words
