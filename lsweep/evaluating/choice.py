@@ -31,7 +31,8 @@ from lsweep.problems.factory import describe
 WORTH = 2.0  # seconds of a sweep with eager, below which nothing is tried
 SHARE = 0.2  # of them may be spent on trials: the best are three to four times faster than eager
 LONG = 30.0  # seconds of set-up, which are spent only where there is none of these,
-SHORTER = ("fused", "native")  # and so is time on the others in a better precision than asked for
+GRAPHS = ("fused", "native")  # made from a trace of the network
+SHORTER = GRAPHS  # and so is time on the others in a better precision than asked for
 LEAST = 4  # passes over one batch at each spot: below, nothing can be told
 PASSES = 32  # over the samples of a trial: two a backend and batch size, and more rounds
 ROUNDS = 3  # passes of those that were near the fastest in the first
@@ -39,6 +40,7 @@ NEAR = 1.3  # times the fastest
 FAR = 2.0  # times the fastest: no batch size makes up for it, and large ones take memory
 LARGER = (2.0, 4.0, 8.0)  # times the default batch size, as long as that is faster
 SMALLER = 0.5
+DISAGREES = "disagrees with eager"
 TOLERANCE = {"float64": 1e-9, "float32": 2e-5}
 REDUCED_TOLERANCE = 0.1  # nonsense; the error that was measured stands in the record
 FLOOR = 0.05  # of the usual value: below, an error counts as one of that much
@@ -216,7 +218,7 @@ class _Trials:
                 self._time(trial)
         except Exception as e:
             trial.set_up = time.perf_counter() - start
-            trial.why_not = _reason(e)
+            trial.why_not = reason_of(e)
         near = self.fastest(len(self._built))
         for far in self._built.keys() - {self._done[0].kind, *near}:  # they hold rows and buffers
             del self._built[far]
@@ -264,7 +266,7 @@ class _Trials:
             if not trial.why_not:
                 self._time(trial)
         except Exception as e:
-            trial.why_not = _reason(e)
+            trial.why_not = reason_of(e)
         return self._best(kind) is trial
 
     def _compare(self, trial: Trial) -> None:
@@ -276,7 +278,7 @@ class _Trials:
             error = disagreement(pairs, steps=metric != "loss")
             trial.error = max(trial.error, error)
         if trial.error > tolerance and trial.backend != "eager":
-            trial.why_not = f"disagrees with eager by {trial.error:.2g}"
+            trial.why_not = f"{DISAGREES} by {trial.error:.2g}"
         if math.isinf(trial.error):
             trial.error = None  # a number where eager has none, or none where it has
 
@@ -360,7 +362,8 @@ def disagreement(pairs: Sequence[tuple[Samples, Samples]], steps: bool) -> float
     return max(e / max(s, floor) for e, s in zip(errors, sizes, strict=True))
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Return what came in the way of a backend, as a clause."""
     if isinstance(error, LsweepError):
         return str(error)
     return "out of memory" if is_out_of_memory(error) else f"it fails: {describe(error)}"
