@@ -41,6 +41,7 @@ from lsweep.problems import supply
 from lsweep.problems.data import Split
 from lsweep.problems.problem import Sampled
 from lsweep.problems.takeover import products
+from lsweep.runs.display import preflight_line
 from lsweep.runs.status import lines, status
 from lsweep.storage.files import read_json, replace, sealed
 from lsweep.storage.rows import Kind, row_type
@@ -418,6 +419,26 @@ def test_what_is_wrong_on_later_data_only_is_not_taken(make, precision, why, mon
             ev.settings["backend"] = "fused"
             with pytest.raises(LsweepError, match=f'backend = "fused": on all data .*{why}'):
                 taken(ev, picked, SPOTS, centre_of(ev))
+
+
+def test_a_graph_that_is_wrong_in_float32_is_not_taken_in_less(monkeypatch):
+    monkeypatch.setitem(catalogue.KINDS, "fused", catalogue.Kind(Lying, lambda ground: None))
+    found = chosen(cnn(), points=400, precision="bfloat16")
+    reasons = [t.why_not for t in found.tried if t.backend == "fused"]
+    assert len(reasons) == 2 and all("disagrees with eager by 0.001" in r for r in reasons)
+
+
+def test_a_precision_in_which_eager_overflows_is_not_taken():
+    problem = mlp()
+    problem.data["train"][0].mul_(1e5)
+    net = problem.model
+    large = lsweep.Problem(net, {"train": problem.data["train"]}, loss=nn.CrossEntropyLoss())
+    found = chosen(large, points=400, precision="float16")
+    assert found.tried[0].kind == ("eager", "float16") and found.tried[0].error is None
+    assert found.precision == "float32"
+    facts = {"device": "cpu", "centre": {}, "seconds_per_point": 1.0, "memory": 0}
+    shown = preflight_line({**facts, "backend": "eager", "speed": 1.0, "error": None}, 9)
+    assert "(1 x eager, not comparable)" in shown
 
 
 def test_batch_sizes_are_tried_where_they_are_free():

@@ -129,7 +129,9 @@ def preflight_line(found: dict[str, Any], points: int) -> str:
     seconds = float(found["seconds_per_point"])
     backend = " in ".join(filter(None, (found["backend"], found.get("precision"))))
     if found.get("speed"):
-        backend += f" ({found['speed']:.3g} x eager, off by {found['error'] or 0.0:.1g})"
+        error = found["error"]  # None where one of the two is not finite
+        off = "not comparable" if error is None else f"off by {error:.1g}"
+        backend += f" ({found['speed']:.3g} x eager, {off})"
     start = f"pre-flight on {found['device']}: {centre} at the centre; {backend}: "
     memory = f"{found['memory'] / 2**20:.0f} MiB"
     if found.get("pointwise"):  # how many passes they take is found out at the first point
