@@ -29,7 +29,8 @@ from lsweep.backends.packed import Spot
 from lsweep.backends.summing import Reference, Samples
 from lsweep.errors import LsweepError
 from lsweep.evaluating import choice
-from lsweep.evaluating.choice import choose
+from lsweep.evaluating.acceptance import centre_of, taken
+from lsweep.evaluating.choice import Choice, Trial, choose
 from lsweep.evaluating.evaluate import Evaluator
 from lsweep.hosts import machine
 from lsweep.measures.from_surface import context_of
@@ -40,6 +41,7 @@ from lsweep.problems import supply
 from lsweep.problems.data import Split
 from lsweep.problems.problem import Sampled
 from lsweep.problems.takeover import products
+from lsweep.runs.display import preflight_line
 from lsweep.runs.status import lines, status
 from lsweep.storage.files import read_json, replace, sealed
 from lsweep.storage.rows import Kind, row_type
@@ -362,6 +364,81 @@ def test_where_less_is_allowed_float32_competes():
             assert ev.evaluate(SPOTS).tobytes() == sums(cnn, backend).tobytes()
         with pytest.raises(LsweepError, match="not what the plan permits"):
             ev.use("fused", ev.batch_sizes, "float16")
+
+
+class LyingLate(Lying):
+    """Is right but for samples with a large number: as a graph of a network that branches."""
+
+    def values(self, spots, batch, stay=False):
+        late = 0.1 * (batch[0].amax(1) > 50)
+        for found in self._eager.values(spots, batch, stay):
+            yield {m: Sampled(s.values * (1 + late), s.weights, s.opaque) for m, s in found.items()}
+
+
+def one_late_sample():
+    problem = mlp()
+    x, y = problem.data["train"]
+    x[-1, 0] = 60.0
+    return lsweep.Problem(problem.model, {"train": (x, y)}, loss=nn.CrossEntropyLoss())
+
+
+def narrower_later():
+    net = nn.Sequential(nn.AdaptiveAvgPool1d(3), nn.Flatten(), nn.Linear(3, 3))
+    x, y = numbers(24, 1, 12, dtype=SINGLE), labels(24, 3)
+    batches = [(x[:8], y[:8]), (x[8:16], y[8:16]), (x[16:, :, :9], y[16:])]
+    return lsweep.Problem(fixed(net), {"train": batches}, loss=nn.CrossEntropyLoss())
+
+
+@pytest.mark.parametrize(
+    ("make", "precision", "why"),
+    [
+        (one_late_sample, "float32", "disagrees with eager by 0.1 on sample 39"),
+        (one_late_sample, "bfloat16", "disagrees with eager by 0.1 on sample 39"),
+        (narrower_later, "float32", "batches differ in more than length"),
+        (mlp, "bfloat16", ""),
+    ],
+)
+def test_what_is_wrong_on_later_data_only_is_not_taken(make, precision, why, monkeypatch):
+    """On data that the trials have not seen: eager serves, and the device file says why."""
+    if make is one_late_sample:
+        monkeypatch.setitem(
+            catalogue.KINDS, "fused", catalogue.Kind(LyingLate, lambda ground: None)
+        )
+    with evaluator(make(), precision=precision) as ev:
+        ev.settings["backend"] = "auto"
+        sizes = dict(ev.batch_sizes)
+        trial = Trial("fused", precision, sizes, seconds=1.0, error=0.0)
+        picked = Choice(*trial.kind, sizes, (trial,))
+        expected = centre_of(ev)
+        stands, centre, _ = taken(ev, picked, SPOTS, expected)
+        assert stands.backend == ev.backend.name == ("eager" if why else "fused")
+        assert why in trial.why_not and bool(why) == bool(trial.why_not)
+        assert ev.evaluate(SPOTS).shape == (3, len(ev.names), 8)
+        if why:
+            assert (centre[0].values == expected[0][0].values).all()
+            ev.settings["backend"] = "fused"
+            with pytest.raises(LsweepError, match=f'backend = "fused": on all data .*{why}'):
+                taken(ev, picked, SPOTS, centre_of(ev))
+
+
+def test_a_graph_that_is_wrong_in_float32_is_not_taken_in_less(monkeypatch):
+    monkeypatch.setitem(catalogue.KINDS, "fused", catalogue.Kind(Lying, lambda ground: None))
+    found = chosen(cnn(), points=400, precision="bfloat16")
+    reasons = [t.why_not for t in found.tried if t.backend == "fused"]
+    assert len(reasons) == 2 and all("disagrees with eager by 0.001" in r for r in reasons)
+
+
+def test_a_precision_in_which_eager_overflows_is_not_taken():
+    problem = mlp()
+    problem.data["train"][0].mul_(1e5)
+    net = problem.model
+    large = lsweep.Problem(net, {"train": problem.data["train"]}, loss=nn.CrossEntropyLoss())
+    found = chosen(large, points=400, precision="float16")
+    assert found.tried[0].kind == ("eager", "float16") and found.tried[0].error is None
+    assert found.precision == "float32"
+    facts = {"device": "cpu", "centre": {}, "seconds_per_point": 1.0, "memory": 0}
+    shown = preflight_line({**facts, "backend": "eager", "speed": 1.0, "error": None}, 9)
+    assert "(1 x eager, not comparable)" in shown
 
 
 def test_batch_sizes_are_tried_where_they_are_free():

@@ -173,6 +173,7 @@ class Mixes(nn.Module):
     [(nn.Sequential(nn.Linear(4, 4), nn.GELU()), "aten.gelu"),
      (Mixes(lambda x: x - x.mean(0)), "mixes"),
      (Mixes(lambda x: x.t().relu().t()), "mixes"),
+     (nn.Sequential(nn.Linear(4, 4), Mixes(lambda x: x * len(x))), "length of a batch"),
      (Mixes(lambda x: torch.cat([x, x]).reshape(x.size(0), 8).relu()), "mixes"),
      (nn.Sequential(nn.Linear(4, 4), nn.Softmax(0)), "aten.softmax")],
 )  # fmt: skip

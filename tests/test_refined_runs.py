@@ -181,7 +181,7 @@ def test_few_points_give_the_surface_within_the_stated_error(
     calm: RunFolder, reference: Surface
 ) -> None:
     few = int(reference.evaluated.sum())
-    assert 24 + 25 <= few <= 150
+    assert 48 + 25 <= few <= 150
     assert len(evaluated(calm)) == few == share_done(calm)[0]
     error = reference["train_loss_error"]
     assert largest_error(reference, truth(reference)) <= error.max() <= TOLERANCE
@@ -198,7 +198,7 @@ def test_few_points_give_the_surface_within_the_stated_error(
     assert np.isfinite(reference["train_height"]).all()  # a metric that is not a loss is filled too
     assert reference.metrics == ("train_loss", "train_height")
     facts = reference.provenance["refinement"]
-    assert (facts["state"], facts["evaluated"], facts["held_out"]) == ("done", few, 24)
+    assert (facts["state"], facts["evaluated"], facts["held_out"]) == ("done", few, 48)
     assert facts["largest_error"]["train_loss"] == error.max()
 
 

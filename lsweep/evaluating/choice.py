@@ -31,7 +31,8 @@ from lsweep.problems.factory import describe
 WORTH = 2.0  # seconds of a sweep with eager, below which nothing is tried
 SHARE = 0.2  # of them may be spent on trials: the best are three to four times faster than eager
 LONG = 30.0  # seconds of set-up, which are spent only where there is none of these,
-SHORTER = ("fused", "native")  # and so is time on the others in a better precision than asked for
+GRAPHS = ("fused", "native")  # made from a trace of the network
+SHORTER = GRAPHS  # and so is time on the others in a better precision than asked for
 LEAST = 4  # passes over one batch at each spot: below, nothing can be told
 PASSES = 32  # over the samples of a trial: two a backend and batch size, and more rounds
 ROUNDS = 3  # passes of those that were near the fastest in the first
@@ -39,8 +40,10 @@ NEAR = 1.3  # times the fastest
 FAR = 2.0  # times the fastest: no batch size makes up for it, and large ones take memory
 LARGER = (2.0, 4.0, 8.0)  # times the default batch size, as long as that is faster
 SMALLER = 0.5
+DISAGREES = "disagrees with eager"
 TOLERANCE = {"float64": 1e-9, "float32": 2e-5}
 REDUCED_TOLERANCE = 0.1  # nonsense; the error that was measured stands in the record
+TIMES = 10.0  # the error of eager in the same reduced precision: more is no rounding
 FLOOR = 0.05  # of the usual value: below, an error counts as one of that much
 Kind = tuple[str, str]  # name and precision of a backend
 TIES = 200  # of so many samples one may fall on the other side of a metric that has steps
@@ -126,15 +129,16 @@ def choose(evaluator: Evaluator, spots: Sequence[Spot], seconds: float, points: 
         return untried
     trials = _Trials(evaluator, spots, seconds, SHARE * total)
     if asked != "auto":
-        named = [trials.first((asked, p)) for p in precisions]
+        named = [trials.first((asked, p)) for p in reversed(precisions)]
         if all(t.why_not for t in named):
             raise LsweepError(
-                f'evaluate.backend = "{asked}": {named[-1].why_not}; backend = "auto" takes the '
+                f'evaluate.backend = "{asked}": {named[0].why_not}; backend = "auto" takes the '
                 "fastest that works"
             )
     else:
         worth = [name for name, k in catalogue.KINDS.items() if k.worth(evaluator.ground)]
-        kinds = [(name, precision) for name in worth for precision in precisions]
+        # The more exact comes first: rounding hides a wrong graph.
+        kinds = [(name, precision) for name in worth for precision in reversed(precisions)]
         for kind in sorted(kinds, key=trials.is_spare):
             if kind != ("eager", precisions[0]):
                 trials.first(kind, catalogue.KINDS[kind[0]].set_up)
@@ -207,6 +211,9 @@ class _Trials:
             there = next((t.backend for t in self._sound() if t.backend in SHORTER), None)
             if there is not None:
                 reason = f"not tried: there is {there}"
+        wrong = [t for t in self._done if t.backend == name and t.why_not.startswith(DISAGREES)]
+        if reason is None and name in GRAPHS and wrong:
+            reason = f"{wrong[0].why_not} in {wrong[0].precision}"
         if reason is not None:
             trial.why_not = reason
             return trial
@@ -219,7 +226,7 @@ class _Trials:
                 self._time(trial)
         except Exception as e:
             trial.set_up = time.perf_counter() - start
-            trial.why_not = _reason(e)
+            trial.why_not = reason_of(e)
         near = self.fastest(len(self._built))
         for far in self._built.keys() - {self._done[0].kind, *near}:  # they hold rows and buffers
             del self._built[far]
@@ -246,7 +253,7 @@ class _Trials:
             self._is_faster(kind, SMALLER)
 
     def _best(self, kind: Kind) -> Trial:
-        return next(t for t in self._sound() if t.kind == kind)
+        return next(t for t in self._timed() if t.kind == kind)
 
     def _is_faster(self, kind: Kind, factor: float) -> bool:
         """Try some times the default batch sizes; True when they are the fastest of a backend."""
@@ -267,21 +274,29 @@ class _Trials:
             if not trial.why_not:
                 self._time(trial)
         except Exception as e:
-            trial.why_not = _reason(e)
+            trial.why_not = reason_of(e)
         return self._best(kind) is trial
 
     def _compare(self, trial: Trial) -> None:
         found = self._found(self._built[trial.kind], self._batches(trial.batch_sizes))
-        tolerance = TOLERANCE.get(trial.precision, REDUCED_TOLERANCE)
         trial.error = 0.0
         for m, metric in enumerate(self._evaluator.metrics):
             pairs = [(f[m], r[m]) for f, r in zip(found, self._reference, strict=True)]
             error = disagreement(pairs, steps=metric != "loss")
             trial.error = max(trial.error, error)
-        if trial.error > tolerance and trial.backend != "eager":
-            trial.why_not = f"disagrees with eager by {trial.error:.2g}"
+        if trial.error > self._tolerance(trial) and trial.backend != "eager":
+            trial.why_not = f"{DISAGREES} by {trial.error:.2g}"
         if math.isinf(trial.error):
             trial.error = None  # a number where eager has none, or none where it has
+
+    def _tolerance(self, trial: Trial) -> float:
+        """How far off a trial may be; in reduced precision not much further than eager is."""
+        if trial.precision in TOLERANCE:
+            return TOLERANCE[trial.precision]
+        eager = self._done[0].error
+        if trial.backend == "eager" or eager is None:
+            return REDUCED_TOLERANCE
+        return min(REDUCED_TOLERANCE, max(TOLERANCE["float32"], TIMES * eager))
 
     def _time(self, trial: Trial) -> None:
         """Time one pass over the samples; a trial's seconds are the median of its passes."""
@@ -307,9 +322,15 @@ class _Trials:
 
     # -- which ----------------------------------------------------------------------------------
 
+    def _timed(self) -> list[Trial]:
+        timed_ = [t for t in self._done if not t.why_not and t.seconds is not None]
+        return sorted(timed_, key=lambda t: t.seconds or 0.0)
+
     def _sound(self) -> list[Trial]:
-        sound = [t for t in self._done if not t.why_not and t.seconds is not None]
-        return sorted(sound, key=lambda t: t.seconds or 0.0)
+        """Those that agree; eager in a precision that is too coarse stands where nothing does."""
+        found = self._timed()
+        agree = [t for t in found if t.error is not None and t.error <= self._tolerance(t)]
+        return agree or found
 
     def fastest(self, number: int) -> list[Kind]:
         """Return the fastest backends so far, without those that are far behind."""
@@ -363,7 +384,8 @@ def disagreement(pairs: Sequence[tuple[Samples, Samples]], steps: bool) -> float
     return max(e / max(s, floor) for e, s in zip(errors, sizes, strict=True))
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Return what came in the way of a backend, as a clause."""
     if isinstance(error, LsweepError):
         return str(error)
     return "out of memory" if is_out_of_memory(error) else f"it fails: {describe(error)}"

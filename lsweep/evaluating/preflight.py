@@ -6,7 +6,6 @@ in ``devices/`` fixes the batch sizes; the first worker of the class writes it, 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -18,10 +17,11 @@ from lsweep.axes.directions import Directions
 from lsweep.backends.packed import Spot
 from lsweep.backends.summing import Samples
 from lsweep.errors import DamagedFile, LsweepError
+from lsweep.evaluating.acceptance import centre_of, taken
 from lsweep.evaluating.choice import Choice, choose
 from lsweep.evaluating.evaluate import Evaluator
 from lsweep.hosts import machine
-from lsweep.hosts.device import device_class, human, memory_used, timed
+from lsweep.hosts.device import device_class, human, memory_used
 from lsweep.plans.plan import Plan
 from lsweep.problems import batchnorm
 from lsweep.problems.data import map_tensors, tensors_of
@@ -66,7 +66,8 @@ def preflight(
 
     Each split's data is read twice and must come the same; the centre is evaluated, some of it
     twice, and each sample must give the same value; the loss must be what the user expects, where
-    that is given. Then a backend is chosen and its centre is what all workers compare with.
+    that is given. Then a backend is chosen, accepted where its centre is eager's sample by sample,
+    and its centre is what all workers compare with.
 
     Args:
         folder: the run.
@@ -85,32 +86,20 @@ def preflight(
     data = {s: _check_data(evaluator, s) for s in evaluator.splits}
     for split in evaluator.splits:
         _check_batch(evaluator, split)
-    slices: list[list[Samples]] = []
-    seconds = timed(
-        evaluator.device,
-        lambda: slices.extend(evaluator.centre(s) for s in range(evaluator.slices)),
-    )
+    first, seconds = centre_of(evaluator)
     again = evaluator.samples([evaluator.origin], limit=REPEATED_SAMPLES)[0]
-    _check_repeat(evaluator, slices[0], again)
-    first = [Samples.joined(parts) for parts in zip(*slices, strict=True)]
+    _check_repeat(evaluator, evaluator.centre(0), again)
     centre = {v: s.mean for v, s in zip(evaluator.names, first, strict=True)}
     for label, s in zip(evaluator.names, first, strict=True):
         if not bool((s.weights >= 0).all()) or not bool(torch.isfinite(s.weights).all()):
             raise LsweepError(f"{label}: a weight is negative or not finite")
     check_expected(centre, expected)
     changes = _batch_norm_check(evaluator)
-    untried = Choice("eager", plan.evaluate["precision"], dict(evaluator.batch_sizes))
-    choice = untried
+    choice = Choice("eager", plan.evaluate["precision"], dict(evaluator.batch_sizes))
     if evaluator.stored:
-        choice = choose(evaluator, [evaluator.origin, *spots], seconds, points)
-    if dataclasses.replace(choice, tried=()) != untried:
-        evaluator.use(choice.backend, choice.batch_sizes, choice.precision)
-        slices.clear()
-        seconds = timed(
-            evaluator.device,
-            lambda: slices.extend(evaluator.centre(s) for s in range(evaluator.slices)),
-        )
-        first = [Samples.joined(parts) for parts in zip(*slices, strict=True)]
+        everywhere = [evaluator.origin, *spots]
+        choice = choose(evaluator, everywhere, seconds, points)
+        choice, first, seconds = taken(evaluator, choice, everywhere, (first, seconds))
         centre = {v: s.mean for v, s in zip(evaluator.names, first, strict=True)}
     value = {
         "plan": plan.digest,

@@ -145,7 +145,9 @@ def preflight_line(found: dict[str, Any], points: int) -> str:
     seconds = float(found["seconds_per_point"])
     backend = " in ".join(filter(None, (found["backend"], found.get("precision"))))
     if found.get("speed") and found["backend"] != "eager":
-        backend += f" ({found['speed']:.3g} x eager, off by {found['error'] or 0.0:.1g})"
+        error = found["error"]  # None where one of the two is not finite
+        off = "not comparable" if error is None else f"off by {error:.1g}"
+        backend += f" ({found['speed']:.3g} x eager, {off})"
     drawn = " and ".join(f"{n}" for n in dict.fromkeys(found["samples"].values()))
     over = f" (over {drawn} drawn samples)" if found.get("anchor") else ""
     start = f"pre-flight on {found['device']}: {centre} at the centre{over}; {backend}: "
