@@ -142,6 +142,11 @@ class Plan:
                 remedy = "restore it, or give a new folder with --run"
                 if not folder.all_parts():
                     remedy = "nothing was computed there: remove it"
+                if field == "origin.sha256":
+                    remedy += (
+                        "; or the factory makes another network each time it is called: set a "
+                        "seed or load a checkpoint"
+                    )
                 raise PlanChanged(
                     f"{folder.root} holds another plan: {field} is {_short(old)} there and "
                     f"{_short(new)} now; {remedy}",

@@ -54,7 +54,8 @@ class Display:
         self._over.set()
         if self._stream:
             self._thread.join()
-            self._say_preflight()  # a fast run is over before the first look
+            if exception[0] is None:  # of a refusal one line is enough
+                self._say_preflight()  # a fast run is over before the first look
             if self._live:
                 self._write("\r\033[K")
 
