@@ -11,6 +11,7 @@ import threading
 from typing import Any, TextIO
 
 from lsweep.errors import LsweepError
+from lsweep.outcomes.frozen import of_this_version
 from lsweep.plans.plan import Plan
 from lsweep.plans.rounds import Rounds
 from lsweep.storage.files import read_json
@@ -86,7 +87,8 @@ class Display:
                 continue
             self._classes.add(path.name)
             with contextlib.suppress(LsweepError, KeyError, TypeError):
-                self.say(preflight_line(read_json(path), self._total - self._before))
+                found = of_this_version(read_json(path), Plan.read(self._folder))
+                self.say(preflight_line(found, self._total - self._before))
 
     def line(self) -> str:
         """Return the present state in one line."""
@@ -127,7 +129,7 @@ def preflight_line(found: dict[str, Any], points: int) -> str:
         f"{name} {value:.6g}" for name, value in found["centre"].items() if value is not None
     )
     seconds = float(found["seconds_per_point"])
-    backend = " in ".join(filter(None, (found["backend"], found.get("precision"))))
+    backend = f"{found['backend']} in {found['precision']}"
     if found.get("speed"):
         error = found["error"]  # None where one of the two is not finite
         off = "not comparable" if error is None else f"off by {error:.1g}"
