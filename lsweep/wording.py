@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+HERE = "on this machine "  # so begins why a backend was dropped for the machine, not the network
+
 
 def counted(count: int, thing: str) -> str:
     """Return how many of a thing, in words that fit one and several.

@@ -372,7 +372,7 @@ def test_progress_is_lines_where_there_is_no_terminal(toml, capfd, monkeypatch):
     assert command("run", toml, "--on", "inline", "--no-picture") == 0
     err = capfd.readouterr().err
     assert "\r" not in err and "\033" not in err and err.endswith("\n")
-    assert "0/5 points, 1 worker getting ready\n" in err
+    assert "0/5 points, 1 worker starting: network, data, pre-flight\n" in err
     assert re.search(r"^pre-flight on .*: train_loss 0 at the centre", err, re.MULTILINE)
     assert re.search(
         r"^[1-4]/5 points \(\d0%\), [\d.]+/s, 1 worker, \d s left, ", err, re.MULTILINE
@@ -407,7 +407,7 @@ def test_progress_is_one_live_line_on_a_terminal(toml):
     code, text = on_terminal(200, "run", toml, "--on", "inline", "--no-picture")
     assert code == 0
     shown = [line for line in text.split("\r\033[K") if line]
-    assert "0/5 points, 1 worker getting ready" in shown
+    assert "0/5 points, 1 worker starting: network, data, pre-flight" in shown
     live = r"[1-4]/5 points \(\d0%\), [\d.]+/s, 1 worker, \d s left, minimum [\d.]+"
     assert any(re.fullmatch(live, line) for line in shown)
     assert [line for line in shown if "\n" in line] == [
@@ -451,7 +451,7 @@ def test_the_line_adds_up_what_the_workers_tell(tmp_path):
     tell(folder, "earlier", state="done", points=100, busy=1.0, minimum=0.5)
     tell(folder, "helping", points=50, busy=10.0)  # of another launcher: since then 10 more
     shown = Display(folder, total=1000, done=150, stream=None)
-    assert shown.line() == "150/1000 points, 1 worker getting ready"
+    assert shown.line() == "150/1000 points, 1 worker starting: network, data, pre-flight"
     tell(folder, "helping", points=60, busy=12.0, minimum=0.25)
     tell(folder, "a", points=80, busy=4.0, minimum=0.0123456)
     tell(folder, "b", points=20, busy=4.0, minimum=3.0)

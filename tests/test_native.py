@@ -173,6 +173,7 @@ class Mixes(nn.Module):
     [(nn.Sequential(nn.Linear(4, 4), nn.GELU()), "aten.gelu"),
      (Mixes(lambda x: x - x.mean(0)), "mixes"),
      (Mixes(lambda x: x.t().relu().t()), "mixes"),
+     (nn.Sequential(nn.Linear(4, 4), Mixes(lambda x: x * len(x))), "length of a batch"),
      (Mixes(lambda x: torch.cat([x, x]).reshape(x.size(0), 8).relu()), "mixes"),
      (nn.Sequential(nn.Linear(4, 4), nn.Softmax(0)), "aten.softmax")],
 )  # fmt: skip
@@ -217,5 +218,5 @@ def test_without_a_compiler_or_with_a_failing_one_it_says_so(monkeypatch, tmp_pa
             compiling.compiled(SOURCE)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(Unsupported, match="cache of native code cannot be used"):
+    with pytest.raises(Unsupported, match="set XDG_CACHE_HOME to a folder"):
         compiling.compiled(SOURCE)

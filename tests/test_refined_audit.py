@@ -163,11 +163,11 @@ def test_it_finds_the_true_error_without_bias_and_confirms_what_is_stated(calm: 
         assert abs(facts["typical"] - rms) < 2 * noise and noise < 3 * rms
         spent = facts["samples"] * (facts["nodes"] + POINTS) / facts["of"]
         assert spent <= SHARE * surface.evaluated.sum()
-    assert report.clean and report.lines()[1:] == []
+    assert report.clean and report.lines()[1].startswith("interpolation check: 16 of 16")
     surface.save(calm.surface)
     kept = Surface.load(calm.surface)
     assert kept.provenance["refinement"]["audit"] == found
-    words = "audit: typical error "
+    words = "interpolation check: 16 of 16 interpolated points within their stated error (typ"
     assert words in surface.provenance["caption"] and words in "\n".join(lines(status(calm)))
 
 
@@ -228,7 +228,8 @@ def test_where_it_is_not_possible_the_reason_is_kept(
     surface, report = merged(folder)
     facts = surface.provenance["refinement"]["audit"]["variables"]
     assert facts["train_loss"]["left_out"].startswith(reason)
-    assert len(report.lines()) == 1 and "audit" not in surface.provenance["caption"]
+    said = f"interpolation check not made: {reason}"
+    assert report.lines()[1].startswith(said) and said in surface.provenance["caption"]
 
 
 def test_of_a_subset_in_slices_and_the_network_is_given_back(tmp_path: Path) -> None:
@@ -285,7 +286,8 @@ def test_a_point_that_is_not_finite_after_all_is_held_against_it() -> None:
     assert facts["within"] == 15 / 16 and 0 < facts["typical"] < 1e-2
     assert contradictions(told) == []
     facts["within"] = 12 / 16
-    assert contradictions(told)[0].startswith("audit: at 4 of 16 interpolated points train_loss")
+    (line,) = contradictions(told)
+    assert line.startswith("interpolation check: at 4 of 16 interpolated points train_loss")
 
 
 def test_nothing_is_audited_where_nothing_is_interpolated() -> None:
@@ -298,6 +300,9 @@ def test_nothing_is_audited_where_nothing_is_interpolated() -> None:
 
 
 def test_an_error_too_small_to_be_seen_is_not_called_none() -> None:
-    facts = {"typical": 0.0, "within": 1.0, "se": [0.003, None, 0.004]}
+    facts = {"typical": 0.0, "within": 1.0, "se": [0.003, None, 0.004], "stated": [0.2, None, 0.2]}
     told = phrase({"points": [1, 2, 3], "variables": {"a_loss": facts, "b_loss": {"left_out": ""}}})
-    assert told == "audit: typical error below 0.0035 at 3 interpolated points"
+    assert told.endswith(
+        "3 of 3 interpolated points within their stated error (typically below 0.0035 off, "
+        "stated 0.2, in a_loss)"
+    )

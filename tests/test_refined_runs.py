@@ -181,7 +181,7 @@ def test_few_points_give_the_surface_within_the_stated_error(
     calm: RunFolder, reference: Surface
 ) -> None:
     few = int(reference.evaluated.sum())
-    assert 24 + 25 <= few <= 150
+    assert 48 + 25 <= few <= 150
     assert len(evaluated(calm)) == few == share_done(calm)[0]
     error = reference["train_loss_error"]
     assert largest_error(reference, truth(reference)) <= error.max() <= TOLERANCE
@@ -198,19 +198,19 @@ def test_few_points_give_the_surface_within_the_stated_error(
     assert np.isfinite(reference["train_height"]).all()  # a metric that is not a loss is filled too
     assert reference.metrics == ("train_loss", "train_height")
     facts = reference.provenance["refinement"]
-    assert (facts["state"], facts["evaluated"], facts["held_out"]) == ("done", few, 24)
+    assert (facts["state"], facts["evaluated"], facts["held_out"]) == ("done", few, 48)
     assert facts["largest_error"]["train_loss"] == error.max()
 
 
 def test_what_looks_at_it_says_that_it_is_refined(calm: RunFolder, reference: Surface) -> None:
     few = int(reference.evaluated.sum())
-    words = f"{few} of {COUNT**2} points evaluated, the rest interpolated, stated error at most"
+    words = f"{few} of {COUNT**2} points evaluated, the rest interpolated, stated error up to"
     assert merge(calm)[1].lines()[0].startswith(words)
     assert words in reference.provenance["caption"]
     state = status(calm)
     assert (state["complete"], state["missing"], state["points"]) == (True, 0, few)
     assert state["interpolated"] == COUNT**2 - few
-    assert "  refinement: tolerance 1%, error about" in "\n".join(lines(state))
+    assert "  refinement: tolerance 1%, stated error up to" in "\n".join(lines(state))
     found = measure(reference)
     assert found["evaluated"] == few and "interpolated values" in found["values"]
     assert found["minimum_is"] == "evaluated" and found["minimum_at"] == {"x": 0.0, "y": 0.0}

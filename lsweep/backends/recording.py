@@ -33,12 +33,13 @@ PARTS = {
 }
 
 
+COUNTING = (  # how much they return follows from numbers, but has no tag that says so
+    aten.where.default, aten.nonzero_numpy.default, aten.repeat_interleave.self_Tensor,
+)  # fmt: skip
+
+
 class Unsupported(LsweepError):
     """A network that a backend cannot take; the message is one clause that says why."""
-
-
-class TooSlow(Exception):
-    """The time is over."""
 
 
 @dataclass
@@ -72,8 +73,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Raises:
         Unsupported: from within a run: it looks at its data, draws random numbers, changes what
-            was there before.
-        TooSlow: from within a run.
+            was there before, or goes on after the end.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run an operation and write it down."""
         kwargs = kwargs or {}
         if time.monotonic() > self._end:
-            raise TooSlow
+            raise Unsupported("tracing it takes minutes")
         if _draws(func, args, kwargs):
             raise Unsupported(f"it draws random numbers ({func})")
         if "as_strided" in str(func):
@@ -141,6 +141,8 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with self:
                 arguments = (*args[:3], *args[5:8])
                 return aten._native_batch_norm_legit.no_stats(*arguments)[0]
+        if func is aten.detach_.default:
+            return args[0]  # nothing to be done below autograd
         if func._schema.is_mutable:
             return self._change(func, args, kwargs)
         # What is lifted is a constant, and may be changed in place: only what is made of it.
@@ -151,6 +153,10 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _enter(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Write down an operation and what came of it."""
         given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        if torch.Tag.dynamic_output_shape in func.tags or func in COUNTING:
+            masks = [t for t in given[1:] if t.dtype in (torch.bool, torch.uint8)]
+            for t in masks if func is aten.index.Tensor else given:
+                self.require_constant(t, str(func))
         if not any(isinstance(t, Tensor) for t in tree_leaves(out)):
             for t in given if out is not None else ():
                 self.require_constant(t, str(func))
@@ -216,7 +222,8 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name, overload = func._schema.name.removeprefix("aten::"), func._overloadname
         packet = getattr(aten, name[:-1], None) if name.endswith("_") else None
         target: Tensor = args[0]
-        if not hasattr(packet, overload) or not isinstance(target, Tensor):
+        reshapes = torch.Tag.inplace_view in func.tags
+        if not hasattr(packet, overload) or not isinstance(target, Tensor) or reshapes:
             raise Unsupported(f"it writes into a tensor that is there ({func})")
         root = target
         while (base := self._held(root).base) is not None:
@@ -225,12 +232,14 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise Unsupported(f"it changes {self._held(root).name} while it runs")
         source = args[1] if func is aten.copy_.default else None
         if source is not None and (source.shape, source.dtype) == (target.shape, target.dtype):
-            node = self._read(source)
+            node, made = self._read(source), source
         else:
-            node = self._node(getattr(packet, overload), args, kwargs, target)
+            made = getattr(packet, overload)(*args, **kwargs)
+            node = self._node(getattr(packet, overload), args, kwargs, made)
+            if made.dtype != target.dtype:  # what is there keeps its own
+                node = self._node(aten._to_copy.default, (node,), {"dtype": target.dtype}, target)
         self._write(target, node)
-        func(*args, **kwargs)
-        return target
+        return target.copy_(made)
 
     def _write(self, t: Tensor, node: fx.Node) -> None:
         """Enter what a tensor holds from now on; of a view, into what it looks as well."""

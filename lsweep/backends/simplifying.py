@@ -81,7 +81,7 @@ def computed_constants(module: fx.GraphModule) -> None:
 
 def _nothing_added(node: fx.Node) -> fx.Node | None:
     """Return the one tensor of a cat that holds any number: a cache that is still empty."""
-    parts = [n for n in cast(Any, node.args[0]) if n.meta["val"].shape != (0,)]
+    parts = [n for n in cast(Any, node.args[0]) if n.meta["shape"] != (0,)]
     return parts[0] if len(parts) == 1 else None
 
 
@@ -91,13 +91,13 @@ def _same(node: fx.Node) -> bool:
 
 
 def _whole(node: fx.Node) -> bool:
-    """Whether it is a slice that takes all."""
+    """Whether it is a slice that takes all, at any batch length."""
     if node.target is not aten.slice.Tensor:
         return False
     source, dim, start, end, step = cast(
         Any, (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
     )
-    size = source.meta["val"].shape[dim]
+    size = source.meta["shape"][dim]
     if start not in (0, None) or step != 1 or isinstance(end, fx.Node):
         return False
     return end is None or end >= 2**62 or (isinstance(size, int) and bool(end >= size))

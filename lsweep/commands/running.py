@@ -30,12 +30,15 @@ from lsweep.hosts.requeue import another_turn, end_of_job
 from lsweep.hosts.startup import CROWD, delay, turn
 from lsweep.hosts.stopping import Stop, Stopped
 from lsweep.storage.folder import RunFolder
+from lsweep.wording import counted
 from lsweep.working.role import Role
 
 if TYPE_CHECKING:
     from lsweep.plans.children import Child
+    from lsweep.plans.rounds import Rounds
     from lsweep.problems.problem import Problem
     from lsweep.runs.display import Display
+    from lsweep.surfaces.surface import Surface
 
 
 def do_run(options: Namespace) -> int:
@@ -89,7 +92,16 @@ def _run_here(folder: RunFolder, problem: Problem | None, options: Namespace, lo
     code, interrupted = 0, False
     if not committed.complete:
         more = ", then more where the picture needs them" if rounds.refining else ""
-        print(f"{folder.root}: {total - done} of {total} points to evaluate{more}", flush=True)
+        todo = f"{total - done} of {total} points to evaluate{more}"
+        if done == total:
+            todo = (
+                f"all {total} points so far are evaluated; whether more are needed is decided now"
+            )
+        beside = _beside(rounds)
+        if beside:
+            print(f"{folder.root}: {counted(beside, 'point')} of earlier grids are not on this one "
+                  "(a count of 2n - 1 has all points of n)")  # fmt: skip
+        print(f"{folder.root}: {todo}", flush=True)
         before = done
         with Stop(end_of_job()) as stop, Display(folder, total, done, sys.stderr) as display:
             code, interrupted = _evaluate(folder, options, problem, display, stop)
@@ -108,6 +120,15 @@ def _run_here(folder: RunFolder, problem: Problem | None, options: Namespace, lo
     return merged if committed.complete else (code or merged)
 
 
+def _beside(rounds: Rounds) -> int:
+    """How many points that were asked are not on the present grid."""
+    if len(rounds.all) < 2 or all(r.lattice is rounds.last.lattice for r in rounds):
+        return 0
+    numbers = rounds.numbers_of(rounds.last.lattice)
+    asked = rounds.first_asked[rounds.required & (rounds.step < 0)]
+    return len(np.setdiff1d(asked, rounds.first_asked[numbers[numbers >= 0]]))
+
+
 def _evaluate(
     folder: RunFolder, options: Namespace, problem: Problem | None, display: Display, stop: Stop
 ) -> tuple[int, bool]:
@@ -122,6 +143,7 @@ def _evaluate(
         gpus = 0 if options.device == "cpu" else torch.cuda.device_count()
         count = default_workers(gpus, options.workers_per_gpu)
     role = role_for(options, Rank(job=own_rank().job), 1.0)
+    display.started(count)
     if count == 1:
         from lsweep.working.worker import work
 
@@ -221,26 +243,43 @@ def _silent(text: str) -> None:
     """Say nothing: another rank does."""
 
 
-def _merge_and_show(folder: RunFolder, look: Look) -> int:
-    from lsweep.merging.merge import merge
+def _hints(surface: Surface, name: str) -> list[str]:
+    """Return what another grid would do better."""
+    from lsweep.measures.from_surface import finite_within
 
-    surface, report = merge(folder)
+    lacking = [a for a, x in sorted(surface.axes.items()) if x.min() < 0 < x.max() and 0 not in x]
+    zeros = ", ".join(f"{a} = 0" for a in lacking)
+    even = f"the grid does not contain {zeros}: odd counts of a symmetric range do"
+    return [*filter(None, [finite_within(surface, name)]), *([even] if lacking else [])]
+
+
+def _merge_and_show(folder: RunFolder, look: Look) -> int:
+    from lsweep.measures.from_surface import guessed
+    from lsweep.merging.merge import merge
+    from lsweep.runs.display import stage
+
+    with stage("merging", sys.stderr):
+        surface, report = merge(folder)
     for line in report.lines():
         print(f"lsweep: {line}", file=sys.stderr)
     if report.missing == report.points:
         return INCOMPLETE
     surface.save(folder.surface)
     name = surface.metrics[0]
+    for hint in _hints(surface, name):
+        print(f"lsweep: {hint}", file=sys.stderr)
     if look.values and np.isfinite(surface[name]).any():
         where, least = surface.minimum(name)
         at = ", ".join(f"{axis} = {offset:.4g}" for axis, offset in where.items())
         center = surface.center(name)
         middle = f"{center:.6g} at the centre, " if np.isfinite(center) else ""
-        guess = "" if surface.evaluated_at(where) else " (interpolated)"
-        print(f"{name}: {middle}minimum {least:.6g} at {at}{guess}")
+        guess = guessed(surface, name, where)
+        print(f"{name}: {middle}minimum {least:.6g} at {at}" + (f" ({guess})" if guess else ""))
     print(f"wrote {folder.surface}")
     if look.draw:
         from lsweep.pictures.drawing import draw_run
 
-        print(f"wrote {draw_run(surface, folder)}")
+        with stage("drawing", sys.stderr):
+            picture = draw_run(surface, folder)
+        print(f"wrote {picture}")
     return 0 if report.clean else INCOMPLETE

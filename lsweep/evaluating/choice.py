@@ -131,7 +131,10 @@ def choose(evaluator: Evaluator, spots: Sequence[Spot], seconds: float, points: 
     if asked != "auto":
         named = [trials.first((asked, p)) for p in reversed(precisions)]
         if all(t.why_not for t in named):
-            raise LsweepError(f'evaluate.backend = "{asked}": {named[0].why_not}')
+            raise LsweepError(
+                f'evaluate.backend = "{asked}": {named[0].why_not}; backend = "auto" takes the '
+                "fastest that works"
+            )
     else:
         worth = [name for name, k in catalogue.KINDS.items() if k.worth(evaluator.ground)]
         # The more exact comes first: rounding hides a wrong graph.

@@ -195,9 +195,16 @@ def _suspects(evaluator: Evaluator) -> str:
     on = [n for n, m in model.named_modules() if m.training]
     if on:
         return f"{on[0] or type(model).__name__} stays in train mode"
-    drops = [n for n, m in model.named_modules() if "drop" in type(m).__name__.lower()]
+    drops = [
+        n or type(m).__name__
+        for n, m in model.named_modules()
+        if "drop" in type(m).__name__.lower()
+    ]
     hint = f"look at {', '.join(drops[:3])}, or at" if drops else "look for"
-    return f"{hint} a dropout that ignores eval mode, such as F.dropout(x, training=True)"
+    return (
+        f"{hint} a dropout that ignores eval mode, such as F.dropout(x), whose default is "
+        "training=True: write F.dropout(x, training=self.training)"
+    )
 
 
 def check_expected(centre: Mapping[str, float | None], expected: Mapping[str, float]) -> None:

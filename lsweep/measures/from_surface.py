@@ -16,6 +16,7 @@ from lsweep.measures.convexity import nonconvexity
 from lsweep.measures.persistence import persistence
 from lsweep.measures.roughness import roughness
 from lsweep.outcomes.measured import Measured
+from lsweep.plans.rounds import stated_error
 from lsweep.refinement.audit import phrase
 from lsweep.surfaces.surface import Status, Surface
 
@@ -155,16 +156,60 @@ def on_interpolated(surface: Surface, name: str) -> str:
     error = surface.values.get(f"{name}_error")
     words = f"from interpolated values: {int(surface.evaluated.sum())} points evaluated"
     if error is not None:
-        words += f", stated error at most {float(np.nanmax(error)):.2%} of the log range"
+        of = "of the log range" if name.endswith("_loss") else "of the range"
+        words += f", {stated_error(float(np.nanmax(error)), of)}"
     refinement = surface.provenance.get("refinement") or {}
-    checked = phrase(refinement.get("audit") or {})
-    return f"{words}; {checked or 'no audit of interpolated points'}"
+    checked = phrase(refinement.get("audit") or {}, name)
+    return f"{words}; {checked or 'no interpolation check'}"
+
+
+def guessed(surface: Surface, name: str, where: Mapping[str, float]) -> str:
+    """Return "" where a value was evaluated, or that it is interpolated, with its stated error.
+
+    >>> values = {"a": np.ones(1), "a_abs_error": np.full(1, 3e-4)}
+    >>> line = Surface({"x": np.zeros(1)}, values, np.array([Status.INTERPOLATED], np.uint8))
+    >>> guessed(line, "a", {"x": 0.0})
+    'interpolated, ± 0.0003'
+    """
+    if surface.evaluated_at(where):
+        return ""
+    error = surface.values.get(f"{name}_abs_error")
+    if error is None:
+        return "interpolated"
+    at = tuple(int(np.flatnonzero(surface.axes[d] == where[d])[0]) for d in surface.dimensions)
+    return f"interpolated, ± {error[at]:.1g}"
+
+
+def finite_within(surface: Surface, name: str) -> str:
+    """Return how far around the centre all values are finite, where not all are.
+
+    >>> line = Surface({"x": np.linspace(-1, 1, 5)}, {"a": np.array([0.0, 1, 2, np.nan, 4])})
+    >>> finite_within(Surface(line.axes, {"a": [np.inf, 1, 2, 3, np.inf] * np.ones(5)}), "a")
+    'finite within |x| <= 0.5: a smaller range'
+    >>> finite_within(line, "a")
+    ''
+    """
+    sizes = {d: np.abs(surface.axes[d]) for d in surface.dimensions}
+    each = np.meshgrid(*(s / max(s.max(), 1e-300) for s in sizes.values()), indexing="ij")
+    radius = np.max(each, axis=0)
+    known = surface.status != Status.PENDING
+    bad = known & ((surface.status == Status.NONFINITE) | ~np.isfinite(surface[name]))
+    inside = radius < np.min(radius[bad], initial=np.inf)
+    if not bad.any() or not inside.any():
+        return ""
+    far = float(radius[inside].max())
+    bounds = {d: float(s[s <= far * s.max()].max(initial=0.0)) for d, s in sizes.items()}
+    if not all(bounds.values()):
+        return ""
+    words = ", ".join(f"|{d}| <= {bound:.3g}" for d, bound in sorted(bounds.items()))
+    return f"finite within {words}: a smaller range"
 
 
 def _minimum(surface: Surface, name: str) -> list[Measured]:
     where, least = surface.minimum(name)
     at = ", ".join(f"{axis} = {offset:.4g}" for axis, offset in where.items())
-    kind = "" if surface.evaluated_at(where) else ", interpolated"
+    guess = guessed(surface, name, where)
+    kind = f", {guess}" if guess else ""
     return [Measured("minimum", least, context={"at": where}, note=f"at {at}{kind}")]
 
 

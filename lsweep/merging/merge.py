@@ -42,6 +42,7 @@ class Report:
         points: how many points the surface has.
         evaluated: how many of them count as evaluated: the others are pending or interpolated.
         refined: how the refinement ended, or what it still lacks; "" without one.
+        check: what the interpolation check found, or why it was not made.
         contradictions: what the audit of interpolated points says against their stated error.
         missing: how many of them are pending.
         failed: reason -> how many points.
@@ -54,6 +55,7 @@ class Report:
     points: int = 0
     evaluated: int = 0
     refined: str = ""
+    check: str = ""
     contradictions: list[str] = field(default_factory=list)
     missing: int = 0
     failed: dict[str, int] = field(default_factory=dict)
@@ -72,6 +74,7 @@ class Report:
         out = []
         if self.refined:
             out.append(f"{self.evaluated} of {self.points} points evaluated, {self.refined}")
+        out += [self.check] if self.check else []
         out += self.contradictions
         if self.missing:
             out.append(f"{self.missing} of {self.points} points are missing")
@@ -128,6 +131,7 @@ def merge(folder: RunFolder, parts: Sequence[Path] | None = None) -> tuple[Surfa
         points=len(lattice),
         evaluated=int(((status > 0) & (status < Status.INTERPOLATED)).sum()),
         refined=gaps.words,
+        check=gaps.check,
         contradictions=gaps.contradictions,
         missing=int((status == Status.PENDING).sum()),
         failed=_reasons(winners, failed),

@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 
 from lsweep.backends.tracing import Unsupported
+from lsweep.wording import HERE
 
 SECONDS = 60.0  # a compilation that takes longer is given up
 FLAGS = (  # never -ffast-math: NaN and infinity must come through
@@ -30,9 +31,11 @@ def compiled(source: str) -> ctypes.CDLL:
     Raises:
         Unsupported: there is no compiler, it fails, or the cache is not private.
     """
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    named = os.environ.get("CXX", "c++")
+    compiler = shutil.which(named)
     if compiler is None:
-        raise Unsupported("there is no C++ compiler (c++, or what CXX names)")
+        told = f"CXX is {named!r}" if "CXX" in os.environ else "c++; CXX may name another"
+        raise Unsupported(f"{HERE}there is no C++ compiler ({told})")
     source = source.replace(
         '#include "native.h"', (resources.files("lsweep.native") / "native.h").read_text()
     )
@@ -50,9 +53,12 @@ def compiled(source: str) -> ctypes.CDLL:
         _private(library, stat.S_IFREG)
         return ctypes.CDLL(str(library))
     except OSError as e:
-        raise Unsupported(f"the cache of native code cannot be used: {e}") from None
+        raise Unsupported(
+            f"{HERE}the cache of native code in {cache} cannot be used ({e.strerror or e}): set "
+            "XDG_CACHE_HOME to a folder of your own"
+        ) from None
     except subprocess.TimeoutExpired:
-        raise Unsupported(f"compiling it takes more than {SECONDS:.0f} s") from None
+        raise Unsupported(f"{HERE}compiling it takes more than {SECONDS:.0f} s") from None
 
 
 def _compile(compiler: str, source: str, library: Path) -> None:
@@ -73,7 +79,7 @@ def _private(path: Path, kind: int) -> None:
     found = path.lstat()
     ours = found.st_uid == os.geteuid() and not found.st_mode & 0o022
     if not ours or stat.S_IFMT(found.st_mode) != kind:
-        raise Unsupported(f"others could have written {path}: remove it")
+        raise Unsupported(f"{HERE}others could have written {path}: remove it")
 
 
 def _processor() -> bytes:

@@ -68,6 +68,11 @@ class Lowering:
         self._buffers: list[Buffer] = []
         self._values: dict[fx.Node, Any] = {}
         self._fast, nodes = fast, list(graph.module.graph.nodes)
+        for node in (n for n in nodes if hasattr(n.target, "_schema")):
+            # A batch's length is here that of one vector: only a shape may be made of it.
+            alone = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node)]
+            if any(isinstance(a.meta.get("val"), int) for a in alone):
+                raise Unsupported(f"{node.name} computes with the length of a batch")
         self._total = sum(n.meta["val"].numel() for n in nodes if "name" in n.meta)
         for node in (n for n in nodes if n.op in ("placeholder", "get_attr")):
             value, weight = node.meta["val"], node.op == "get_attr" or "name" in node.meta

@@ -80,16 +80,17 @@ def audit_lines(audit: Mapping[str, float]) -> list[str]:
     """Return what people must know of an audit, as `compared` returns it, in lines."""
     out = []
     if audit.get("failed"):
-        out.append(f"audit: {audit['failed']:.0f} points could not be evaluated again")
+        out.append(f"backend check: {audit['failed']:.0f} points could not be evaluated again")
     if audit.get("one_finite"):
         out.append(
-            f"audit: {audit['one_finite']:.0f} points are finite in one evaluation and "
-            "not in the other: do not trust these values"
+            f"backend check: {audit['one_finite']:.0f} points are finite in one "
+            "evaluation and not in the other: do not trust these values"
         )
     if audit.get("worst_relative", 0.0) > audit.get("tolerance", math.inf):
         out.append(
-            f"audit: a second evaluation differs by {audit['worst_relative']:.1e} "
-            f"(relative), more than {audit['tolerance']:.0e}: do not trust these values"
+            "backend check: evaluated again by eager a value differs by "
+            f"{audit['worst_relative']:.1e} (relative), more than "
+            f"{audit['tolerance']:.0e}: do not trust these values"
         )
     return out
 

@@ -12,6 +12,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from lsweep.errors import LsweepError
+from lsweep.measures.from_surface import guessed
 from lsweep.pictures.cells import drawn_values, edges
 from lsweep.pictures.marks import (
     BLUE,
@@ -249,7 +250,9 @@ def _mark(surface: Surface, name: str, ax: Axes, color: str, several: bool) -> N
     finite = np.isfinite(value)
     if finite.any():
         i = int(np.argmin(np.where(finite, value, np.inf)))
-        text = "minimum" if several else f"minimum {number(value[i])} at {number(x[i])}"
+        guess = guessed(surface, name, {surface.dimensions[0]: float(x[i])})
+        text = f"minimum {number(value[i])} at {number(x[i])}" + (f" ({guess})" if guess else "")
+        text = "minimum" if several else text
         star: dict[str, Any] = {"marker": "*", "ms": 10, "mfc": color, "mec": "white", "mew": 0.7}
         ax.plot([x[i]], [value[i]], ls="none", label=text, zorder=6, **star)
     pending = surface.status == Status.PENDING

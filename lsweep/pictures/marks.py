@@ -18,6 +18,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.transforms import ScaledTranslation
 
 from lsweep.errors import LsweepError
+from lsweep.measures.from_surface import guessed
 from lsweep.surfaces.scales import FloatArray, number
 from lsweep.surfaces.surface import Surface, Trajectory
 
@@ -142,7 +143,8 @@ def mark_points(
         where, value = surface.minimum(name)
         at = f"({number(where['x'])}, {number(where['y'])})"
         style = {"marker": "*", "ms": 8.5, "mfc": "white", "mec": "black"}
-        text = f"minimum {number(value)} at {at}"
+        guess = guessed(surface, name, where)
+        text = f"minimum {number(value)} at {at}" + (f" ({guess})" if guess else "")
         entries += _marker(ax, where["x"], where["y"], height, label=text, **style)
     return entries
 

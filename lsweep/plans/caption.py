@@ -124,8 +124,9 @@ def _precision(
         words = f"{each[0]} ({asked} was allowed)"
     if asked not in ("float64", "float32") and "largest_relative" in audit:
         what = audited.replace("_", " ")
+        again = f"{counted(int(audit['distinct']), 'point')} evaluated again by eager in float32"
         words += (
-            f", {what} off by up to {audit['largest_relative']:.1e} (relative) at "
-            f"{counted(int(audit['distinct']), 'audited point')}"
+            f", backend check: {what} off by up to {audit['largest_relative']:.1e} (relative) at "
+            f"{again}"
         )
     return words

@@ -139,9 +139,12 @@ class Plan:
             found = _difference(getattr(self, name), getattr(other, name), name)
             if found:
                 field, old, new = found
+                remedy = "restore it, or give a new folder with --run"
+                if not folder.all_parts():
+                    remedy = "nothing was computed there: remove it"
                 raise PlanChanged(
                     f"{folder.root} holds another plan: {field} is {_short(old)} there and "
-                    f"{_short(new)} now; restore it, or give a new folder with --run",
+                    f"{_short(new)} now; {remedy}",
                     field,
                 )
 

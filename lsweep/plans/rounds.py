@@ -32,6 +32,7 @@ from lsweep.storage.insist import names
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
+COVERED = "meant to cover 95 % of points"  # what every stated error is calibrated to
 FORESEEN = 3  # times the points of its first round are what a refinement usually takes
 
 
@@ -70,15 +71,28 @@ def describe_refining(refine: Refining) -> str:
     """Return in words how far refinement has come.
 
     >>> describe_refining(Refining(0.01, error=0.0312))
-    'tolerance 1%, error about 3.1% so far'
+    'tolerance 1%, stated error up to 3.1% (meant to cover 95 % of points) so far'
     """
     words = [f"tolerance {percent(refine.tolerance)}"]
     if refine.state == Goal.DENSE:
         words = [f"every point is evaluated: {refine.why}"]
     elif refine.error is not None:
         so_far = " so far" if refine.state == Goal.OPEN else ""
-        words.append(f"error about {percent(refine.error)}{so_far}")
+        words.append(f"{stated_error(refine.error)}{so_far}")
     return ", ".join(words)
+
+
+def stated_error(share: float, of: str = "") -> str:
+    """Return in words the largest error that is stated; it is no bound, and says so.
+
+    Args:
+        share: the largest stated error, a share of a range.
+        of: of which range.
+
+    >>> stated_error(0.0059, "of the log range")
+    'stated error up to 0.59% of the log range (meant to cover 95 % of points)'
+    """
+    return f"stated error up to {' '.join(filter(None, (percent(share), of)))} ({COVERED})"
 
 
 def percent(share: float) -> str:

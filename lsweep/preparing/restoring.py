@@ -27,9 +27,10 @@ from lsweep.storage.insist import there
 from lsweep.storage.tables import build
 
 _RESTORE = "restore it, or plan a new run"
-_REMEDIES = {
-    "origin.sha256": "a factory must load the same weights each time: if it trains, save them first"
-}
+_OTHER = (
+    "the factory makes another network each time it is called (set a seed or load a checkpoint), "
+    "or its checkpoint was replaced (put it back)"
+)
 
 
 def base_of(folder: RunFolder) -> Path:
@@ -142,10 +143,13 @@ def load_problem(
         *_data_fields(plan, problem),
         *_step_fields(plan, directions, origin),
     ):
+        if planned != here and field == "origin.sha256":  # in words that all workers share
+            empty = "" if folder.all_parts() else "; nothing was computed there: remove it"
+            raise PlanChanged(f"{folder.root}: {_OTHER}{empty}", field)
         if planned != here:
             raise PlanChanged(
                 f"{folder.root}: {field} is {here[:20]}… now, {planned[:20]}… was planned: the "
-                f"{field.split('.')[0]} changed since; {_REMEDIES.get(field, _RESTORE)}",
+                f"{field.split('.')[0]} changed since; {_RESTORE}",
                 field,
             )
     return problem, directions

@@ -3,14 +3,14 @@
 At a few random points that nobody evaluated a few random samples are evaluated, and at the points
 around them too: `lsweep.refinement.residuals` makes an unbiased estimate of the error there, with
 its own standard error. It is told beside the error that refinement states, and contradicts it where
-that was stated too small; nothing else depends on it. It takes at most a twentieth of what the
-refinement itself evaluated.
+that was stated too small; nothing else depends on it. People read of it as the **interpolation
+check**. It takes at most a twentieth of what the refinement itself evaluated.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -185,34 +185,49 @@ def _plain(values: FloatArray) -> list[float | None]:
     return [v if np.isfinite(v) else None for v in values.tolist()]
 
 
-def phrase(audit: Mapping[str, Any]) -> str:
-    """Return in a few words what an audit found; "" where there was none.
+def phrase(audit: Mapping[str, Any], only: str | None = None) -> str:
+    """Return in a few words what an audit found, of one variable only; "" where there was none.
 
-    >>> facts = {"typical": 0.00212, "within": 1.0, "mean": [0.001, 0.003], "se": [1e-4, 1e-4]}
-    >>> phrase({"points": [3, 8], "variables": {"train_loss": facts}})
-    'audit: typical error 0.0021 at 2 interpolated points'
+    >>> facts = {"typical": 0.00212, "within": 1.0, "se": [1e-4, 1e-4], "stated": [0.01, 0.01]}
+    >>> print(phrase({"points": [3, 8], "variables": {"train_loss": facts}}))
+    interpolation check: 2 of 2 interpolated points within their stated error (typically 0.0021 off,
+    stated 0.01, in train_loss)
     """
-    each = {n: _typical(f) for n, f in _done(audit).items() if f["typical"] is not None}
-    if not each:
-        return ""
-    words = [w if len(each) == 1 else f"{w} ({n})" for n, w in each.items()]
-    return f"audit: typical error {', '.join(words)} at {len(audit['points'])} interpolated points"
+    total = len(audit.get("points", ()))
+    words = [
+        f"{round(f['within'] * total)} of {total} interpolated points within their stated error "
+        f"(typically {_typical(f)} off, stated {_rms(f['stated']):.2g}, in {name})"
+        for name, f in _done(audit).items()
+        if f["typical"] is not None and only in (None, name)
+    ]
+    if words:
+        return f"interpolation check: {'; '.join(words)}"
+    reasons = dict.fromkeys(
+        f["left_out"]
+        for name, f in audit.get("variables", {}).items()
+        if "left_out" in f and only in (None, name)
+    )
+    return f"interpolation check not made: {'; '.join(reasons)}" if reasons else ""
 
 
 def _typical(facts: Mapping[str, Any]) -> str:
     """Return the typical error, or what it would have to exceed to be seen."""
     if facts["typical"]:
         return f"{facts['typical']:.2g}"
-    seen = np.array([e for e in facts["se"] if e is not None])
-    return f"below {np.sqrt(np.mean(seen**2)):.2g}"
+    return f"below {_rms(facts['se']):.2g}"
+
+
+def _rms(values: Sequence[float | None]) -> float:
+    found = np.array([v for v in values if v is not None])
+    return float(np.sqrt(np.mean(found**2))) if len(found) else np.nan
 
 
 def contradictions(audit: Mapping[str, Any]) -> list[str]:
     """Return a line for each variable whose stated error is not borne out.
 
     >>> facts = {"typical": 0.3, "within": 0.5, "mean": [0.1, 0.5], "se": [0.01, 0.01]}
-    >>> contradictions({"points": [3, 8], "variables": {"train_loss": facts}})[0][:71]
-    'audit: at 1 of 2 interpolated points train_loss is further off than the'
+    >>> contradictions({"points": [3, 8], "variables": {"train_loss": facts}})[0][:85]
+    'interpolation check: at 1 of 2 interpolated points train_loss is further off than the'
     """
     total = len(audit.get("points", ()))
     out = []
@@ -221,9 +236,9 @@ def contradictions(audit: Mapping[str, Any]) -> list[str]:
             bad = round((1 - facts["within"]) * total)
             typical = "" if facts["typical"] is None else f" (typically {facts['typical']:.2g})"
             out.append(
-                f"audit: at {bad} of {total} interpolated points {name} is further off than the "
-                f"stated error{typical}: do not trust what is interpolated; a smaller tolerance "
-                "evaluates more points"
+                f"interpolation check: at {bad} of {total} interpolated points {name} is further "
+                f"off than the stated error{typical}: do not trust what is interpolated; a "
+                "smaller tolerance evaluates more points"
             )
     return out
 

@@ -8,6 +8,7 @@ and ``<name>_abs_error`` in the variable's own units. Both are 0 where a point w
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +17,9 @@ import numpy.typing as npt
 
 from lsweep.plans.plan import Plan
 from lsweep.plans.points import IntArray
-from lsweep.plans.rounds import Goal, Rounds, describe_refining, percent
+from lsweep.plans.rounds import Goal, Rounds, describe_refining, stated_error
 from lsweep.refinement.audit import contradictions, phrase
-from lsweep.refinement.refine import Evaluated, fill
+from lsweep.refinement.refine import Evaluated, Filled, fill
 from lsweep.refinement.refining import losses
 from lsweep.surfaces.surface import Status
 
@@ -32,6 +33,7 @@ class Gaps:
     Attributes:
         words: for the report, after "N of M points evaluated, "; "" without refinement.
         facts: for the surface's provenance.
+        check: what the interpolation check found, or why it was not made.
         caption: what a reader of the picture must know; "" where nothing is interpolated.
         contradictions: what the audit says against the stated error.
         attributes: of the variables that were added.
@@ -39,6 +41,7 @@ class Gaps:
 
     words: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
+    check: str = ""
     caption: str = ""
     contradictions: list[str] = field(default_factory=list)
     attributes: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -74,7 +77,7 @@ def fill_gaps(
         return Gaps("none interpolated", facts)
     indices = np.flatnonzero(~gaps & (status != Status.PENDING))
     held_out = np.isin(numbers[indices], refine.held_out)
-    attributes, worst, blank = {}, {}, {}
+    attributes, worst, blank, ranges = {}, {}, {}, {}
     for (split, metric), name in zip(plan.variables, plan.variable_names, strict=True):
         known = Evaluated(indices, values[name][indices], held_out)
         found = fill(lattice, known, log=name.endswith("_loss"))
@@ -89,14 +92,27 @@ def fill_gaps(
             attributes[f"{name}_{suffix}"] = {"units": units, "split": split, "long_name": text}
         stated = values[f"{name}_error"][gaps]
         worst[name] = float(np.max(stated[np.isfinite(stated)], initial=0.0))
+        ranges[name] = _range(found, worst[name])
         blank[name] = int(np.count_nonzero(~np.isfinite(stated)))
     status[gaps] = Status.INTERPOLATED
     facts |= {"evaluated": len(indices), "interpolated": int(gaps.sum()), "largest_error": worst}
     facts |= {"blank": blank}
-    largest, without = (max(n[name] for name in losses(plan)) for n in (worst, blank))
-    words = f"the rest interpolated, stated error at most {percent(largest)} of the log range"
+    name = max(losses(plan), key=worst.__getitem__)
+    without = max(blank[n] for n in losses(plan))
+    words = f"the rest interpolated, {stated_error(worst[name], ranges[name])}"
     if without:
         words += f" ({without} left NaN, amid points without a value)"
     caption = f" {len(indices)} of {len(gaps)} points evaluated, {words}"
-    caption += "".join(f"; {p}" for p in [phrase(refine.audit)] if p) + "."
-    return Gaps(words, facts, caption, contradictions(refine.audit), attributes)
+    check = phrase(refine.audit)
+    caption += (f"; {check}" if check else "") + "."
+    return Gaps(words, facts, check, caption, contradictions(refine.audit), attributes)
+
+
+def _range(found: Filled, error: float) -> str:
+    """Return of which range an error is a share, and how much that is in the variable itself."""
+    if found.scale == "linear":
+        return "of the range"
+    if found.scale != "ln":  # asinh: no one factor
+        return "of the log range"
+    above = math.expm1(min(error * found.spread, 100.0))
+    return f"of the log range, a factor of {1 + float(f'{above:.2g}'):.6g} in the loss"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 from lsweep.errors import LsweepError
@@ -17,6 +18,7 @@ from lsweep.plans.rounds import Rounds
 from lsweep.storage.files import read_json
 from lsweep.storage.folder import RunFolder
 from lsweep.storage.workers import Observer, State, Verdict, all_workers
+from lsweep.wording import HERE, counted
 
 ON_TERMINAL, ELSEWHERE = 0.5, 10.0  # seconds between updates
 
@@ -41,6 +43,7 @@ class Display:
         self._over = threading.Event()
         self._lock = threading.Lock()
         self._classes: set[str] = set()
+        self._started = 0
         self._thread = threading.Thread(target=self._run, daemon=True, name="lsweep-display")
 
     def __enter__(self) -> Display:
@@ -52,8 +55,13 @@ class Display:
         self._over.set()
         if self._stream:
             self._thread.join()
+            self._say_preflight()  # a fast run is over before the first look
             if self._live:
                 self._write("\r\033[K")
+
+    def started(self, workers: int) -> None:
+        """Take note of how many workers were started here, which are not heard of at once."""
+        self._started = workers
 
     def say(self, text: str) -> None:
         """Print a line of its own."""
@@ -89,6 +97,9 @@ class Display:
             with contextlib.suppress(LsweepError, KeyError, TypeError):
                 found = of_this_version(read_json(path), Plan.read(self._folder))
                 self.say(preflight_line(found, self._total - self._before))
+                why = dropped(found)
+                if why:
+                    self.say(why)
 
     def line(self) -> str:
         """Return the present state in one line."""
@@ -101,9 +112,13 @@ class Display:
             if w["state"] == State.WORKING
             and self._observer.verdict(w["worker"]) is Verdict.ALIVE  # not killed
         ]
-        hands = f"{len(working)} worker{'' if len(working) == 1 else 's'}"
+        hands = counted(len(working), "worker")
         if not new:
-            return f"{done}/{self._total} points, {hands} getting ready"
+            count = max(len(working), self._started)
+            hands = counted(count, "worker") if count else "workers"
+            return f"{done}/{self._total} points, {hands} starting: network, data, pre-flight"
+        if not working:
+            return f"{self._before + new if self._refining else done} points, workers are done"
         # Each worker's own busy time gives the rate; starting up is no part of it.
         rate = sum(w["points"] / w["busy"] for w in working if w["busy"] > 0)
         left = f", {duration((self._total - done) / rate)} left" if rate else ""
@@ -130,21 +145,48 @@ def preflight_line(found: dict[str, Any], points: int) -> str:
     )
     seconds = float(found["seconds_per_point"])
     backend = f"{found['backend']} in {found['precision']}"
-    if found.get("speed"):
+    if found.get("speed") and found["backend"] != "eager":
         error = found["error"]  # None where one of the two is not finite
         off = "not comparable" if error is None else f"off by {error:.1g}"
         backend += f" ({found['speed']:.3g} x eager, {off})"
-    start = f"pre-flight on {found['device']}: {centre} at the centre; {backend}: "
+    drawn = " and ".join(f"{n}" for n in dict.fromkeys(found["samples"].values()))
+    over = f" (over {drawn} drawn samples)" if found.get("anchor") else ""
+    start = f"pre-flight on {found['device']}: {centre} at the centre{over}; {backend}: "
     memory = f"{found['memory'] / 2**20:.0f} MiB"
     if found.get("pointwise"):  # how many passes they take is found out at the first point
         return (
             f"{start}{1e3 * seconds:.3g} ms a pass over the data, of which "
             f"{', '.join(found['pointwise'])} take many, {memory}"
         )
-    return (
-        f"{start}{1e3 * seconds:.3g} ms a point, {memory}; {points} points take "
-        f"{duration(points * seconds)} of one worker"
-    )
+    takes = f"; {points} points take {duration(points * seconds)} of one worker"
+    return f"{start}{1e3 * seconds:.3g} ms a point, {memory}{takes * (points * seconds >= 1)}"
+
+
+def dropped(found: Mapping[str, Any]) -> str:
+    """Return why native code was dropped, where that is for the machine; "" otherwise.
+
+    >>> dropped({"tried": [{"backend": "native", "why_not": f"{HERE}there is no C++ compiler"}]})
+    'native code was left out: on this machine there is no C++ compiler'
+    """
+    for trial in found.get("tried") or ():
+        if trial["backend"] == "native" and trial["why_not"].startswith(HERE):
+            return f"native code was left out: {trial['why_not']}"
+    return ""
+
+
+@contextlib.contextmanager
+def stage(text: str, stream: TextIO) -> Iterator[None]:
+    """Show on a terminal what happens meanwhile."""
+    live = stream.isatty()
+    if live:
+        stream.write(f"\r\033[K{text} …")
+        stream.flush()
+    try:
+        yield
+    finally:
+        if live:
+            stream.write("\r\033[K")
+            stream.flush()
 
 
 def speed(rate: float) -> str:

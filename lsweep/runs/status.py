@@ -18,7 +18,7 @@ from lsweep.outcomes.frozen import audit_tolerances, frozen
 from lsweep.plans.plan import Plan
 from lsweep.plans.rounds import Goal, Refining, Rounds, describe_refining
 from lsweep.refinement.audit import contradictions, phrase
-from lsweep.runs.display import duration, speed
+from lsweep.runs.display import dropped, duration, speed
 from lsweep.slurm import tasks as slurm
 from lsweep.storage.folder import RunFolder
 from lsweep.storage.insist import there
@@ -96,7 +96,10 @@ class Overview:
             "workers": workers,
             "tasks": tasks,
             "slurm": silent,
-            "devices": {c: {k: d.get(k) for k in FROZEN} for c, d in classes.items()},
+            "devices": {
+                c: {**{k: d.get(k) for k in FROZEN}, "dropped": dropped(d)}
+                for c, d in classes.items()
+            },
             "audit": self._audits.compared(self._variable, allowed),
             "damaged": damaged,
             "merged": merged,
@@ -206,9 +209,10 @@ def _progress(state: dict[str, Any]) -> list[str]:
         out.append(f"  {state['nonfinite']} NaN or infinite")
     if state["refine"]:
         refine = Refining(**state["refine"])
-        words = [describe_refining(refine), phrase(refine.audit)]
-        out.append(f"  refinement: {', '.join(filter(None, words))}")
-        out += [f"  {line}" for line in contradictions(refine.audit)]
+        out.append(f"  refinement: {describe_refining(refine)}")
+        out += [
+            f"  {line}" for line in (phrase(refine.audit), *contradictions(refine.audit)) if line
+        ]
     if state["interpolated"]:
         out.append(f"  {state['interpolated']} interpolated")
     out += [f"  {n} failed: {reason}" for reason, n in state["failed"].items()]
@@ -223,11 +227,15 @@ def _computed(state: dict[str, Any]) -> list[str]:
         sizes = ", ".join(f"{n} {split}" for split, n in frozen_["batch_sizes"].items())
         what = f"{frozen_['backend']} in {frozen_['precision']}"
         out.append(f"  {name}: {what}, batches of {sizes}")
+        out += [f"    {frozen_['dropped']}"] if frozen_["dropped"] else []
     audit = state["audit"]
-    if audit:
+    alone = all(d["backend"] == "eager" for d in state["devices"].values())
+    if audit.get("points") and not (
+        alone and audit["largest_relative"] == 0
+    ):  # eager against itself
         out.append(
-            f"  audit: {counted(int(audit['points']), 'value')} evaluated again by eager, off by "
-            f"up to {audit['largest_relative']:.1e} (relative)"
+            f"  backend check: {counted(int(audit['points']), 'value')} evaluated again by eager, "
+            f"off by up to {audit['largest_relative']:.1e} (relative)"
         )
     return out + [f"  {line}" for line in audit_lines(audit)]
 
