@@ -147,6 +147,7 @@ def sums(make, backend, spots=SPOTS, **options):
         pytest.param(cnn, "native", marks=COMPILES),
         pytest.param(mlp, "compiled", marks=SLOW),
         pytest.param(cnn, "compiled", marks=SLOW),
+        pytest.param(transformer, "compiled", marks=SLOW),  # a module without a length
     ],
     ids=lambda v: getattr(v, "__name__", v),
 )

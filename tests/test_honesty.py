@@ -90,6 +90,20 @@ def test_a_network_that_changes_its_input_is_refused_and_the_data_left_alone():
     assert torch.equal(x, before)
 
 
+def test_a_network_that_swaps_a_weight_for_another_tensor_is_refused():
+    """Its surface would be flat: what it computes with is no longer what a point moves."""
+
+    class Renormed(nn.Linear):
+        def forward(self, x):
+            self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.5)
+            return super().forward(x)
+
+    data = {"train": (numbers(6, 3), labels(6, 2))}
+    problem = lsweep.Problem(Renormed(3, 2).double(), data, loss=nn.CrossEntropyLoss())
+    with pytest.raises(LsweepError, match=r"another tensor in the place of weight .*copy_"):
+        lsweep.sweep(problem, x=LINE, precision="float64")
+
+
 def test_the_loss_is_computed_outside_autocast():
     seen = []
 

@@ -137,6 +137,15 @@ class Seat:
                 self._buffers[name] = homes[id(t)]
         self._taken: Packed | None = None
 
+    def lost(self) -> str:
+        """Return which tensor the network no longer computes with as it was given, or ""."""
+        for name, view in self._taken.views.items() if self._taken is not None else ():
+            homes = self._buffers.get(name)
+            here = [m._buffers.get(k) for m, k in homes] if homes else [self.tensors[name]]
+            if view.numel() and any(t is None or t.data_ptr() != view.data_ptr() for t in here):
+                return name
+        return ""
+
     def take(self, packed: Packed) -> None:
         """Let the network compute with the weights of ``packed``, as they are moved from now on."""
         if self._taken is packed:

@@ -141,6 +141,12 @@ def _check_batch(evaluator: Evaluator, split: str) -> None:
     with evaluator.ground.context():
         evaluator.problem.check_mean(batch)
     evaluator.eager.here(batch)
+    lost = evaluator.seat.lost()
+    if lost:
+        raise LsweepError(
+            f"the network puts another tensor in the place of {lost} as it runs (such as w.data = "
+            "renorm(w)): no point would move it any more; write w.data.copy_(renorm(w))"
+        )
     if [t._version for t in tensors_of(batch)] != before:
         raise LsweepError(
             f"the network or the loss changes its {split} input in place (such as x -= mean): the "

@@ -150,15 +150,17 @@ class Problem:
             LsweepError: a metric is unknown or not per sample.
         """
         n = samples_in(batch)
+        # Not "network or": a compiled module is asked for its length then, and may have none.
+        called = self.model if network is None else network
         if self.forward is not None:
-            results = self.forward(network or self.model, batch)  # type: ignore[arg-type]
+            results = self.forward(called, batch)  # type: ignore[arg-type]
             if not isinstance(results, Mapping):
                 raise LsweepError(
                     f"forward returned a {type(results).__name__}, not {{metric: values}}"
                 )
         else:
             inputs, target = split_batch(batch)
-            output = full(call(network or self.model, inputs))
+            output = full(call(called, inputs))
             with torch.autocast(_device_type(batch), enabled=False):  # a loss is float32 or better
                 results = {
                     m: self._functions[m](output, target) for m in names if m in self._functions
