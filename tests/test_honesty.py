@@ -17,12 +17,13 @@ from tiny import lsweep as run_command
 from torch import nn
 
 import lsweep
-import lsweep.merging.merge as merging
 from lsweep.errors import LsweepError, PlanChanged, SickDevice
 from lsweep.evaluating.evaluate import Evaluator
 from lsweep.measures.convexity import nonconvex_fraction
 from lsweep.merging.merge import merge
+from lsweep.outcomes import frozen
 from lsweep.plans.plan import Plan
+from lsweep.runs.status import lines, status
 from lsweep.storage.files import read_json, replace, sealed
 from lsweep.storage.folder import RunFolder
 from lsweep.surfaces.surface import Surface
@@ -289,9 +290,11 @@ def test_an_audit_that_disagrees_is_told(tmp_path, monkeypatch):
     assert report.audit["points"] >= 3
     assert report.audit["largest_absolute"] == 0.0
     assert not report.lines()
-    monkeypatch.setitem(merging.AUDIT_TOLERANCE, "float64", -1.0)
+    monkeypatch.setitem(frozen.AUDIT_TOLERANCE, "float64", -1.0)
     _, report = merge(RunFolder(tmp_path / "r"))
     assert any("do not trust these values" in line for line in report.lines())
+    shown = lines(status(RunFolder(tmp_path / "r")))
+    assert any("do not trust these values" in line for line in shown)
 
 
 def test_an_audit_that_fails_or_is_not_finite_is_told_and_the_values_stand(tmp_path, monkeypatch):
@@ -317,6 +320,7 @@ def test_an_audit_that_fails_or_is_not_finite_is_told_and_the_values_stand(tmp_p
     told = "\n".join(report.lines())
     assert "1 points could not be evaluated again" in told
     assert "finite in one evaluation and not in the other" in told
+    assert set(report.lines()) <= {s.strip() for s in lines(status(RunFolder(tmp_path / "r")))}
 
 
 def test_a_planner_that_is_refused_touches_nothing(tmp_path, monkeypatch):

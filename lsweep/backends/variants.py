@@ -18,6 +18,7 @@ from lsweep.problems.data import Batch, map_tensors, tensors_of
 from lsweep.problems.problem import Sampled
 
 STACK = 16  # points that are computed at once; always as many, as bits may depend on how many
+GRAPHS = 32  # kinds of batches that are captured; of more, each takes memory, the rest are run
 WARM_UP = 3  # runs before a capture: libraries choose and allocate in the first
 
 
@@ -155,6 +156,7 @@ class Replayed(Eager):
 
     Weights are moved in place, so that a replay computes with those of the present point. Graphs
     are replayed in turn on one stream and what they leave is copied at once, so they share memory.
+    Who changes the batch sizes calls `release`.
 
     Args:
         ground: what to evaluate.
@@ -177,6 +179,9 @@ class Replayed(Eager):
         self._seat.take(self._moving.packed)
         key = signature(batch)
         if key not in self._captured:
+            if len(self._captured) >= GRAPHS:
+                yield from super().values(spots, batch, stay)
+                return
             self._captured[key] = self._capture(batch)
         graph, inputs, outputs = self._captured[key]
         for there, t in zip(tensors_of(inputs), tensors_of(batch), strict=True):
@@ -189,6 +194,11 @@ class Replayed(Eager):
                 m: Sampled(s.values.clone(), s.weights.clone(), s.opaque)
                 for m, s in outputs.items()
             }
+
+    def release(self) -> None:
+        """Forget what was captured: graphs of batches of another size hold memory for ever."""
+        self._captured.clear()
+        self._pool = torch.cuda.graph_pool_handle()  # one that lost all its graphs is not reused
 
     def _capture(self, batch: Batch) -> tuple[Any, Batch, Mapping[str, Sampled]]:
         inputs = map_tensors(batch, torch.clone)

@@ -21,6 +21,7 @@ from lsweep.backends import catalogue
 from lsweep.backends.eager import Backend, Eager, Ground, Seat
 from lsweep.backends.packed import KEPT, Packed, Spot
 from lsweep.backends.summing import Reference, Samples, stacked
+from lsweep.backends.variants import Replayed
 from lsweep.derivatives.differentiating import Differentiating
 from lsweep.errors import LsweepError, nearest
 from lsweep.evaluating.pieces import piece_of, values_in_pieces
@@ -76,11 +77,9 @@ class Evaluator:
         self.batch_sizes = dict(batch_sizes or {})
         for name in {*self.splits, *self._calibration_splits()}:
             if name not in self.batch_sizes:
-                asked = settings["batch_size"]
-                split = problem.splits[name]
-                self.batch_sizes[name] = (
-                    asked if isinstance(asked, int) else default_batch_size(split, device)
-                )
+                size, split = settings["batch_size"], problem.splits[name]
+                free = not isinstance(size, int)
+                self.batch_sizes[name] = default_batch_size(split, device) if free else size
         sizes = self.batch_sizes.items()
         self._pieces = {s: piece_of(settings, problem.splits[s], n) for s, n in sizes}
         self.dtype = torch.float64 if settings["precision"] == "float64" else torch.float32
@@ -115,8 +114,7 @@ class Evaluator:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._supply.clear()
-        self._centre.clear()
+        self._forget(self.backend)
         self._stack.close()
 
     def _take_over(self) -> None:
@@ -179,14 +177,19 @@ class Evaluator:
         asked = self.ground.precisions[0]
         wanted, backend = (name, precision or asked), self.backend
         if wanted != self._using:
-            backend = self.eager
-            if wanted != ("eager", asked):
-                backend = catalogue.build(name, self.builder(), wanted[1])
+            plain = wanted == ("eager", asked)
+            backend = self.eager if plain else catalogue.build(name, self.builder(), wanted[1])
         if backend is not self.backend or self.batch_sizes != batch_sizes:
             self.batch_sizes |= batch_sizes
-            self._supply.clear()
-            self._centre.clear()
+            self._forget(backend)
         self.backend, self._builder, self._using = backend, None, wanted
+
+    def _forget(self, backend: Backend) -> None:
+        """Let go of batches, the centre and graphs of batches that have other sizes from now on."""
+        self._supply.clear()
+        self._centre.clear()
+        if isinstance(backend, Replayed):
+            backend.release()
 
     # -- data -----------------------------------------------------------------------------------
 
@@ -278,9 +281,8 @@ class Evaluator:
         return [[Samples.joined(p) for p in variables] for variables in parts]
 
     def _recalibrate(self, eager: Eager, split: str, limit: int | None) -> None:
-        self.batch_sizes.setdefault(
-            split, default_batch_size(self.problem.splits[split], self.device)
-        )
+        size = default_batch_size(self.problem.splits[split], self.device)
+        self.batch_sizes.setdefault(split, size)
 
         def run_batches() -> None:
             for slice_ in range(self.slices):
@@ -397,8 +399,7 @@ class Evaluator:
             return False
         for s in free:
             self.batch_sizes[s] = max(1, self.batch_sizes[s] // 2)
-        self._supply.clear()
-        self._centre.clear()
+        self._forget(self.backend)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return True

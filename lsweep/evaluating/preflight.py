@@ -22,6 +22,7 @@ from lsweep.evaluating.choice import Choice, choose
 from lsweep.evaluating.evaluate import Evaluator
 from lsweep.hosts import machine
 from lsweep.hosts.device import device_class, human, memory_used
+from lsweep.outcomes.frozen import of_this_version
 from lsweep.plans.plan import Plan
 from lsweep.problems import batchnorm
 from lsweep.problems.data import map_tensors, tensors_of
@@ -49,7 +50,7 @@ def frozen_class(folder: RunFolder, plan: Plan, name: str) -> dict[str, Any] | N
     value = read_json(path)
     if value.get("plan") != plan.digest:
         raise DamagedFile(f"{path} belongs to another plan: delete it, it is made again")
-    return value
+    return of_this_version(value, plan)
 
 
 def preflight(

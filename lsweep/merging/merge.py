@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +13,11 @@ import numpy.typing as npt
 
 from lsweep.hosts.machine import versions
 from lsweep.outcomes import variates
-from lsweep.outcomes.audits import audited_variable, compared
+from lsweep.outcomes.audits import audit_lines, audited_variable, compared
 from lsweep.outcomes.certified import notes
 from lsweep.outcomes.committed import read_run
 from lsweep.outcomes.estimates import estimate
-from lsweep.outcomes.frozen import ACROSS_CLASSES, AUDIT_TOLERANCE, coarsest, frozen
+from lsweep.outcomes.frozen import across_classes, audit_tolerances, coarsest, frozen
 from lsweep.outcomes.winners import Winners
 from lsweep.plans.caption import caption, describe_recipe, title
 from lsweep.plans.plan import Plan
@@ -84,21 +84,7 @@ class Report:
             out.append(f"{self.nonfinite} points are NaN or infinite: results, masked in pictures")
         if self.conflicts:
             out.append(f"{self.conflicts} points were computed twice with different values")
-        if self.audit.get("failed"):
-            out.append(
-                f"backend check: {self.audit['failed']:.0f} points could not be evaluated again"
-            )
-        if self.audit.get("one_finite"):
-            out.append(
-                f"backend check: {self.audit['one_finite']:.0f} points are finite in one "
-                "evaluation and not in the other: do not trust these values"
-            )
-        if self.audit.get("largest_relative", 0.0) > self.audit.get("tolerance", math.inf):
-            out.append(
-                "backend check: evaluated again by eager a value differs by "
-                f"{self.audit['largest_relative']:.1e} (relative), more than "
-                f"{self.audit['tolerance']:.0e}: do not trust these values"
-            )
+        out += audit_lines(self.audit)
         out += [f"{name}: {what}" for name, what in self.damaged.items()]
         return out
 
@@ -137,9 +123,10 @@ def merge(folder: RunFolder, parts: Sequence[Path] | None = None) -> tuple[Surfa
         values["device_class"] = _gathered(index, numbers, np.nan)
     gaps = fill_gaps(values, status, numbers, rounds, plan)
     damaged = winners.committed.damage
-    devices = frozen(folder, damaged)
-    precision = coarsest(plan, devices)
-    audit = compared(*winners.audits(), audited_variable(plan))
+    devices = frozen(folder, plan, damaged)
+    used = {name: devices[name] for name in classes.values() if name in devices}
+    tolerance = across_classes(coarsest(plan, used))
+    allowed = functools.partial(audit_tolerances, plan, devices)
     report = Report(
         points=len(lattice),
         evaluated=int(((status > 0) & (status < Status.INTERPOLATED)).sum()),
@@ -149,9 +136,9 @@ def merge(folder: RunFolder, parts: Sequence[Path] | None = None) -> tuple[Surfa
         missing=int((status == Status.PENDING).sum()),
         failed=_reasons(winners, failed),
         nonfinite=int((status == Status.NONFINITE).sum()),
-        conflicts=winners.conflicts(ACROSS_CLASSES[precision]),
+        conflicts=winners.conflicts(tolerance),
         damaged=damaged,
-        audit=audit and {**audit, "tolerance": AUDIT_TOLERANCE[precision]},
+        audit=compared(*winners.audits(), audited_variable(plan), allowed),
     )
     provenance = _provenance(folder, plan, winners.seconds, report, classes, sampling, devices)
     attributes = variates.annotate(_attributes(plan, opaque), sampling) | gaps.attributes
@@ -279,7 +266,9 @@ def _provenance(
     sampling: dict[str, Any],
     devices: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    precision = coarsest(plan, devices)
+    # A class without a row here has no part in the picture.
+    used = {name: devices[name] for name in classes.values() if name in devices}
+    precision = coarsest(plan, used)
     left_out = list(dict.fromkeys(p.name for p in plan.pointwise.values()))
     return {
         "plan": {f: getattr(plan, f) for f in plan.__dataclass_fields__},
@@ -291,7 +280,7 @@ def _provenance(
             "precision": precision,
             "asked": plan.evaluate["precision"],
             "sums": "float64",
-            "agreement_across_classes": ACROSS_CLASSES[precision],
+            "agreement_across_classes": across_classes(precision),
         },
         "seconds": f"{seconds:.3f}",
         "audit": {**report.audit, **({"left_out": left_out} if left_out else {})},
@@ -299,9 +288,10 @@ def _provenance(
         "sampling": sampling,
         "caption": caption(
             plan,
-            devices,
+            used or devices,
             [*variates.words(sampling), *notes(folder, plan.digest)],
             report.audit,
+            plan.variable_names[audited_variable(plan)],
         ),
     }
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ from lsweep.storage.rows import Kind, Rows
 from lsweep.storage.sums import means
 from lsweep.surfaces.surface import Status
 
+FloatArray = npt.NDArray[np.float64]
 BELOW = 1e-3  # of the usual value: near a minimum of zero a relative error says nothing
 
 
@@ -21,16 +23,23 @@ def audited_variable(plan: Plan) -> int:
     return next((k for k, name in enumerate(names) if name not in plan.pointwise), 0)
 
 
-def compared(values: Rows, audits: Rows, variable: int) -> dict[str, float]:
+def compared(
+    values: Rows,
+    audits: Rows,
+    variable: int,
+    tolerance: Callable[[Rows], FloatArray] | None = None,
+) -> dict[str, float]:
     """Compare one variable of rows with those that audit them.
 
     Args:
         values: rows, shape (n,).
         audits: of the same points and slices, shape (n,).
         variable: which of their variables.
+        tolerance: how far off each of some rows may be, shape (n,).
 
     Returns:
-        numbers of points, and the largest and median differences; empty where n is 0.
+        numbers of evaluations and of distinct points, the largest and median differences, and the
+        difference that is furthest beyond its tolerance, with that; empty where n is 0.
 
     >>> from lsweep.storage.rows import row_type
     >>> values, audits = np.zeros((2, 1), row_type(1))
@@ -42,14 +51,23 @@ def compared(values: Rows, audits: Rows, variable: int) -> dict[str, float]:
     if not len(audits):
         return {}
     pairs = np.stack([means(rows["sums"][:, variable]) for rows in (values, audits)], axis=1)
-    pairs = pairs[audits["status"] == Status.OK]
+    done = audits["status"] == Status.OK
+    pairs = pairs[done]
     finite = np.isfinite(pairs)
     both = pairs[finite.all(axis=1)]
     difference, size = np.abs(both[:, 0] - both[:, 1]), np.abs(both[:, 1])
     floor = max(BELOW * float(np.median(size)), 1e-300) if len(size) else 1.0
     relative = difference / np.maximum(size, floor)
+    worst = {}
+    if tolerance is not None:
+        allowed = tolerance(values[done][finite.all(axis=1)])
+        at = int((relative - allowed).argmax()) if len(allowed) else -1
+        if at >= 0:
+            worst = {"worst_relative": float(relative[at]), "tolerance": float(allowed[at])}
     return {
+        **worst,
         "points": float(len(pairs)),
+        "distinct": float(len(np.unique(values["point"][done]))),
         "failed": float((audits["status"] == Status.FAILED).sum()),
         "one_finite": float((finite[:, 0] != finite[:, 1]).sum()),
         "largest_absolute": float(difference.max(initial=0.0)),
@@ -58,15 +76,34 @@ def compared(values: Rows, audits: Rows, variable: int) -> dict[str, float]:
     }
 
 
+def audit_lines(audit: Mapping[str, float]) -> list[str]:
+    """Return what people must know of an audit, as `compared` returns it, in lines."""
+    out = []
+    if audit.get("failed"):
+        out.append(f"backend check: {audit['failed']:.0f} points could not be evaluated again")
+    if audit.get("one_finite"):
+        out.append(
+            f"backend check: {audit['one_finite']:.0f} points are finite in one "
+            "evaluation and not in the other: do not trust these values"
+        )
+    if audit.get("worst_relative", 0.0) > audit.get("tolerance", math.inf):
+        out.append(
+            "backend check: evaluated again by eager a value differs by "
+            f"{audit['worst_relative']:.1e} (relative), more than "
+            f"{audit['tolerance']:.0e}: do not trust these values"
+        )
+    return out
+
+
 class Audits:
     """Audits among rows as they are read: each comes soon after the value that it audits.
 
-    Args:
+    Attributes:
         unit: how many points a unit has at most; audits follow a unit's values.
     """
 
     def __init__(self, unit: int) -> None:
-        self._unit = unit
+        self.unit = unit
         self._tails: dict[str, Rows] = {}
         self._pairs: list[tuple[Rows, Rows]] = []
 
@@ -84,14 +121,16 @@ class Audits:
             at = np.array([(found[k], i) for k, i in pairs if k in found], dtype=np.int64)
             value, audit = at.reshape(-1, 2).T
             self._pairs.append((rows[value], rows[audit]))
-        self._tails[part] = rows[-2 * self._unit :].copy()
+        self._tails[part] = rows[-2 * self.unit :].copy()
 
-    def compared(self, variable: int) -> dict[str, float]:
+    def compared(
+        self, variable: int, tolerance: Callable[[Rows], FloatArray] | None = None
+    ) -> dict[str, float]:
         """Return what `compared` finds in all that were read."""
         if not self._pairs:
             return {}
         values, audits = (np.concatenate(rows) for rows in zip(*self._pairs, strict=True))
-        return compared(values, audits, variable)
+        return compared(values, audits, variable, tolerance)
 
 
 def _keys(rows: Rows) -> Iterable[tuple[int, int]]:

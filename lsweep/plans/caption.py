@@ -7,6 +7,7 @@ from typing import Any
 
 from lsweep.plans.plan import Plan
 from lsweep.plans.recipes import STILL
+from lsweep.wording import counted
 
 _COUNTED = {
     "replicate": "number of the replicate",
@@ -53,8 +54,17 @@ def caption(
     devices: Mapping[str, Any],
     notes: Sequence[str] = (),
     audit: Mapping[str, float] | None = None,
+    audited: str = "",
 ) -> str:
-    """Return what a reader of the picture must know: network, directions, samples, batch norm."""
+    """Return what a reader of the picture must know: network, directions, samples, batch norm.
+
+    Args:
+        plan: of the run.
+        devices: device class -> what its file says.
+        notes: what else is to be said.
+        audit: how far second evaluations were from the first.
+        audited: the variable that they are of.
+    """
     words = [f"{plan.facts['network']}, {plan.facts['parameters']:,} parameters"]
     if any(r.get("gauge", "none") == "equi" for r in plan.directions.values()):
         words.append("equi-normalised first")
@@ -97,22 +107,26 @@ def caption(
         )
     elif mode != "eval":
         words.append(f"batch norm {mode}")
-    words.append(_precision(str(plan.evaluate["precision"]), devices, audit or {}))
+    words.append(_precision(str(plan.evaluate["precision"]), devices, audit or {}, audited))
     return "; ".join(words) + "."
 
 
-def _precision(asked: str, devices: Mapping[str, Any], audit: Mapping[str, float]) -> str:
+def _precision(
+    asked: str, devices: Mapping[str, Any], audit: Mapping[str, float], audited: str
+) -> str:
     """In what precision it was computed, and how far from float32 that was found to be."""
-    used = {name: d.get("precision", asked) for name, d in devices.items()}
+    used = {name: d["precision"] for name, d in devices.items()}
     each = list(dict.fromkeys(used.values()))
     words = asked
     if len(each) > 1:
         words = f"{asked} allowed, " + ", ".join(f"{p} on {name}" for name, p in used.items())
     elif each and each[0] != asked:
-        words = f"{each[0]} ({asked} was allowed and is no faster)"
+        words = f"{each[0]} ({asked} was allowed)"
     if asked not in ("float64", "float32") and "largest_relative" in audit:
-        again = f"{audit['points']:.0f} points evaluated again by eager in float32"
+        what = audited.replace("_", " ")
+        again = f"{counted(int(audit['distinct']), 'point')} evaluated again by eager in float32"
         words += (
-            f", backend check: off by up to {audit['largest_relative']:.1e} (relative) at {again}"
+            f", backend check: {what} off by up to {audit['largest_relative']:.1e} (relative) at "
+            f"{again}"
         )
     return words

@@ -29,11 +29,11 @@ BoolArray = npt.NDArray[np.bool_]
 
 COVERED = 0.95
 """The share of points whose true error the stated error is to cover."""
-KAPPA = 2.2
+KAPPA = 2.5
 """κ at least: the scale is the mean of the |error|, and 95 % of a normal variable are within 2.5 of
-that. On trained networks 95 % are within 1.98, give or take a quarter from one refinement to the
-next, which nothing that is known then tells beforehand: neither the number of points nor how all of
-them predict one another (benchmarks/honesty.md)."""
+that. From one refinement of a trained network to the next it would have to differ by a quarter,
+which nothing that is known then tells beforehand: neither the number of points nor how all of them
+predict one another (benchmarks/honesty.md)."""
 STUCK = 0.5
 """Chaotic: four times the first points leave more than this share of their error."""
 WHOLE = 20_000

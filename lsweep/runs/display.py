@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 from lsweep.errors import LsweepError
+from lsweep.outcomes.frozen import of_this_version
 from lsweep.plans.plan import Plan
 from lsweep.plans.rounds import Rounds
 from lsweep.storage.files import read_json
@@ -95,7 +96,7 @@ class Display:
                 continue
             self._classes.add(path.name)
             with contextlib.suppress(LsweepError, KeyError, TypeError):
-                found = read_json(path)
+                found = of_this_version(read_json(path), Plan.read(self._folder))
                 self.say(preflight_line(found, self._total - self._before))
                 why = dropped(found)
                 if why:
@@ -144,7 +145,7 @@ def preflight_line(found: dict[str, Any], points: int) -> str:
         f"{name} {value:.6g}" for name, value in found["centre"].items() if value is not None
     )
     seconds = float(found["seconds_per_point"])
-    backend = " in ".join(filter(None, (found["backend"], found.get("precision"))))
+    backend = f"{found['backend']} in {found['precision']}"
     if found.get("speed") and found["backend"] != "eager":
         error = found["error"]  # None where one of the two is not finite
         off = "not comparable" if error is None else f"off by {error:.1g}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections import Counter
@@ -11,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from lsweep.errors import LsweepError
-from lsweep.outcomes.audits import Audits, audited_variable
+from lsweep.outcomes.audits import Audits, audit_lines, audited_variable
 from lsweep.outcomes.committed import Committed, read_run
-from lsweep.outcomes.frozen import frozen
+from lsweep.outcomes.frozen import audit_tolerances, frozen
 from lsweep.plans.plan import Plan
 from lsweep.plans.rounds import Goal, Refining, Rounds, describe_refining
 from lsweep.refinement.audit import contradictions, phrase
@@ -61,6 +62,7 @@ class Overview:
     def look(self) -> dict[str, Any]:
         """Return the state as plain values, ready for JSON."""
         rounds = Rounds.read(self._folder, self._plan)
+        self._audits.unit = max(r.unit_points for r in rounds.all)
         for reader, _, rows in self._committed.news(rounds):
             self._audits.add(reader.path.name, rows)
         outcome, reason = (a[rounds.required] for a in self._committed.standing())
@@ -74,7 +76,8 @@ class Overview:
         merged = there(self._folder.surface)
         tasks, silent = slurm.told(self._folder)
         damaged = self._committed.damage
-        classes = frozen(self._folder, damaged)
+        classes = frozen(self._folder, self._plan, damaged)
+        allowed = functools.partial(audit_tolerances, self._plan, classes)
         return {
             "run": str(self._folder.root),
             "plan": self._plan.digest,
@@ -97,7 +100,7 @@ class Overview:
                 c: {**{k: d.get(k) for k in FROZEN}, "dropped": dropped(d)}
                 for c, d in classes.items()
             },
-            "audit": self._audits.compared(self._variable),
+            "audit": self._audits.compared(self._variable, allowed),
             "damaged": damaged,
             "merged": merged,
             "children": _children(self._folder),
@@ -222,17 +225,19 @@ def _computed(state: dict[str, Any]) -> list[str]:
     out = []
     for name, frozen_ in state["devices"].items():
         sizes = ", ".join(f"{n} {split}" for split, n in frozen_["batch_sizes"].items())
-        what = " in ".join(filter(None, (frozen_["backend"], frozen_["precision"])))
+        what = f"{frozen_['backend']} in {frozen_['precision']}"
         out.append(f"  {name}: {what}, batches of {sizes}")
         out += [f"    {frozen_['dropped']}"] if frozen_["dropped"] else []
     audit = state["audit"]
     alone = all(d["backend"] == "eager" for d in state["devices"].values())
-    if audit and not (alone and audit["largest_relative"] == 0):  # eager against itself
+    if audit.get("points") and not (
+        alone and audit["largest_relative"] == 0
+    ):  # eager against itself
         out.append(
             f"  backend check: {counted(int(audit['points']), 'value')} evaluated again by eager, "
             f"off by up to {audit['largest_relative']:.1e} (relative)"
         )
-    return out
+    return out + [f"  {line}" for line in audit_lines(audit)]
 
 
 def _hands(workers: list[dict[str, Any]]) -> list[str]:

@@ -111,7 +111,7 @@ def work(
 def _use(evaluator: Evaluator, known: dict[str, Any]) -> None:
     """Evaluate as the first worker of the class chose, or not at all: values would differ."""
     try:
-        evaluator.use(known["backend"], known["batch_sizes"], known.get("precision", ""))
+        evaluator.use(known["backend"], known["batch_sizes"], known["precision"])
     except LsweepError as e:
         raise LsweepError(
             f"{socket.gethostname()} cannot build the backend {known['backend']!r}, which the "
