@@ -206,6 +206,7 @@ def test_what_looks_at_it_says_that_it_is_refined(calm: RunFolder, reference: Su
     few = int(reference.evaluated.sum())
     words = f"{few} of {COUNT**2} points evaluated, the rest interpolated, stated error up to"
     assert merge(calm)[1].lines()[0].startswith(words)
+    assert ", a factor of 1.0" in merge(calm)[1].lines()[0]
     assert words in reference.provenance["caption"]
     state = status(calm)
     assert (state["complete"], state["missing"], state["points"]) == (True, 0, few)
