@@ -444,6 +444,7 @@ def test_a_precision_in_which_eager_overflows_is_not_taken():
         "device": "cpu",
         "precision": "float16",
         "centre": {},
+        "samples": {"train": 40},
         "seconds_per_point": 1.0,
         "memory": 0,
     }
