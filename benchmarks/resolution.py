@@ -297,7 +297,7 @@ def large_grid(place: Path, options: argparse.Namespace, picture: Path, count: i
     error = true_error(sweep, index, [evaluate(k) for k in range(len(points))])
     stated = float(np.nanmax(sweep.surface["train_loss_error"]))
     print(f"\n{count} x {count} points of ResNet-20 ({sweep.how}): {sweep.seconds:.1f} s, "
-          f"{int(sweep.evaluated.sum())} evaluated, error at most {stated:.2%} stated, "
+          f"{int(sweep.evaluated.sum())} evaluated, error up to {stated:.2%} stated, "
           f"{error:.2%} at {len(index)} random points")  # fmt: skip
     if options.reference is not None:
         evaluate = peers.reference(case, options.reference)

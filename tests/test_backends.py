@@ -255,7 +255,9 @@ def test_products_are_full_float32_whatever_the_process_has_chosen(kinds, newer)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("backend", ["eager", "fused", "vmap", *GRAPHS])
+@pytest.mark.parametrize(
+    "backend", ["eager", "fused", "vmap", *GRAPHS, pytest.param("native", marks=COMPILES)]
+)
 def test_a_point_has_its_bits_alone_and_among_others(backend, threads, monkeypatch):
     torch.set_num_threads(threads)
     try:
