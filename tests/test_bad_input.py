@@ -428,7 +428,23 @@ def test_another_plan_on_the_same_run_is_refused_with_the_field_named(refusal, r
             assert f"holds another plan: {field}" in message and "--run" in message
     text = run.with_name("problem.py").read_text()
     run.with_name("problem.py").write_text(text.replace("nn.Tanh", "nn.ReLU"))
-    assert "problem.code is " in refusal("run", toml)
+    message = refusal("run", toml)
+    assert "problem.code, problem.py was edited since" in message and "--kept-code" in message
+
+
+def test_an_edited_factory_file_leaves_the_run_its_own_copy(refusal, capfd, run):
+    toml, problem = run.with_name("sweep.toml"), run.with_name("problem.py")
+    text = problem.read_text()
+    problem.write_text(text.replace("randn(8, 2", "randn(8, 2) + torch.randn(8, 2"))
+    finer = ["run", toml, "--set", "grid.x.count=5", "--on", "inline", "--no-picture"]
+    assert "problem.code" in refusal(*finer)
+    assert lsweep(*finer, "--kept-code") == 0
+    assert "2 of 5 points to evaluate" in capfd.readouterr().out  # three are reused
+    own = run / "problem.py"
+    own.write_text(text + "# edited, too\n")
+    assert f"{own} is not the factory file that was planned" in refusal(*finer, "--kept-code")
+    elsewhere = run.with_name("new.run")
+    assert "is not planned yet" in refusal(*finer, "--kept-code", "--run", elsewhere)
 
 
 def test_a_run_cannot_be_changed_by_set(refusal, run):

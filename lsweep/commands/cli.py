@@ -128,7 +128,13 @@ def _takes_sweep(p: argparse.ArgumentParser) -> None:
                    help="override a TOML key, such as grid.x.count=11")  # fmt: skip
     p.add_argument("--unit-points", type=_at_least(1), metavar="K", help="points of a unit")
     p.add_argument("--retry-failed", action="store_true", help="ask for failed points again")
+    _takes_kept_code(p)
     _takes_trust(p)
+
+
+def _takes_kept_code(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--kept-code", action="store_true",
+                   help="go on with the run's own copy of the factory's file")  # fmt: skip
 
 
 def _takes_trust(p: argparse.ArgumentParser) -> None:
@@ -313,6 +319,7 @@ def _add_invariance(p: argparse.ArgumentParser) -> None:
     form = p.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="for programs")
     form.add_argument("--csv", action="store_true", help="for spreadsheets, the table alone")
+    _takes_kept_code(p)
     _takes_trust(p)
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lsweep.errors import LsweepError
@@ -40,6 +41,18 @@ def run_of(options: Namespace) -> RunFolder:
     return RunFolder(options.sweep.with_name(f"{options.sweep.stem}.run"))
 
 
+def chosen_code(options: Namespace, folder: RunFolder) -> Path | None:
+    """Return the run's copy of the factory's file with ``--kept-code``; None for the TOML's own."""
+    if not options.kept_code:
+        return None
+    from lsweep.plans.plan import Plan
+    from lsweep.preparing.restoring import kept_code
+
+    if not folder.exists:
+        raise LsweepError(f"--kept-code: {folder.root} is not planned yet and keeps no code")
+    return kept_code(folder, Plan.read(folder))
+
+
 def planned(options: Namespace) -> tuple[RunFolder, Problem | None]:
     """Freeze the plan of a TOML, or take the run as it is; ask again for what failed.
 
@@ -64,11 +77,13 @@ def planned(options: Namespace) -> tuple[RunFolder, Problem | None]:
         from lsweep.problems.problem import make_problem
 
         base = options.sweep.absolute().parent
-        problem = make_problem(settings.problem, base, trust=options.trust)
+        code = chosen_code(options, folder)
+        problem = make_problem(settings.problem, base, code, options.trust)
         text = options.sweep.read_text(encoding="utf-8")
         if options.overrides:
             text += "".join(f"\n# --set {o}" for o in options.overrides) + "\n"
-        plan_run(settings, problem, base, folder, text=text, unit_points=options.unit_points)
+        plan_run(settings, problem, base, folder, text=text, unit_points=options.unit_points,
+                 code=code)  # fmt: skip
     if options.retry_failed:
         _ask_again(folder)
     return folder, problem
