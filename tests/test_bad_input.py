@@ -214,7 +214,9 @@ FACTORIES = [
     ("problem.py:stops", "stops raised SystemExit: 2 (problem.py:"),
     ("problem.py:network", "returned an object of type Linear, not an lsweep.Problem"),
     ("problem.py:nothing", "returned an object of type NoneType, not an lsweep.Problem"),
-    ("problem.py:narrow", "TypeError: narrow() got an unexpected keyword argument 'width'"),
+    ("problem.py:narrow", "problem.options: problem.py:narrow takes no 'width'"),
+    ("problem.py:wide", "problem.py:wide takes no 'width'; did you mean 'widths'?"),
+    ("problem.py:deep", "problem.py:deep needs depth: write options = { depth = … }"),
     ("problem.py:empty", "data['train'] is empty"),
     ("problem.py:no_batches", "data['train'] yields no batch"),
     ("problem.py:no_splits", "data must be a dict of splits"),
@@ -246,6 +248,14 @@ def nothing(width):
 
 
 def narrow():
+    pass
+
+
+def wide(widths=3):
+    pass
+
+
+def deep(depth, **more):
     pass
 
 
