@@ -299,7 +299,6 @@ def test_command_line_over_toml_over_defaults(toml, tmp_path):
     toml.write_text(f"{SWEEP}[directions]\nseed = 5\n")
     assert seed() == 5
     assert seed("--set", "directions.seed=7") == 7
-    assert seed("--set", "directions.seed=7", "--set", "directions.seed=8") == 8
     assert seed("--set", "directions.x.seed=9") == 9
 
 
