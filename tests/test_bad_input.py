@@ -19,6 +19,8 @@ import torch
 from tiny import PROBLEM, SWEEP, contents, lsweep, write_sweep
 from torch import nn
 
+from lsweep import Problem, sweep
+from lsweep.errors import LsweepError
 from lsweep.storage.files import sealed
 
 
@@ -575,6 +577,26 @@ def test_init_overwrites_nothing(refusal, tmp_path, there):
     (tmp_path / there).write_text("mine")
     assert f"{there} exists" in refusal("init", tmp_path)
     assert (tmp_path / there).read_text() == "mine"
+
+
+# -- in Python -------------------------------------------------------------------------------------
+
+
+def test_wrong_keywords_of_sweep_are_refused(tmp_path):
+    x = torch.zeros(4, 2)
+    problem = Problem(nn.Linear(2, 2), {"train": (x, x)}, loss=nn.MSELoss())
+    for given, grid, words in (
+        ("p", {"x": (-1, 1, 5)}, "problem is 'p': make an lsweep.Problem of"),
+        (nn.Linear(2, 2), {"x": (-1, 1, 5)}, "problem is an object of type Linear: make an"),
+        (problem, {"x": (-1, 1)}, "x = (-1, 1): x is (low, high, count), such as"),
+        (problem, {"x": (0, 1, 3), "y": 5}, "y = 5: y is (low, high, count)"),
+    ):
+        with pytest.raises(LsweepError) as refused:
+            sweep(given, **grid)
+        assert str(refused.value).startswith(words)
+    sweep(problem, x=(0, 1, 2), y=(0, 1, 2), run=tmp_path / "a.run")
+    with pytest.raises(LsweepError, match=r"it is a plane \(x, y\), now a line \(x\) is asked"):
+        sweep(problem, x=(0, 1, 2), run=tmp_path / "a.run")
 
 
 # -- tracebacks ------------------------------------------------------------------------------------

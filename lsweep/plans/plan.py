@@ -151,6 +151,13 @@ class Plan:
                 field, old, new = found
                 if field == "problem.code" and old and new:
                     raise PlanChanged(self._edited(folder), field)
+                if name == "directions" and self.axes != other.axes:
+                    there, now = _shape(self.axes), _shape(other.axes)
+                    raise PlanChanged(
+                        f"{folder.root} holds another plan: it is {there}, now {now} is asked for; "
+                        "give a new folder with --run (run=… in Python)",
+                        field,
+                    )
                 remedy = "restore it, or give a new folder with --run"
                 if not folder.all_parts():
                     remedy = "nothing was computed there: remove it"
@@ -182,7 +189,13 @@ def _difference(old: Any, new: Any, where: str) -> tuple[str, Any, Any] | None:
     return None if old == new else (where, old, new)
 
 
+def _shape(axes: tuple[str, ...]) -> str:
+    return f"a {('line', 'plane', 'volume')[len(axes) - 1]} ({', '.join(axes)})"
+
+
 def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return "set"
     if isinstance(value, str) and len(value) > 58:
         value = f"{value[:56]}…"  # and then in quotes, both of them
     text = "not set" if value is None else repr(value)
