@@ -451,7 +451,7 @@ def test_a_precision_in_which_eager_overflows_is_not_taken():
         "memory": 0,
     }
     shown = preflight_line({**facts, "backend": "channels_last", "speed": 1.0, "error": None}, 9)
-    assert "(1 x eager, not comparable)" in shown
+    assert "(1 times eager's speed, not comparable)" in shown
 
 
 def test_batch_sizes_are_tried_where_they_are_free():

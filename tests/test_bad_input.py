@@ -540,6 +540,7 @@ def test_a_device_that_is_not_there_is_refused(refusal, capfd, tmp_path):
     assert lsweep("plan", toml) == 0
     run = tmp_path / "sweep.run"
     assert "no device 'gpu': use cpu, cuda" in refusal("work", run, "--device", "gpu")
+    assert "no device 'gpu'" in refusal("run", toml, "--device", "gpu", "--run", tmp_path / "a.run")
     assert "no device 'cuda:99': torch sees" in refusal("work", run, "--device", "cuda:99")
     assert "must be from 0 to 1 (--of)" in refusal("work", run, "--index", "2", "--of", "2")
     assert "starts no processes: leave out --workers" in refusal(

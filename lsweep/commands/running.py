@@ -46,6 +46,10 @@ def do_run(options: Namespace) -> int:
     wanted = wanted_children(options)
     if options.on == "mpi":
         return _run_on_mpi(options, wanted)
+    if options.device not in ("auto", "cpu"):  # refused before anything is made or waited for
+        from lsweep.hosts.device import choose_device
+
+        choose_device(options.device)
     folder, problem = planned(options)
     if problem is not None:  # it was planned here
         _say_how_far(folder)

@@ -149,7 +149,7 @@ def preflight_line(found: dict[str, Any], points: int) -> str:
     if found.get("speed") and found["backend"] != "eager":
         error = found["error"]  # None where one of the two is not finite
         off = "not comparable" if error is None else f"off by {error:.1g}"
-        backend += f" ({found['speed']:.3g} x eager, {off})"
+        backend += f" ({found['speed']:.3g} times eager's speed, {off})"
     drawn = " and ".join(f"{n}" for n in dict.fromkeys(found["samples"].values()))
     over = f" (over {drawn} drawn samples)" if found.get("anchor") else ""
     start = f"pre-flight on {found['device']}: {centre} at the centre{over}; {backend}: "
