@@ -454,6 +454,8 @@ def test_an_edited_factory_file_leaves_the_run_its_own_copy(refusal, capfd, run)
     assert "problem.code" in refusal(*finer)
     assert lsweep(*finer, "--kept-code") == 0
     assert "2 of 5 points to evaluate" in capfd.readouterr().out  # three are reused
+    assert lsweep("run", toml, *finer[4:], "--kept-code") == 0
+    assert "3 of 5 computed points are on this grid" in capfd.readouterr().out
     own = run / "problem.py"
     own.write_text(text + "# edited, too\n")
     assert f"{own} is not the factory file that was planned" in refusal(*finer, "--kept-code")

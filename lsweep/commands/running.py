@@ -94,6 +94,10 @@ def _run_here(folder: RunFolder, problem: Problem | None, options: Namespace, lo
     _, rounds, committed = read_run(folder)
     done, total = committed.share
     code, interrupted = 0, False
+    asked, beside = _asked(rounds)
+    if committed.complete and beside:
+        print(f"{folder.root}: {asked - beside} of {asked} computed points are on this grid and "
+              "make surface.h5; the others stay, for a grid that has them")  # fmt: skip
     if not committed.complete:
         more = ", then more where the picture needs them" if rounds.refining else ""
         todo = f"{total - done} of {total} points to evaluate{more}"
@@ -101,7 +105,6 @@ def _run_here(folder: RunFolder, problem: Problem | None, options: Namespace, lo
             todo = (
                 f"all {total} points so far are evaluated; whether more are needed is decided now"
             )
-        beside = _beside(rounds)
         if beside:
             print(f"{folder.root}: {counted(beside, 'point')} of earlier grids are not on this one "
                   "(a count of 2n - 1 has all points of n)")  # fmt: skip
@@ -124,13 +127,13 @@ def _run_here(folder: RunFolder, problem: Problem | None, options: Namespace, lo
     return merged if committed.complete else (code or merged)
 
 
-def _beside(rounds: Rounds) -> int:
-    """How many points that were asked are not on the present grid."""
+def _asked(rounds: Rounds) -> tuple[int, int]:
+    """How many points were asked, and how many of them are not on the present grid."""
     if len(rounds.all) < 2 or all(r.lattice is rounds.last.lattice for r in rounds):
-        return 0
+        return rounds.total, 0
     numbers = rounds.numbers_of(rounds.last.lattice)
-    asked = rounds.first_asked[rounds.required & (rounds.step < 0)]
-    return len(np.setdiff1d(asked, rounds.first_asked[numbers[numbers >= 0]]))
+    asked = np.unique(rounds.first_asked[rounds.required & (rounds.step < 0)])
+    return len(asked), len(np.setdiff1d(asked, rounds.first_asked[numbers[numbers >= 0]]))
 
 
 def _evaluate(
