@@ -104,6 +104,19 @@ def along_eigenvectors(folder: RunFolder) -> dict[str, list[str]]:
     }
 
 
+def all_taken(folder: RunFolder) -> list[str]:
+    """Return a line for each split that has no more samples than ``samples`` asks for."""
+    from lsweep.plans.plan import Plan
+
+    plan = Plan.read(folder)
+    wanted = plan.evaluate["samples"]
+    return [
+        f"samples = {wanted}: {split} has {data['samples']}, and all of them are taken"
+        for split, data in plan.data.items()
+        if wanted is not None and "of" not in data
+    ]
+
+
 def wanted_children(options: Namespace) -> list[Child]:
     """Return the children that ``--measures`` names; the cheap ones first.
 
@@ -203,6 +216,8 @@ def do_plan(options: Namespace) -> int:
         print(f"  refinement: {describe_refining(last.refine)}{more}")
     print(f"  each point: {drawn} samples in {', '.join(plan.evaluate['splits'])}; "
           f"metrics {', '.join(plan.evaluate['metrics'])}")  # fmt: skip
+    for line in all_taken(folder):
+        print(f"  {line}")
     print(f"  {counted(units, 'unit')} of {counted(last.unit_points, 'point')}, "
           f"{counted(leases, 'lease')}; {counted(plan.slices, 'slice')}")  # fmt: skip
     print(f"  on disk: about {rounds.total * row * plan.slices / 2**20:.1f} MiB of rows, at most "

@@ -18,6 +18,7 @@ import numpy as np
 from lsweep.commands.making import (
     INCOMPLETE,
     INTERRUPTED,
+    all_taken,
     along_eigenvectors,
     planned,
     planned_children,
@@ -73,6 +74,8 @@ def _say_how_far(folder: RunFolder) -> None:
     for axis, lines in along_eigenvectors(folder).items():
         for line in lines:
             print(f"{axis}: {line}")
+    for line in all_taken(folder):
+        print(line)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,7 +282,10 @@ def _merge_and_show(folder: RunFolder, look: Look) -> int:
         where, least = surface.minimum(name)
         at = ", ".join(f"{axis} = {offset:.4g}" for axis, offset in where.items())
         center = surface.center(name)
-        middle = f"{center:.6g} at the centre, " if np.isfinite(center) else ""
+        fact = surface.provenance.get("sampling", {}).get(name, {})
+        anchored = fact.get("shift") is not None
+        over = f" (anchored to all {fact['of']} samples)" if anchored else ""
+        middle = f"{center:.6g} at the centre{over}, " if np.isfinite(center) else ""
         guess = guessed(surface, name, where)
         print(f"{name}: {middle}minimum {least:.6g} at {at}" + (f" ({guess})" if guess else ""))
     print(f"wrote {folder.surface}")
