@@ -190,6 +190,29 @@ def _ask_again(folder: RunFolder) -> None:
     ask_again(folder, lambda: failed_points(folder))
 
 
+def _cost(folder: RunFolder) -> list[str]:
+    """Return what evaluating what is missing takes: passes, and time where a device is known."""
+    from lsweep.outcomes.committed import read_run
+    from lsweep.outcomes.frozen import frozen
+    from lsweep.plans.pointwise import POINTWISE
+    from lsweep.runs.display import duration
+
+    plan, rounds, committed = read_run(folder)
+    done, _ = committed.share
+    many = [m for m in plan.evaluate["metrics"] if m in POINTWISE]
+    more = f" and many more for {', '.join(many)}" if many else ""
+    missing = rounds.foreseen - done / plan.slices
+    out = [f"about {missing:.0f} passes over the data are missing, one a point{more}"]
+    for known in frozen(folder, plan, {}).values():
+        one = float(known["seconds_per_point"])
+        out.append(f"{'at least ' if many else ''}{duration(missing * one)} of one worker on "
+                   f"{known['device']}, at {1e3 * one:.3g} ms a point")  # fmt: skip
+    if committed.complete:
+        return ["all of it is evaluated"]
+    unknown = "; how long one takes, the first worker measures"
+    return out if len(out) > 1 else [out[0] + unknown]
+
+
 def do_plan(options: Namespace) -> int:
     """Freeze the plan, publish the first round, print cost and promises."""
     from lsweep.plans.plan import Plan
@@ -222,6 +245,8 @@ def do_plan(options: Namespace) -> int:
           f"{counted(leases, 'lease')}; {counted(plan.slices, 'slice')}")  # fmt: skip
     print(f"  on disk: about {rounds.total * row * plan.slices / 2**20:.1f} MiB of rows, at most "
           f"{leases + 20} files and 2 more a worker")  # fmt: skip
+    for line in _cost(folder):
+        print(f"  {line}")
     for axis in plan.axes:
         facts, kind = plan.facts["axes"][axis], plan.directions[axis]["kind"]
         if axis not in plan.moving:
