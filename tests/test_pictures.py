@@ -144,6 +144,23 @@ def test_bounds_that_make_no_range_are_refused(options, message):
         draw(bowl(), **options)
 
 
+def test_what_spans_over_two_decades_is_logarithmic_unless_its_reader_says_otherwise():
+    x = np.linspace(-1, 1, 21)
+    cliff = 0.8 + 0.2 * x[None, :] ** 2 + 1500.0 ** (-(x[:, None] + 1) * 4 + 1)
+    cliff[0, 0] = np.inf
+    s = Surface({"x": x, "y": x}, {"train_loss": cliff, "test_accuracy": cliff})
+    ax = draw(s)
+    assert color_bar(ax).get_ylabel() == "train loss, log scale"
+    (mesh,) = [c for c in ax.collections if isinstance(c, QuadContourSet) and not any(c.hatches)]
+    share = np.histogram(s["train_loss"][np.isfinite(cliff)], np.exp(mesh.levels))[0] / cliff.size
+    assert share.max() < 0.3  # of even levels of ln the first band would hold most points
+    assert color_bar(draw(s, log=False)).get_ylabel() == "train loss"
+    assert color_bar(draw(s, "test_accuracy")).get_ylabel() == "test accuracy"
+    assert color_bar(draw(bowl())).get_ylabel() == "train loss"
+    lines = [Surface({"x": x}, {"train_loss": 10.0 ** (k * x)}) for k in (0.5, 1.5)]
+    assert [draw(s).get_yscale() for s in lines] == ["linear", "log"]
+
+
 @pytest.mark.parametrize(
     "values",
     [

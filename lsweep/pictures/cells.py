@@ -60,11 +60,13 @@ def pooled_scale(
     surfaces: Sequence[Surface],
     name: str,
     *,
-    log: bool = False,
+    log: bool | None = None,
     vmin: float | None = None,
     vmax: float | None = None,
 ) -> Scale:
     """Return one `Scale` for a variable of several surfaces; L0 is their least value at a centre.
+
+    With ``log`` None it is logarithmic where it spans over two decades and is not in per cent.
 
     >>> s = Surface({"x": np.zeros(2)}, {"a": np.array([1.0, 2.0])})
     >>> pooled_scale([s], "a", vmax=5.0).levels(3)
@@ -74,7 +76,13 @@ def pooled_scale(
     centers = np.array([s.center(name) for s in surfaces])
     centers = centers[np.isfinite(centers)]
     center = float(centers.min()) if len(centers) else float("nan")
+    if log is None and all(_in_per_cent(s, name) for s in surfaces):
+        log = False
     return Scale.of(values, log=log, center=center, vmin=vmin, vmax=vmax)
+
+
+def _in_per_cent(surface: Surface, name: str) -> bool:
+    return surface.attributes.get(name, {}).get("units") == "%" or name.endswith("_accuracy")
 
 
 @dataclass(frozen=True)

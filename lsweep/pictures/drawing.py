@@ -61,7 +61,7 @@ def draw(
     *,
     kind: str = "auto",
     ax: Axes | None = None,
-    log: bool = False,
+    log: bool | None = None,
     vmin: float | None = None,
     vmax: float | None = None,
     points: bool = False,
@@ -74,7 +74,8 @@ def draw(
             loss and the accuracy of every split.
         kind: ``line``, ``contour``, ``filled``, ``heat``, ``3d``; ``auto`` is line or filled.
         ax: where; None makes a figure of its own, with the caption.
-        log: ln, or asinh where a value is not positive (`lsweep.surfaces.scales.log_scale`).
+        log: ln, or asinh where a value is not positive (`lsweep.surfaces.scales.log_scale`); None:
+            where the scale spans more than two decades.
         vmin: lowest level; None for the minimum.
         vmax: highest level; None for the 98 % quantile. What is beyond is hatched.
         points: show which points were evaluated; the others are interpolated or pending.
@@ -114,7 +115,7 @@ def render(
     *,
     name: str | None = None,
     kind: str = "auto",
-    log: bool = False,
+    log: bool | None = None,
     vmin: float | None = None,
     vmax: float | None = None,
     labels: Sequence[str] | None = None,

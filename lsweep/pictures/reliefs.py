@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.ticker import MaxNLocator
 from mpl_toolkits.mplot3d import Axes3D
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 from lsweep.errors import LsweepError
 from lsweep.pictures.cells import Cells
-from lsweep.pictures.maps import COLORS, FAILED, NONFINITE, finish, given
+from lsweep.pictures.maps import COLORS, FAILED, NONFINITE, finish, given, shades
 from lsweep.pictures.marks import SMALL, Height, lengths
-from lsweep.surfaces.scales import FloatArray, Scale
+from lsweep.surfaces.scales import FloatArray, Scale, round_ticks
 from lsweep.surfaces.surface import Surface
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def relief(
     sides = np.array(lengths(surface) or (1.0, 1.0))
     ax.set_box_aspect((*(sides / sides.max()), 0.62), zoom=1.0)
     ax.view_init(elev=32, azim=-58)
-    tick, text = scale.ticks(6)
+    tick, text = round_ticks(scale.low, scale.high, scale.transform, 6)
     ax.set_zticks(scale.transform.forward(tick), text)
     ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.yaxis.set_major_locator(MaxNLocator(4, prune="lower"))  # the corner belongs to x
@@ -83,8 +82,8 @@ def _net(surface: Surface, ax: Axes3D, t: FloatArray, cells: Cells, scale: Scale
     points = np.stack([x, y, t], -1)
     around = np.stack([points[:-1, :-1], points[:-1, 1:], points[1:, 1:], points[1:, :-1]], 2)
     corners = around[full]  # (n, 4, 3)
-    low, high = scale.limits
-    paint = ScalarMappable(Normalize(low, high), COLORS)
+    high = scale.limits[1]
+    paint = ScalarMappable(shades(scale), COLORS)
     if len(corners):
         flat = (corners[..., 2] >= high).all(1)
         face = paint.to_rgba(corners[..., 2].mean(1))
