@@ -77,7 +77,8 @@ def draw(
         log: ln, or asinh where a value is not positive (`lsweep.surfaces.scales.log_scale`); None:
             where the scale spans more than two decades.
         vmin: lowest level; None for the minimum.
-        vmax: highest level; None for the 98 % quantile. What is beyond is hatched.
+        vmax: highest level; None for the 98 % quantile, or all of a log scale in 3d. What is
+            beyond is hatched.
         points: show which points were evaluated; the others are interpolated or pending.
 
     An unknown kind or variable, a kind that does not fit the axes, and vmin above vmax are each
@@ -239,7 +240,8 @@ def _scale(surfaces: Sequence[Surface], name: str | None, kind: str, **options: 
     if kind == "line":
         return line_scale(surfaces, name, **options)
     variable = default_name(surfaces[0]) if name is None else name
-    return pooled_scale([as_plane(s) for s in surfaces], variable, **options)
+    planes = [as_plane(s) for s in surfaces]
+    return pooled_scale(planes, variable, whole=kind == "3d", **options)
 
 
 def _titles(given: Sequence[Any], shown: Sequence[Surface], kind: str) -> list[str]:

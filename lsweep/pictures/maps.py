@@ -247,12 +247,14 @@ def _bands(scale: Scale) -> BoundaryNorm:
     return BoundaryNorm(levels, matplotlib.colormaps[COLORS].N, extend=scale.extend)
 
 
-def given(surface: Surface, name: str | None, scale: Scale | None) -> tuple[Surface, str, Scale]:
+def given(
+    surface: Surface, name: str | None, scale: Scale | None, *, whole: bool = False
+) -> tuple[Surface, str, Scale]:
     """Return the plane, with pending values blanked, the variable's name and the scale."""
     plane = as_plane(surface)
     name = default_name(plane) if name is None else name
     plane = replace(plane, values={**plane.values, name: drawn_values(plane, name)})
-    return plane, name, scale or pooled_scale([plane], name)
+    return plane, name, scale or pooled_scale([plane], name, whole=whole)
 
 
 def _frame(
