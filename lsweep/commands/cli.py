@@ -294,7 +294,8 @@ def _add_render(p: argparse.ArgumentParser) -> None:
                    "against their gap")  # fmt: skip
     _takes_l2(p)
     p.add_argument("--metric", help="such as train_loss or test_accuracy")
-    p.add_argument("--log", action="store_true", help="logarithmic scale")
+    p.add_argument("--log", action=argparse.BooleanOptionalAction, default=None,
+                   help="logarithmic scale (default: beyond two decades)")  # fmt: skip
     p.add_argument("--vmin", type=float, help="lowest value of the scale")
     p.add_argument("--vmax", type=float, help="highest; above it is hatched")
     p.add_argument("--points", action="store_true", help="show which points were evaluated")
