@@ -21,7 +21,7 @@ from lsweep.evaluating.acceptance import centre_of, taken
 from lsweep.evaluating.choice import Choice, choose, reason_of
 from lsweep.evaluating.evaluate import Evaluator
 from lsweep.hosts import machine
-from lsweep.hosts.device import device_class, human, memory_used
+from lsweep.hosts.device import Spent, device_class, human, memory_used
 from lsweep.outcomes.frozen import of_this_version
 from lsweep.plans.plan import Plan
 from lsweep.problems import batchnorm
@@ -104,7 +104,7 @@ def preflight(
         first, seconds = _as_before(evaluator, choice)
     elif evaluator.stored:
         everywhere = [evaluator.origin, *spots]
-        choice = choose(evaluator, everywhere, seconds, points)
+        choice = choose(evaluator, everywhere, seconds.busy, points)
         choice, first, seconds = taken(evaluator, choice, everywhere, (first, seconds))
     centre = {v: s.mean for v, s in zip(evaluator.names, first, strict=True)}
     value = {
@@ -126,7 +126,7 @@ def preflight(
             s: len(first[i * len(evaluator.metrics)].values) for i, s in enumerate(evaluator.splits)
         },
         "data": data,
-        "seconds_per_point": seconds,
+        "seconds_per_point": seconds.wall,
         "memory": memory_used(evaluator.device),
         "batch_norm": changes,
         "pointwise": list(evaluator.pointwise),
@@ -139,7 +139,7 @@ def preflight(
     return there
 
 
-def _as_before(evaluator: Evaluator, choice: Choice) -> tuple[list[Samples], float]:
+def _as_before(evaluator: Evaluator, choice: Choice) -> tuple[list[Samples], Spent]:
     """Return the centre, computed as what is committed was, or not at all."""
     try:
         evaluator.use(choice.backend, choice.batch_sizes, choice.precision)
