@@ -28,13 +28,13 @@ from lsweep.evaluating.choice import (
     reason_of,
 )
 from lsweep.evaluating.evaluate import Evaluator
-from lsweep.hosts.device import is_out_of_memory, timed
+from lsweep.hosts.device import Spent, is_out_of_memory, timed
 
 USUAL_SAMPLES = 512  # tell how large a value usually is
 ONE = 50.0  # times a mean's tolerance for one sample, whose rounding errors do not cancel
 
 
-def centre_of(evaluator: Evaluator) -> tuple[list[Samples], float]:
+def centre_of(evaluator: Evaluator) -> tuple[list[Samples], Spent]:
     """Return each variable's samples at the centre over all slices, and the seconds that took."""
     slices: list[list[Samples]] = []
     seconds = timed(
@@ -48,8 +48,8 @@ def taken(
     evaluator: Evaluator,
     choice: Choice,
     spots: Sequence[Spot],
-    centre: tuple[list[Samples], float],
-) -> tuple[Choice, list[Samples], float]:
+    centre: tuple[list[Samples], Spent],
+) -> tuple[Choice, list[Samples], Spent]:
     """Take a choice into use, where its centre is eager's; otherwise eager stays.
 
     Args:

@@ -57,7 +57,7 @@ class Trial:
         backend: its name.
         precision: in which it computes.
         batch_sizes: split -> samples.
-        seconds: of one point, extrapolated; None when it was not timed.
+        seconds: of one point, busy, extrapolated; None when it was not timed.
         set_up: seconds to build it and run it the first time.
         error: largest relative difference of a mean to float32 (or float64) eager.
         why_not: why it was not taken; "" for those that could have been.
@@ -107,7 +107,7 @@ def choose(evaluator: Evaluator, spots: Sequence[Spot], seconds: float, points: 
     Args:
         evaluator: at its default batch sizes, with eager.
         spots: where to time and compare: the centre and far out.
-        seconds: of one point with eager.
+        seconds: of one point with eager, as `timed` has them busy.
         points: how many this worker would evaluate, about.
 
     Returns:
@@ -317,7 +317,7 @@ class _Trials:
                         stacked(references, ev.metrics, found)
 
         times = self._times.setdefault(id(trial), [])
-        times.append(timed(ev.device, once) / len(self._spots) / samples * self._all)
+        times.append(timed(ev.device, once).busy / len(self._spots) / samples * self._all)
         trial.seconds = statistics.median(times)
 
     # -- which ----------------------------------------------------------------------------------
