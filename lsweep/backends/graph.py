@@ -7,7 +7,8 @@ and beta, so origin and directions are folded once and a point stays one axpy pe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from lsweep.errors import LsweepError
 from lsweep.problems.weights import State, buffers_of, parameters_of
 
 aten = torch.ops.aten
+BLOCK = 2**18  # numbers that are scaled at once
 CONVOLUTIONS = {
     aten.conv1d.default: 6, aten.conv2d.default: 6, aten.conv3d.default: 6,
     aten.conv1d.padding: 6, aten.conv2d.padding: 6, aten.conv3d.padding: 6,
@@ -58,11 +60,47 @@ class Fold:
 
     def scaled(self, weight: Tensor, s: Tensor) -> Tensor:
         """Return s·w, each output unit by its own number, in the weight's dtype."""
+        each = s[:, None]
         if self.groups:
-            w = weight.double().view(self.groups, -1, *weight.shape[1:])
-            per_unit = s.view(self.groups, 1, -1, *[1] * (weight.dim() - 2))
-            return (w * per_unit).view_as(weight).to(weight.dtype)
-        return (weight.double() * s.view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
+            each = s.view(self.groups, 1, -1).expand(-1, len(weight) // self.groups, -1).flatten(0, 1)
+        each = each.view(*each.shape, *[1] * (weight.dim() - 2))
+        out, step = torch.empty_like(weight), max(1, BLOCK // max(1, weight[0].numel()))
+        for a in range(0, len(weight), step):  # in float64, of which a few rows are held at once
+            out[a : a + step] = weight[a : a + step].double() * each[a : a + step]
+        return out
+
+    def shift(self, state: Mapping[str, Tensor]) -> Tensor:
+        """Return beta + s·(b - mean) of a whole state, in the weight's dtype."""
+        shift = -state[self.mean].double()
+        if self.bias is not None:
+            shift += state[self.bias].double()
+        shift *= self.scale(state)
+        if self.beta is not None:
+            shift += state[self.beta].double()
+        return shift.to(state[self.weight].dtype)
+
+
+class Made(Mapping[str, Tensor]):
+    """Tensors that are made when they are asked for, so that no two are in memory for that.
+
+    Args:
+        makers: name -> makes the tensor.
+    """
+
+    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._makers = makers
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._makers[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._makers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
 
 
 @dataclass(frozen=True)
@@ -106,30 +144,26 @@ class Graph:
                 )
         return found
 
-    def pack(self, state: Mapping[str, Tensor]) -> State:
+    def pack(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the packed tensors of a whole state, batch norm folded with its own statistics.
 
         Args:
             state: every parameter and floating-point buffer by canonical name.
 
         Returns:
-            packed name -> tensor in the dtype of the state; folds are computed in float64.
+            packed name -> tensor in the dtype of the state; folds are computed in float64, when
+            they are asked for.
         """
-        folded: State = {}
+        makers: dict[str, Callable[[], Tensor]] = {
+            n: functools.partial(state.__getitem__, n) for n in self.names
+        }
         for f in self.folds:
             weight, bias = f.names
-            s = f.scale(state)
-            shift = -state[f.mean].double()
-            if f.bias is not None:
-                shift += state[f.bias].double()
-            shift *= s
-            if f.beta is not None:
-                shift += state[f.beta].double()
-            folded[weight] = f.scaled(state[f.weight], s)
-            folded[bias] = shift.to(state[f.weight].dtype)
-        return {n: folded[n] if n in folded else state[n] for n in self.names}
+            makers[weight] = lambda f=f: f.scaled(state[f.weight], f.scale(state))
+            makers[bias] = lambda f=f: f.shift(state)
+        return Made(makers)
 
-    def pack_direction(self, direction: Mapping[str, Tensor]) -> State:
+    def pack_direction(self, direction: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return what a direction moves: packed(origin + x·d) = packed(origin) + x·(this).
 
         Args:
@@ -141,7 +175,9 @@ class Graph:
         Raises:
             LsweepError: it moves a batch norm's scale or statistics that were folded as fixed.
         """
-        out = {n: direction[n] for n in self.names if n in direction}
+        out: dict[str, Callable[[], Tensor]] = {
+            n: functools.partial(direction.__getitem__, n) for n in self.names if n in direction
+        }
         for f, scale in zip(self.folds, self.scales, strict=True):
             for name in (f.gamma, f.mean, f.variance):
                 if name is not None and name in direction and bool(direction[name].any()):
@@ -149,14 +185,16 @@ class Graph:
             weight, bias = f.names
             if f.weight in direction:
                 d = direction[f.weight]
-                out[weight] = f.scaled(d, scale.to(d.device))
-            if f.beta is not None and f.beta in direction:
-                out[bias] = direction[f.beta]
+                out[weight] = functools.partial(f.scaled, d, scale.to(d.device))
+            beta = direction[f.beta] if f.beta is not None and f.beta in direction else None
+            moves = beta
             if f.bias is not None and f.bias in direction:
                 d = direction[f.bias]
                 shift = d.double() * scale.to(d.device)
-                out[bias] = (shift + out[bias] if bias in out else shift).to(d.dtype)
-        return out
+                moves = (shift if beta is None else shift + beta).to(d.dtype)
+            if moves is not None:
+                out[bias] = lambda moves=moves: moves
+        return Made(out)
 
 
 def traced(model: nn.Module, inputs: Any, moving: frozenset[str]) -> Graph:

@@ -38,6 +38,8 @@ class Packed:
         device: where the rows are kept.
         dtype: of all rows.
         relaid: a direction -> what its row holds, where the rows have another layout.
+        scratch: of other rows the weights at their present point, whose memory these share: who
+            moves the one has moved the other away.
 
     Attributes:
         views: name -> view into the weights at the present point; move and load change it in place.
@@ -56,6 +58,7 @@ class Packed:
         device: torch.device,
         dtype: torch.dtype,
         relaid: Callable[[Tensors], Tensors] = dict,
+        scratch: Tensor | None = None,
     ) -> None:
         self._layout: dict[str, tuple[int, torch.Size, tuple[int, ...]]] = {}
         step, size = ALIGNMENT // dtype.itemsize, 0
@@ -68,7 +71,9 @@ class Packed:
         self.origin = self.row(origin)
         self.axes = self._rows(directions)
         self._turned: dict[Hashable, list[Tensor]] = {}
-        self.theta = self.origin.clone()
+        fits = scratch is not None and scratch.dtype == dtype and len(scratch) >= size
+        self.theta = torch.empty_like(self.origin) if scratch is None or not fits else scratch[:size]
+        self.theta.copy_(self.origin)
         self.views = self.views_of(self.theta)
 
     def views_of(self, row: Tensor) -> dict[str, Tensor]:
