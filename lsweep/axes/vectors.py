@@ -91,7 +91,7 @@ def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     return math.fsum(
         float(torch.dot(x.double(), y.double()))
         for n in a if n in b
-        for x, y in zip(a[n].flatten().split(BLOCK), b[n].flatten().split(BLOCK), strict=True)
+        for x, y in zip(*(torch.split(t[n].flatten(), BLOCK) for t in (a, b)), strict=True)
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from lsweep.backends.networks import Networked, NetworkOfClasses, inputs_of, why
 from lsweep.backends.packed import Packed, Spot
 from lsweep.backends.variants import ChannelsLast, Compiled, Replayed, Vmapped, image_weights
 from lsweep.errors import LsweepError, nearest
+from lsweep.hosts.machine import trim_memory
 from lsweep.problems.data import Batch
 from lsweep.problems.factory import describe
 
@@ -77,6 +78,7 @@ class Builder:
             there = {n: t.to(ground.device, ground.dtype) for n, t in axis.items()}
             return graph.pack_direction(there)
 
+        trim_memory()  # of what was traced
         start, scratch = graph.pack(ground.state), self.packed.theta
         return Packed(start, ground.moves, ground.device, ground.dtype, relaid, scratch)
 
@@ -165,7 +167,9 @@ def _is_small_on_gpu(ground: Ground) -> bool:
 
 KINDS = {
     "eager": Kind(lambda b, at: Eager(at, b.seat, b.packed), lambda ground: None),
-    "channels_last": Kind(lambda b, at: ChannelsLast(at, b.seat, b.packed.theta), _why_no_channels_last),
+    "channels_last": Kind(
+        lambda b, at: ChannelsLast(at, b.seat, b.packed.theta), _why_no_channels_last
+    ),
     "fused": Kind(
         lambda b, at: b.network(at, "fused", "backends.fused", "FusedNetwork"), _why_not_fused, 1.0
     ),

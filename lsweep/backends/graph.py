@@ -8,18 +8,19 @@ and beta, so origin and directions are folded once and a point stays one axpy pe
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
+from lsweep.backends.packed import Made, Write
 from lsweep.backends.simplifying import tidy
 from lsweep.backends.tracing import Unsupported as Unsupported
 from lsweep.backends.tracing import plain_graph
 from lsweep.errors import LsweepError
-from lsweep.problems.weights import State, buffers_of, parameters_of
+from lsweep.problems.weights import buffers_of, parameters_of
 
 aten = torch.ops.aten
 BLOCK = 2**18  # numbers that are scaled at once
@@ -58,16 +59,17 @@ class Fold:
         s = (state[self.variance].double() + self.eps).rsqrt()
         return s if self.gamma is None else s * state[self.gamma].double()
 
-    def scaled(self, weight: Tensor, s: Tensor) -> Tensor:
-        """Return s·w, each output unit by its own number, in the weight's dtype."""
-        each = s[:, None]
+    def scale_into(self, out: Tensor, weight: Tensor, s: Tensor) -> None:
+        """Write s·w, each output unit by its own number."""
+        weight, each = weight.detach(), s[:, None]
         if self.groups:
-            each = s.view(self.groups, 1, -1).expand(-1, len(weight) // self.groups, -1).flatten(0, 1)
+            each = (
+                s.view(self.groups, 1, -1).expand(-1, len(weight) // self.groups, -1).flatten(0, 1)
+            )
         each = each.view(*each.shape, *[1] * (weight.dim() - 2))
-        out, step = torch.empty_like(weight), max(1, BLOCK // max(1, weight[0].numel()))
+        step = max(1, BLOCK // max(1, weight[0].numel()))
         for a in range(0, len(weight), step):  # in float64, of which a few rows are held at once
             out[a : a + step] = weight[a : a + step].double() * each[a : a + step]
-        return out
 
     def shift(self, state: Mapping[str, Tensor]) -> Tensor:
         """Return beta + s·(b - mean) of a whole state, in the weight's dtype."""
@@ -78,29 +80,6 @@ class Fold:
         if self.beta is not None:
             shift += state[self.beta].double()
         return shift.to(state[self.weight].dtype)
-
-
-class Made(Mapping[str, Tensor]):
-    """Tensors that are made when they are asked for, so that no two are in memory for that.
-
-    Args:
-        makers: name -> makes the tensor.
-    """
-
-    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
-        self._makers = makers
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._makers[name]()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._makers
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._makers)
-
-    def __len__(self) -> int:
-        return len(self._makers)
 
 
 @dataclass(frozen=True)
@@ -151,17 +130,16 @@ class Graph:
             state: every parameter and floating-point buffer by canonical name.
 
         Returns:
-            packed name -> tensor in the dtype of the state; folds are computed in float64, when
-            they are asked for.
+            packed name -> tensor in the dtype of the state; folds are computed in float64.
         """
-        makers: dict[str, Callable[[], Tensor]] = {
-            n: functools.partial(state.__getitem__, n) for n in self.names
-        }
+        like, writers = dict(state), dict[str, Write]()
         for f in self.folds:
             weight, bias = f.names
-            makers[weight] = lambda f=f: f.scaled(state[f.weight], f.scale(state))
-            makers[bias] = lambda f=f: f.shift(state)
-        return Made(makers)
+            like[weight], like[bias] = state[f.weight], f.shift(state)
+            writers[weight] = functools.partial(
+                f.scale_into, weight=state[f.weight], s=f.scale(state)
+            )
+        return Made({n: like[n] for n in self.names}, writers)
 
     def pack_direction(self, direction: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return what a direction moves: packed(origin + x·d) = packed(origin) + x·(this).
@@ -175,26 +153,23 @@ class Graph:
         Raises:
             LsweepError: it moves a batch norm's scale or statistics that were folded as fixed.
         """
-        out: dict[str, Callable[[], Tensor]] = {
-            n: functools.partial(direction.__getitem__, n) for n in self.names if n in direction
-        }
+        out = {n: direction[n] for n in self.names if n in direction}
+        writers: dict[str, Write] = {}
         for f, scale in zip(self.folds, self.scales, strict=True):
             for name in (f.gamma, f.mean, f.variance):
                 if name is not None and name in direction and bool(direction[name].any()):
                     raise LsweepError(f"{name} moves, but was folded as fixed: name it in moving")
             weight, bias = f.names
             if f.weight in direction:
-                d = direction[f.weight]
-                out[weight] = functools.partial(f.scaled, d, scale.to(d.device))
-            beta = direction[f.beta] if f.beta is not None and f.beta in direction else None
-            moves = beta
+                d = out[weight] = direction[f.weight]
+                writers[weight] = functools.partial(f.scale_into, weight=d, s=scale.to(d.device))
+            if f.beta is not None and f.beta in direction:
+                out[bias] = direction[f.beta]
             if f.bias is not None and f.bias in direction:
                 d = direction[f.bias]
                 shift = d.double() * scale.to(d.device)
-                moves = (shift if beta is None else shift + beta).to(d.dtype)
-            if moves is not None:
-                out[bias] = lambda moves=moves: moves
-        return Made(out)
+                out[bias] = (shift + out[bias] if bias in out else shift).to(d.dtype)
+        return Made(out, writers)
 
 
 def traced(model: nn.Module, inputs: Any, moving: frozenset[str]) -> Graph:
