@@ -285,6 +285,7 @@ class _Trials:
                 self._time(trial)
         except Exception as e:
             trial.why_not = reason_of(e)
+        trim_memory()  # larger batches take more, which would add up
         return self._best(kind) is trial
 
     def _compare(self, trial: Trial) -> None:

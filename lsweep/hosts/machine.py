@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import gc
 import hashlib
 import os
 import platform
@@ -88,7 +87,6 @@ def trim_memory() -> None:
 
     >>> trim_memory()
     """
-    gc.collect()
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
