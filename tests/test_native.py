@@ -93,7 +93,7 @@ def test_it_computes_what_the_network_computes(make):
     x = torch.randn(70, 13) if make is flat else torch.randn(70, 3, 13, 15)
     graph, packed = graph_of(model, x)
     network, both = NativeNetwork(graph, packed, 1), NativeNetwork(graph, packed, 2)
-    assert (network._fast.lowering.packed > 0) == (make is Residual)  # Winograd's algorithm
+    assert (network._prepared.numel() > 0) == (make is Residual)  # Winograd's algorithm
     with torch.no_grad():
         for move in (0.0, 0.3):  # the weights are read at each call
             packed.move([move])
@@ -116,7 +116,7 @@ def test_what_is_not_finite_comes_through_as_from_the_network():
     x = torch.randn(20, 8, 8, 8)
     graph, packed = graph_of(model, x)
     network, views = NativeNetwork(graph, packed, 1), packed.views
-    assert network._fast.lowering.packed  # Winograd's algorithm is in use
+    assert network._prepared.numel()  # Winograd's algorithm is in use
     x[3, 0, 2, 2], x[5, 0, 3, 3], x[7, 1, 4, 4] = torch.nan, torch.inf, 3e38
     views["0.weight"].mul_(30)
     with torch.no_grad():
@@ -132,20 +132,19 @@ def test_what_is_not_finite_comes_through_as_from_the_network():
 @builds
 @pytest.mark.parametrize("threads", [1, 2])
 def test_losses_of_classes_are_those_of_torch_at_any_number_of_points(threads):
-    """With a first layer that is mixed of what it makes of the origin and the direction."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 7)).eval()
     x, labels = torch.randn(50, 30), torch.randint(0, 7, (50,))
     labels[4] = -100
     graph, packed = graph_of(model, x)
     network = NativeNetwork(graph, packed, threads)
-    assert network._fast.lowering.mixed and network.points > 2
+    assert network.points > 2
     offsets = [[0.0], [1.5], [-40.0]]
     rows = packed.stack(offsets)["0.weight"].new_empty(3, len(packed.theta))
     for row, at in zip(rows, offsets, strict=True):
         packed.move(at)
         row.copy_(packed.theta)
-    (losses, hits), finite = network.losses(rows, offsets, x, labels)
+    (losses, hits), finite = network.losses(rows, x, labels)
     assert finite.all()
     for k, at in enumerate(offsets):
         packed.move(at)
@@ -153,10 +152,10 @@ def test_losses_of_classes_are_those_of_torch_at_any_number_of_points(threads):
         truth = F.cross_entropy(output, labels, reduction="none")
         assert torch.allclose(losses[k].double(), truth, rtol=1e-5, atol=1e-6 * output.abs().max())
         assert torch.equal(hits[k], 100.0 * (output.argmax(1) == labels))
-        alone = network.losses(rows[k : k + 1], offsets[k : k + 1], x, labels)[0]
+        alone = network.losses(rows[k : k + 1], x, labels)[0]
         assert torch.equal(alone[:, 0], torch.stack([losses[k], hits[k]]))
     x[9, 3] = torch.inf
-    assert not network.losses(rows, offsets, x.clone(), labels)[1].any()
+    assert not network.losses(rows, x, labels)[1].any()
 
 
 class Mixes(nn.Module):
@@ -180,7 +179,7 @@ class Mixes(nn.Module):
 def test_what_it_cannot_take_is_named(model, why):
     graph, _ = graph_of(model.eval(), torch.randn(3, 4))
     with pytest.raises(Unsupported, match=why):
-        Lowering(graph, dict.fromkeys(graph.names, 0), True)
+        Lowering(graph, dict.fromkeys(graph.names, 0))
 
 
 @builds

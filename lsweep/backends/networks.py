@@ -72,9 +72,7 @@ class Classifying(Protocol):
     def __call__(self, inputs: Any) -> Tensor:
         """Return the output at the present weights."""
 
-    def losses(
-        self, rows: Tensor, offsets: Sequence[Sequence[float]], inputs: Any, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def losses(self, rows: Tensor, inputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return losses and hits [2, points, samples], and where all was finite [points]."""
 
 
@@ -125,9 +123,7 @@ class NetworkOfClasses(Networked):
                 self._moving.move(spot)
                 if self.together:
                     row.copy_(self._theta)
-            offsets = [self._ground.directions.along(s.offsets) for s in group]
-            rows = self._rows[: len(group)]
-            found, finite = self._classifying.losses(rows, offsets, inputs, labels)
+            found, finite = self._classifying.losses(self._rows[: len(group)], inputs, labels)
             for spot, fine, loss, hits in zip(group, finite.tolist(), *found, strict=True):
                 if fine:
                     yield {m: Sampled(loss if m == "loss" else hits, w) for m, w in weights.items()}
