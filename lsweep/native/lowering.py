@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lsweep.backends.graph import Graph
 from lsweep.backends.tracing import Length, Unsupported
-from lsweep.native.steps import Array, Step, arranged, loops, names, place
+from lsweep.native.steps import Array, Step, arranged, loops, place
 
 POINTWISE = {  # {0} and {1} are tensors or numbers, {name} is an argument of the operator
     "relu": "relu({0})", "tanh": "vtanh({0})", "sigmoid": "sigmoid({0})", "exp": "vexp({0})",
@@ -32,9 +32,10 @@ POINTWISE = {  # {0} and {1} are tensors or numbers, {name} is an argument of th
     "hardswish": "{0} * vmin(relu({0} + 3), all(6)) / 6",
 }  # fmt: skip
 USUAL = {"scale": 1, "input_scale": 1, "rounding_mode": None, "mode": "constant", "training": False,
-         "ceil_mode": False, "divisor_override": None, "count_include_pad": True}  # fmt: skip
+         "ceil_mode": False, "divisor_override": None}  # fmt: skip
+PIXEL = {"padding": 0, "stride": 1, "dilation": 1, "groups": 1}
 CONSTANTS = 2**16  # numbers that may be part of the source
-Given = Mapping[str, Any]
+Given = dict[str, Any]
 Shape = tuple[int, ...]
 
 
@@ -59,60 +60,53 @@ class Lowering:
         self.prepared = self._scratch = 0
         self._prepare: list[str] = []
         self._constants: list[str] = []
-        self._steps: list[Step] = []  # first of them the inputs, which nothing computes
+        self._inputs: list[Step] = []
+        self._steps: list[Step] = []
         self._values: dict[fx.Node, Any] = {}
         self._graph, self._places = graph, places
         *nodes, output = graph.module.graph.nodes
         for node in nodes:
             self._values[node] = self._value(node)
         out = self._straight(output, self._values[output.args[0]])
-        self.shape, self.text = tuple(out.lies.shape[1:]), self._written(out)
-
-    def _written(self, out: Array) -> str:
-        """Return the source, where all steps are known."""
+        self.shape = tuple(out.lies.shape[1:])
         for number, step in enumerate(self._steps):
             for source in (a.source for a in step.operands if isinstance(a.source, Step)):
                 source.last = number
-        for step in self._steps:
-            if not step.body or step is out.source:  # an input is there again for the next point
-                step.last = len(self._steps)
+        cast(Step, out.source).last = len(self._steps)
         extent = arranged(self._steps)
         self.memory = extent + self._scratch
         functions: dict[str, str] = {}
-        loads: list[str] = []
         calls: list[str] = []
         for step in self._steps:
-            made, size = Array(step.lies, step).address, step.lies.numel()
-            if not step.body:
-                loads.append(f"load(inputs[{len(loads)}] + at * {size}, {made}, {size}, n);")
-                continue
             name = functions.setdefault(step.function, f"f{len(functions)}")
-            told = [*(a.address for a in step.operands), made, f"m + {extent}"]
-            calls.append(f"{name}({', '.join(told)});")
+            told = [a.address for a in (*step.operands, Array(step.lies, step))]
+            calls.append(f"{name}({', '.join(told)}, m + {extent});")
         numbers = {"SIZE": out.lies.numel(), "MEMORY": self.memory, "PREPARED": self.prepared}
-        return "\n".join([
+        self.text = "\n".join([
             *(f"constexpr long {k} = {v};" for k, v in numbers.items()),
             (resources.files("lsweep.native") / "native.h").read_text(), *self._constants,
             *(f"static NOINLINE void {name}{text}" for text, name in functions.items()),
             "static void prepare(const float* w, float* u) {", *self._prepare, "}",
-            "static void enter(const float* const* inputs, long at, long n, vec* m) {", *loads, "}",
-            "static const vec* network(const float* w, const float* u, vec* m) {", *calls,
-            f"return {out.address};", "}", "",
+            "static const vec* network(const vec* const* inputs, long tile, const float* w,",
+            "const float* u, vec* m) {", *calls, f"return {out.address};", "}", "",
         ])  # fmt: skip
 
     # -- values -----------------------------------------------------------------------------------
 
     def _value(self, node: fx.Node) -> Any:
         """Return what a node computes: an array, several, or a number."""
+        t = node.meta["val"]
+        if isinstance(t, Tensor) and t.dtype != torch.float32:
+            raise Unsupported(f"{node.name} is not float32")
         if node.op == "call_function":
             return self._computed(node)
-        t = node.meta["val"]
-        if not isinstance(t, Tensor) or t.dtype != torch.float32:
-            raise Unsupported(f"{node.name} is not float32")
         if "name" in node.meta:
             return Array(_meta(t.shape), f"w + {self._places[node.meta['name']]}")
         if node.op == "placeholder":
-            return self._step(node, "", [], _shape(node))
+            lies = _meta(_shape(node))
+            start = f"inputs[{len(self._inputs)}] + tile * {lies.numel()}"
+            self._inputs.append(Step(node, "", [], lies, "", -1, start))
+            return Array(lies, self._inputs[-1])
         numbers = getattr(self._graph.module, str(node.target)).flatten().tolist()
         if len(numbers) > CONSTANTS:
             raise Unsupported(f"{node.name} is more than {CONSTANTS} constant numbers")
@@ -151,10 +145,9 @@ class Lowering:
     # -- steps ------------------------------------------------------------------------------------
 
     def _step(self, node: fx.Node, body: str, operands: Sequence[Array], shape: Sequence[int],
-              indices: Sequence[str] = ()) -> Array:  # fmt: skip
+              indices: str = "") -> Array:  # fmt: skip
         """Add a step and return what it makes."""
-        step = Step(node, body, list(operands), _meta(shape), indices or names(shape))
-        step.last = len(self._steps)
+        step = Step(node, body, list(operands), _meta(shape), indices, len(self._steps))
         self._steps.append(step)
         return Array(step.lies, step)
 
@@ -175,8 +168,7 @@ class Lowering:
         """Return an array of samples without gaps, in order: itself or a copy."""
         if isinstance(a.source, Step) and a.lies.is_contiguous():
             return a
-        body = f"{loops(a.lies.shape)}{{ vec v = all(0) + a0[{place(a.lies)}]; END }}"
-        return self._step(node, body, [a], a.lies.shape)
+        return self._folded(node, a, 0, False)
 
     def _folded(self, node: fx.Node, x: Array, over: int, most: bool) -> Array:
         """Return the mean, or the largest, over the last dimensions of an array."""
@@ -201,56 +193,48 @@ class Lowering:
 
     # -- operators --------------------------------------------------------------------------------
 
-    def _layer(self, node: fx.Node, body: str, indices: str, x: Array, w: Array, bias: Array | None,
-               shape: Shape) -> Array:  # fmt: skip
-        if not w.lies.is_contiguous():
-            raise Unsupported(f"{node.name} has weights that are not in order")
-        out = self._step(node, body, [x, w], shape, indices)
-        if bias is not None:
-            per_unit = Array(bias.lies.view(-1, *[1] * (len(shape) - 2)), bias.source)
-            cast(Step, out.source).apply("{0} + {1}", [out, per_unit])
-        return out
-
     def _on_linear(self, node: fx.Node, given: Given, shape: Shape) -> Array:
-        x, w = given["input"], given["weight"]
-        if x.lies.dim() != 2:
+        if given["input"].lies.dim() != 2:
             raise Unsupported(f"{node.name} is a linear layer of more than vectors")
-        (units, k), step = w.lies.shape, x.lies.stride(1)
-        body = f"product<{_listed(units, k, 1, 1, k, step, 0, 0)}>(a1, a0, 1, 0, "
-        body += "[=](int o, int, vec v) { END });"
-        return self._layer(node, body, "0o", x, w, given["bias"], shape)
+        for name in ("input", "weight"):
+            given[name] = Array(given[name].lies[..., None, None], given[name].source)
+        return self._on_conv2d(node, {**PIXEL, **given}, shape)
 
     def _on_conv2d(self, node: fx.Node, given: Given, shape: Shape) -> Array:
         x, w, bias, groups = (given[k] for k in ("input", "weight", "bias", "groups"))
+        if isinstance(given["padding"], str) or not w.lies.is_contiguous():
+            raise Unsupported(f"{node.name} has padding by name, or weights that are not in order")
         (ph, pw), (sh, sw), (dh, dw) = (_pair(given[k]) for k in ("padding", "stride", "dilation"))
-        (co, ci, kh, kw), (_, _, oh, ow) = w.lies.shape, shape
+        (co, ci, kh, kw), (oh, ow) = w.lies.shape, (*shape, 1, 1)[2:4]
         direct = 9 * oh * ow * ci * co  # additions: those of Winograd's transforms count, too
         least = 36 * math.ceil(oh / 4) * math.ceil(ow / 4) * (ci * co + 6 * (ci + co))
         if (kh, kw, sh, sw, dh, dw, groups) == (3, 3, 1, 1, 1, 1, 1) and least < 0.75 * direct:
-            place = f"u + {self.prepared}"
+            prepared = f"u + {self.prepared}"
             self.prepared += 36 * ci * co
-            self._prepare.append(f"winograd_weights<{ci}, {co}>({w.address}, {place});")
+            self._prepare.append(f"winograd_weights<{ci}, {co}>({w.address}, {prepared});")
             self._scratch = max(self._scratch, 36 * (ci + co + 2) * (4 if ci * co > 4096 else 1))
+            w = Array(_meta(w.lies.shape), prepared)
             numbers = (ci, co, *x.lies.shape[2:], ph, pw, *x.lies.stride()[1:])
-            body = f"winograd<{_listed(*numbers)}>(a1, a0, scratch, "
+            body = f"winograd<{_listed(numbers)}>(a1, a0, scratch, "
             body += "[=](int o, int y, int x, vec v) { END });"
-            w = Array(_meta(w.lies.shape), place)
         else:
             x = self._padded(node, x, (pw, pw, ph, ph), 0) if ph or pw else x
             units, (_, channel, row, column) = co // groups, x.lies.stride()
-            numbers = (units, ci, kh, kw, ci * kh * kw, channel, dh * row, dw * column)
+            numbers = (units, ci, kh, kw, ci * kh * kw, 1, channel, dh * row, dw * column)
             a, b = f"a1 + g * {units * ci * kh * kw}", f"a0 + g * {ci * channel} + y * {sh * row}"
             body = f"for (int g = 0; g < {groups}; g++) for (int y = 0; y < {oh}; y++)\n  "
-            body += f"product<{_listed(*numbers)}>({a}, {b}, {ow}, {sw * column}, "
+            body += f"product<{_listed(numbers)}>({a}, {b}, {ow}, {sw * column}, "
             body += f"[=](int m, int x, vec v) {{ int o = g * {units} + m; END }});"
-        return self._layer(node, body, "0oyx", x, w, bias, shape)
+        out = self._step(node, body, [x, w], shape, "0oyx"[: len(shape)])
+        if bias is not None:
+            cast(Step, out.source).apply("{0} + {1}", [out, _per_channel(bias, shape)])
+        return out
 
     def _on_batch_norm(self, node: fx.Node, given: Given, shape: Shape) -> Array:
         known = [given[k] for k in ("running_mean", "running_var", "weight", "bias") if given[k]]
         value = f"({{0}} - {{1}}) / sqrtf({{2}} + {_literal(given['eps'])})"
         value += "".join([" * {3}", " + {4}"][: len(known) - 2])
-        ones = [1] * (len(shape) - 2)
-        per_channel = [Array(a.lies.view(-1, *ones), a.source) for a in known]
+        per_channel = (_per_channel(a, shape) for a in known)
         return self._pointwise(node, value, [given["input"], *per_channel], shape)
 
     def _on_mean(self, node: fx.Node, given: Given, shape: Shape) -> Array:
@@ -260,21 +244,30 @@ class Lowering:
         found = self._folded(node, Array(x.lies.permute(kept + along), x.source), len(along), False)
         return Array(found.lies.view(shape), found.source)
 
-    def _on_max_pool2d(self, node: fx.Node, given: Given, shape: Shape) -> Array:
-        x, most, (ph, pw) = given["self"], "dilation" in given, _pair(given.get("padding", 0))
-        even = [n // m for n, m in zip(x.lies.shape[-2:], shape[-2:], strict=True)]
-        size = _pair(given.get("kernel_size", even))
-        (sh, sw), dilation = _pair(given.get("stride") or size), _pair(given.get("dilation", 1))
+    def _pool(self, node: fx.Node, given: Given, shape: Shape, most: bool) -> Array:
+        x, size, (ph, pw) = given["self"], _pair(given["kernel_size"]), _pair(given["padding"])
+        stride = _pair(given["stride"] or size)
         if ph or pw:
             x = self._padded(node, x, (pw, pw, ph, ph), -math.inf if most else 0)
-        windows = x.lies.unfold(-2, size[0], sh).unfold(-2, size[1], sw)
-        covered = [n * m for n, m in zip(even, shape[-2:], strict=True)]
-        uneven = "output_size" in given and covered != list(x.lies.shape[-2:])
-        if uneven or dilation != [1, 1] or windows.shape[:-2] != shape:
-            raise Unsupported(f"{node.name} is a pool of another kind")
+        windows = x.lies.unfold(-2, size[0], stride[0]).unfold(-2, size[1], stride[1])
         return self._folded(node, Array(windows, x.source), 2, most)
 
-    _on_avg_pool2d = _on_adaptive_avg_pool2d = _on_max_pool2d
+    def _on_max_pool2d(self, node: fx.Node, given: Given, shape: Shape) -> Array:
+        if _pair(given["dilation"]) != [1, 1]:
+            raise Unsupported(f"{node.name} is a pool with gaps")
+        return self._pool(node, given, shape, True)
+
+    def _on_avg_pool2d(self, node: fx.Node, given: Given, shape: Shape) -> Array:
+        if any(_pair(given["padding"])) and not given["count_include_pad"]:
+            raise Unsupported(f"{node.name} averages without its padding")
+        return self._pool(node, given, shape, False)
+
+    def _on_adaptive_avg_pool2d(self, node: fx.Node, given: Given, shape: Shape) -> Array:
+        lengths = list(zip(given["self"].lies.shape[-2:], shape[-2:], strict=True))
+        if any(n % m for n, m in lengths):
+            raise Unsupported(f"{node.name} is a pool of uneven windows")
+        even = {"kernel_size": [n // m for n, m in lengths], "stride": None, "padding": 0}
+        return self._pool(node, {**given, **even}, shape, False)
 
     def _on_cat(self, node: fx.Node, given: Given, shape: Shape) -> Array:
         d, at, body, out = given["dim"], 0, "", _meta(shape)
@@ -297,11 +290,11 @@ class Lowering:
             return Array(x.lies.view(shape), x.source)
 
 
-def _bound(target: Any, args: Sequence[Any], kwargs: Given) -> tuple[str, dict[str, Any]]:
+def _bound(target: Any, args: Sequence[Any], kwargs: Given) -> tuple[str, Given]:
     """Return an operator's name and all its arguments by name."""
     schema = target._schema
     given = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    given |= dict(zip([a.name for a in schema.arguments], args, strict=False)) | dict(kwargs)
+    given |= dict(zip([a.name for a in schema.arguments], args, strict=False)) | kwargs
     name = schema.name.removeprefix("aten::")
     for key, usual in USUAL.items():
         if given.get(key, usual) != usual:
@@ -341,7 +334,11 @@ def _pair(value: Any) -> list[int]:
     return many * 2 if len(many) == 1 else many
 
 
-def _listed(*numbers: int) -> str:
+def _per_channel(a: Array, shape: Shape) -> Array:
+    return Array(a.lies.view(-1, *[1] * (len(shape) - 2)), a.source)
+
+
+def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 

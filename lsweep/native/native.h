@@ -1,7 +1,8 @@
 // Kernels over samples in SIMD lanes: a `vec` holds one number of L samples, a weight is a scalar.
 //
 // An activation is laid out [...][L], so every operation is a loop of scalar weight times vector,
-// of any shape, and never a shuffle. Float32 as written: no reassociation, NaN comes through.
+// of any shape, and never a shuffle. Float32 as written but that a product and a sum are rounded
+// once: no reassociation, NaN comes through.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -59,19 +60,18 @@ template <int N, int B, class F> static INLINE void blocks(F f) {
 }
 // Calls end(m, j, value) for value = sum over c, y, x of a[m][c, y, x] b[j][c][y][x], for all m < M
 // and j < n, at the strides A* and B*: a linear layer, or a row of a convolution. A weight is read
-// from memory as it is multiplied, which costs nothing. Where AM is 0, the weights of each block of
-// units are [c, y, x][m].
-template <int M, int C, int H, int W, int AM, int BC, int BH, int BW, class F>
+// from memory as it is multiplied, which costs nothing.
+template <int M, int C, int H, int W, int AM, int AK, int BC, int BH, int BW, class F>
 static INLINE void product(const float* a, const vec* b, int n, int step, F end) {
   blocks<M, UNITS>([&](int m0, auto units) {
     for (int j = 0; j < n; j++) {
       vec sums[units()] = {};
-      const float* w = a + m0 * (AM ? AM : C * H * W);
+      const float* w = a + m0 * AM;
       for (int c = 0; c < C; c++)
         for (int y = 0; y < H; y++)
-          for (int x = 0; x < W; x++, w += AM ? 1 : units()) {
+          for (int x = 0; x < W; x++, w += AK) {
             vec v = b[j * step + c * BC + y * BH + x * BW];
-            UNROLL for (int m = 0; m < units(); m++) sums[m] += w[m * (AM ? AM : 1)] * v;
+            UNROLL for (int m = 0; m < units(); m++) sums[m] += w[m * AM] * v;
           }
       UNROLL for (int m = 0; m < units(); m++) end(m0 + m, j, sums[m]);
     }
@@ -80,42 +80,44 @@ static INLINE void product(const float* a, const vec* b, int n, int step, F end)
 
 // ---- Winograd F(4x4, 3x3): Y = A'[(G w G') * (B' d B)]A (Lavin, Gray 2015, arXiv:1509.09308) ---
 
-static INLINE void by_G(const vec* w, int s, vec* u, int t) {  // of 3 numbers s apart, 6 t apart
+// The six points are 0, infinity, 1, -1, 2, -2. Numbers are read s apart and written t apart.
+static INLINE void by_G(const vec* w, int s, vec* u, int t) {  // of 3, 6
   vec a = (w[0] + w[2 * s]) * (-1 / 6.f), b = w[s] * (-1 / 6.f);
   vec c = w[0] * (1 / 24.f) + w[2 * s] * (1 / 6.f), d = w[s] * (1 / 12.f);
-  u[0] = w[0] * .25f, u[t] = a + b, u[2 * t] = a - b;
-  u[3 * t] = c + d, u[4 * t] = c - d, u[5 * t] = w[2 * s];
+  u[0] = w[0] * .25f, u[t] = w[2 * s];
+  u[2 * t] = a + b, u[3 * t] = a - b, u[4 * t] = c + d, u[5 * t] = c - d;
 }
-static INLINE void by_B(const vec* d, int s, vec* v, int t) {  // of 6 numbers, 6
+static INLINE void by_B(const vec* d, int s, vec* v, int t) {  // of 6, 6
   vec a = d[4 * s] - 4 * d[2 * s], b = d[3 * s] - 4 * d[s];
-  vec c = d[4 * s] - d[2 * s], e = 2 * (d[3 * s] - d[s]);
-  v[0] = 4 * d[0] - 5 * d[2 * s] + d[4 * s], v[t] = a + b, v[2 * t] = a - b;
-  v[3 * t] = c + e, v[4 * t] = c - e, v[5 * t] = 4 * d[s] - 5 * d[3 * s] + d[5 * s];
+  vec c = d[4 * s] - d[2 * s], e = d[3 * s] - d[s];
+  v[0] = 4 * d[0] - 5 * d[2 * s] + d[4 * s], v[t] = 4 * d[s] - 5 * d[3 * s] + d[5 * s];
+  v[2 * t] = a + b, v[3 * t] = a - b, v[4 * t] = c + 2 * e, v[5 * t] = c - 2 * e;
 }
-static INLINE void by_A(const vec* m, int s, vec* y, int t) {  // of 6 numbers, 4
-  vec p = m[s] + m[2 * s], q = m[s] - m[2 * s], u = m[3 * s] + m[4 * s], w = m[3 * s] - m[4 * s];
-  y[0] = m[0] + p + u, y[t] = q + 2 * w, y[2 * t] = p + 4 * u, y[3 * t] = q + 8 * w + m[5 * s];
+static INLINE void by_A(const vec* m, int s, vec* y, int t) {  // of 6, 4
+  vec p = m[2 * s] + m[3 * s], q = m[2 * s] - m[3 * s];
+  vec u = m[4 * s] + m[5 * s], w = m[4 * s] - m[5 * s];
+  y[0] = m[0] + p + u, y[t] = q + 2 * w, y[2 * t] = p + 4 * u, y[3 * t] = q + 8 * w + m[s];
 }
-// Transforms N x N numbers to M x M by columns, then by rows.
-template <int N, int M, void line(const vec*, int, vec*, int)>
+// Transforms N x N numbers to M x M: so many rows at a time as stay in registers, as what is not
+// used is not computed.
+template <int N, int M, int ROWS, void line(const vec*, int, vec*, int)>
 static INLINE void both(const vec* in, int row, int column, vec* out, int step) {
-  vec half[M * N];
-  UNROLL for (int j = 0; j < N; j++) line(in + j * column, row, half + j, N);
-  UNROLL for (int i = 0; i < M; i++) line(half + i * N, 1, out + i * M * step, step);
+  UNROLL for (int i = 0; i < M; i += ROWS) {
+    vec half[N][M];
+    UNROLL for (int j = 0; j < N; j++) line(in + j * column, row, half[j], 1);
+    UNROLL for (int r = i; r < i + ROWS; r++) line(&half[0][r], M, out + r * M * step, step);
+  }
 }
-// G w G' of every filter, [36] times as `product` wants them.
+// G w G' of every filter: [36][CI][CO].
 template <int CI, int CO> static void winograd_weights(const float* w, float* u) {
   constexpr int N = CI * CO;
   for (int i = 0; i < N; i += L) {
     vec f[9] = {}, g[36];
     for (int l = 0; l < L && i + l < N; l++)
       for (int j = 0; j < 9; j++) f[j][l] = w[(i + l) * 9 + j];
-    both<3, 6, by_G>(f, 3, 1, g, 1);
-    for (int l = 0; l < L && i + l < N; l++) {
-      int o = (i + l) / CI, first = o / UNITS * UNITS, units = std::min(CO - first, UNITS);
-      float* to = u + first * CI + (i + l) % CI * units + o % UNITS;
-      for (int k = 0; k < 36; k++) to[k * N] = g[k][l];
-    }
+    both<3, 6, 6, by_G>(f, 3, 1, g, 1);
+    for (int l = 0; l < L && i + l < N; l++)
+      for (int k = 0; k < 36; k++) u[k * N + (i + l) % CI * CO + (i + l) / CI] = g[k][l];
   }
 }
 // Calls end(channel, row, column, value) for an image with margins PY and PX of zeros around it.
@@ -134,25 +136,25 @@ static INLINE void winograd(const float* u, const vec* in, vec* scratch, F end) 
         const vec* d = in + c * CHANNEL + y * ROW + x * COLUMN;
         vec edge[36], *to = v + 36 * VS * t + c;
         if (inner) {
-          both<6, 6, by_B>(d, ROW, COLUMN, to, VS);
+          both<6, 6, 2, by_B>(d, ROW, COLUMN, to, VS);
           continue;
         }
         UNROLL for (int i = 0; i < 36; i++) {
           bool there = unsigned(y + i / 6) < H && unsigned(x + i % 6) < W;
           edge[i] = there ? d[i / 6 * ROW + i % 6 * COLUMN] : vec{};
         }
-        both<6, 6, by_B>(edge, 6, 1, to, VS);
+        both<6, 6, 2, by_B>(edge, 6, 1, to, VS);
       }
     }
     for (int k = 0; k < 36; k++)
-      product<CO, CI, 1, 1, 0, 1, 0, 0>(
+      product<CO, CI, 1, 1, 1, CO, 1, 0, 0>(
           u + k * (long)(CO * CI), v + k * VS, n, 36 * VS,
           [&](int o, int t, vec sum) { p[(36 * t + k) * PS + o] = sum; });
     for (int t = 0; t < n; t++)
       for (int o = 0; o < CO; o++) {
         int y = (t0 + t) / TX * 4, x = (t0 + t) % TX * 4;
         vec r[16];
-        both<6, 4, by_A>(p + 36 * PS * t + o, 6 * PS, PS, r, 1);
+        both<6, 4, 4, by_A>(p + 36 * PS * t + o, 6 * PS, PS, r, 1);
         UNROLL for (int i = 0; i < 16; i++)
           if ((OH % 4 == 0 || y + i / 4 < OH) && (OW % 4 == 0 || x + i % 4 < OW))
             end(o, y + i / 4, x + i % 4, r[i]);
@@ -162,11 +164,6 @@ static INLINE void winograd(const float* u, const vec* in, vec* scratch, F end) 
 
 // ---- samples, points and threads ----------------------------------------------------------------
 
-// Samples to lanes; lanes that are too many repeat the last of n.
-static void load(const float* in, vec* out, int size, long n) {
-  for (long l = 0; l < L; l++)
-    for (int i = 0; i < size; i++) ((float*)(out + i))[l] = in[std::min(l, n - 1) * size + i];
-}
 // log(sum exp z) - z[label], and 100 where the first largest is the label; 0 where it is no class.
 static void cross_entropy(const vec* z, const long* labels, float* loss, float* hits, long n) {
   vec top = z[0], best = {}, sum = {};
@@ -174,7 +171,7 @@ static void cross_entropy(const vec* z, const long* labels, float* loss, float* 
   for (int c = 0; c < SIZE; c++) sum += vexp(z[c] - top);
   for (long l = 0; l < n; l++) {
     bool known = labels[l] >= 0 && labels[l] < SIZE;
-    loss[l] = known ? std::log(sum[l]) + top[l] - z[labels[l]][l] : 0;
+    loss[l] = known ? std::log(sum[l]) - (z[labels[l]][l] - top[l]) : 0;
     hits[l] = known && best[l] == labels[l] ? 100 : 0;
   }
 }
@@ -191,13 +188,14 @@ template <class F> static void share(long n, long threads, F work) {
   if (threads > 1 && n > 1 && GOMP_parallel) GOMP_parallel(start, &run, threads, 0);
   else run();
 }
-// What is generated: weights in Winograd's domain, the inputs of n samples, the output of L.
+// What is generated: weights in Winograd's domain, and the output of a tile of L samples.
 static void prepare(const float* w, float* u);
-static void enter(const float* const* inputs, long at, long n, vec* m);
-static const vec* network(const float* w, const float* u, vec* m);
+static const vec* network(const vec* const* inputs, long tile, const float* w, const float* u,
+                          vec* m);
+extern "C" const int lanes = L;
 
 // At each row of weights: the losses of all samples, then all hits; without labels, the output.
-extern "C" void forward(const float* const* inputs, const float* weights, const long* labels,
+extern "C" void forward(const vec* const* inputs, const float* weights, const long* labels,
                         float* out, float* prepared, vec* memory, long samples, long points,
                         long stride, long threads) {
   share(points, threads, [&](long p, long) {
@@ -205,10 +203,9 @@ extern "C" void forward(const float* const* inputs, const float* weights, const 
   });
   share((samples + L - 1) / L, threads, [&](long tile, long thread) {
     long at = tile * L, n = std::min<long>(L, samples - at);
-    vec* m = memory + thread * MEMORY;
-    enter(inputs, at, n, m);
     for (long p = 0; p < points; p++) {
-      const vec* z = network(weights + p * stride, prepared + p * PREPARED, m);
+      const float *w = weights + p * stride, *u = prepared + p * PREPARED;
+      const vec* z = network(inputs, tile, w, u, memory + thread * MEMORY);
       float *loss = out + p * samples + at, *to = out + (p * samples + at) * SIZE;
       if (labels) cross_entropy(z, labels + at, loss, loss + points * samples, n);
       else

@@ -19,7 +19,6 @@ from lsweep.backends.tracing import Unsupported
 from lsweep.native.compiling import compiled
 from lsweep.native.lowering import Lowering
 
-LANES = 16  # at most
 TOGETHER = 2**17  # numbers that the weights of points which are evaluated at once may be
 
 
@@ -49,11 +48,12 @@ class NativeNetwork:
             raise Unsupported("its weights are not in order")
         places = {n: int(packed.views[n].storage_offset()) for n in graph.names}
         lowering = Lowering(graph, places)
-        self._forward = compiled(lowering.text).forward
+        library = compiled(lowering.text)
+        self._forward, self._lanes = library.forward, ctypes.c_int.in_dll(library, "lanes").value
         self._forward.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_long] * 4
         self.points = max(1, TOGETHER // (packed.theta.numel() + lowering.prepared))
         self._prepared = torch.empty(self.points * lowering.prepared)
-        self._memory = torch.empty(threads * lowering.memory * LANES)
+        self._memory = torch.empty(threads * lowering.memory * self._lanes)
         self._shape = lowering.shape
         self.classes = self._shape[0] if len(self._shape) == 1 else 0
 
@@ -90,9 +90,15 @@ class NativeNetwork:
              out: Tensor) -> None:  # fmt: skip
         if any(t.dtype != torch.float32 for t in leaves):
             raise Unsupported("the samples are not float32")
-        held = [t.contiguous() for t in leaves]
+        held = [_tiles(t, self._lanes) for t in leaves]
         inputs = (ctypes.c_void_p * len(held))(*(t.data_ptr() for t in held))
         memory = [t.data_ptr() for t in (out, self._prepared, self._memory)]
         known = labels.data_ptr() if labels is not None else None
-        numbers = len(held[0]), len(rows), rows.stride(0), self._threads
+        numbers = len(leaves[0]), len(rows), rows.stride(0), self._threads
         self._forward(ctypes.addressof(inputs), rows.data_ptr(), known, *memory, *numbers)
+
+
+def _tiles(t: Tensor, lanes: int) -> Tensor:
+    """Return samples as [tiles, numbers, lanes]; lanes that are too many repeat the last one."""
+    more = t[-1:].expand(-len(t) % lanes, *t.shape[1:])
+    return torch.cat([t, more]).view(-1, lanes, t[0].numel()).transpose(1, 2).contiguous()

@@ -1,4 +1,4 @@
-"""Steps: calls of C++ functions, each of which computes one array among the vectors of a thread."""
+"""Steps: calls of C++ functions, each of which makes one array of vectors."""
 
 from __future__ import annotations
 
@@ -18,33 +18,32 @@ class Array:
     @property
     def address(self) -> str:
         """Where its first element is, as C++."""
-        start = f"m + {self.source.start}" if isinstance(self.source, Step) else self.source
+        start = self.source if isinstance(self.source, str) else self.source.start
         return f"{start} + {self.lies.storage_offset()}"
 
 
 @dataclass(eq=False)
 class Step:
-    """A call.
+    """A call, or an input.
 
     Attributes:
         node: whose value it makes.
-        body: of the function, C++ that reads the operands a0, a1 …; END where it has made a
-            ``vec v``.
+        body: C++ that reads the operands a0, a1 …; END where it has made a ``vec v``.
         operands: what it reads.
-        lies: how what it makes lies in memory, from ``start``.
+        lies: how what it makes lies in memory from ``start`` on.
         indices: names of the indices of ``v``.
-        then: what is done with each ``v`` before it is written.
         last: the number of the last step that reads it.
+        then: what is done with each ``v`` before it is written.
     """
 
     node: fx.Node
     body: str
     operands: list[Array]
     lies: Tensor
-    indices: Sequence[str]
+    indices: str
+    last: int
+    start: str = ""
     then: str = ""
-    start: int = 0
-    last: int = 0
 
     def apply(self, value: str, operands: Sequence[Array]) -> None:
         """Let ``value`` of {0}, {1} … be in each number's place; its own array is that number."""
@@ -65,10 +64,10 @@ class Step:
         return f"({heads}vec* out, vec* scratch) {{\n  {self.body.replace('END', end)}\n}}"
 
 
-def place(lies: Tensor, indices: Sequence[str] = ()) -> str:
-    """Return where an element lies from the first one on, at indices i0, i1 … or named."""
-    indices = indices or names(lies.shape)
-    return " + ".join(f"{i} * {s}" for i, s in zip(indices, lies.stride(), strict=True)) or "0"
+def place(lies: Tensor, indices: str = "") -> str:
+    """Return where an element lies, as C++: its indices are i0, i1 …, or named by letters."""
+    named = list(indices) or [f"i{d}" for d in range(lies.dim())]
+    return " + ".join(f"{i} * {s}" for i, s in zip(named, lies.stride(), strict=True)) or "0"
 
 
 def loops(shape: Sequence[int], first: int = 0) -> str:
@@ -77,18 +76,15 @@ def loops(shape: Sequence[int], first: int = 0) -> str:
     return "".join(f"for (int i{d} = 0; i{d} < {n}; i{d}++) " for d, n in lengths)
 
 
-def names(shape: Sequence[int]) -> list[str]:
-    """Return the names of the indices in such loops."""
-    return [f"i{d}" for d in range(len(shape))]
-
-
 def arranged(steps: Sequence[Step]) -> int:
     """Give steps starts so that none whose arrays are needed at once overlap; return the extent."""
-    living: list[Step] = []
+    extent, living = 0, list[tuple[int, Step]]()
     for number, step in enumerate(steps):
-        living = sorted((s for s in living if s.last >= number), key=lambda s: s.start)
-        for s in living:
-            if s.start < step.start + step.lies.numel():
-                step.start = s.start + s.lies.numel()
-        living.append(step)
-    return max(s.start + s.lies.numel() for s in steps)
+        start, size = 0, step.lies.numel()
+        living = sorted((x for x in living if x[1].last >= number), key=lambda x: x[0])
+        for at, other in living:
+            if at < start + size:
+                start = at + other.lies.numel()
+        living.append((start, step))
+        step.start, extent = f"m + {start}", max(extent, start + size)
+    return extent
