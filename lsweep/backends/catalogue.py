@@ -96,8 +96,8 @@ class Builder:
     def native(self, ground: Ground) -> Backend:
         """Return the backend of native code."""
         made = importlib.import_module("lsweep.native.network").NativeNetwork
-        rows, fixed = self.rows, ground.directions.family is None
-        network = made(self.graph, rows, torch.get_num_threads(), fixed)
+        rows = self.rows
+        network = made(self.graph, rows, torch.get_num_threads())
         pack = dict if rows is self.packed else self.graph.pack
         return NetworkOfClasses("native", ground, rows, network, pack)
 
