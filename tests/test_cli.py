@@ -148,6 +148,7 @@ def test_from_init_to_numbers(tmp_path, capfd):
 def test_a_run_is_the_formula(toml, run, capfd):
     assert command("run", toml, "--on", "inline") == 0
     assert "train_loss: 0 at the centre, minimum 0 at x = 0" in capfd.readouterr().out
+    assert not [p for p in (run / "leases").rglob("*") if p.is_file()]  # none is missing any more
     surface = Surface.load(run / "surface.h5")
     assert surface.x.tolist() == [-1.0, -0.5, 0.0, 0.5, 1.0]
     np.testing.assert_allclose(surface["train_loss"], 4 * surface.x**2, rtol=1e-6)

@@ -244,7 +244,7 @@ def do_plan(options: Namespace) -> int:
     print(f"  {counted(units, 'unit')} of {counted(last.unit_points, 'point')}, "
           f"{counted(leases, 'lease')}; {counted(plan.slices, 'slice')}")  # fmt: skip
     print(f"  on disk: about {rounds.total * row * plan.slices / 2**20:.1f} MiB of rows, at most "
-          f"{leases + 20} files and 2 more a worker")  # fmt: skip
+          f"{leases + 20} files and 2 more a worker; leases go once it is complete")  # fmt: skip
     for line in _cost(folder):
         print(f"  {line}")
     for axis in plan.axes:

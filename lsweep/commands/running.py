@@ -267,6 +267,7 @@ def _merge_and_show(folder: RunFolder, look: Look) -> int:
     from lsweep.measures.from_surface import guessed
     from lsweep.merging.merge import merge
     from lsweep.runs.display import stage
+    from lsweep.runs.prune import forget_leases
 
     with stage("merging", sys.stderr):
         surface, report = merge(folder)
@@ -289,6 +290,8 @@ def _merge_and_show(folder: RunFolder, look: Look) -> int:
         guess = guessed(surface, name, where)
         print(f"{name}: {middle}minimum {least:.6g} at {at}" + (f" ({guess})" if guess else ""))
     print(f"wrote {folder.surface}")
+    with stage("removing leases", sys.stderr):
+        forget_leases(folder)
     if look.draw:
         from lsweep.pictures.drawing import draw_run
 
