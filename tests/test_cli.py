@@ -26,12 +26,16 @@ from tiny import lsweep as command
 
 import lsweep
 from lsweep.commands.cli import main
+from lsweep.errors import LsweepError
 from lsweep.hosts.machine import host_identity, start_time
 from lsweep.runs import display
 from lsweep.runs.display import Display
 from lsweep.storage.files import read_json, sealed
 from lsweep.storage.folder import RunFolder
+from lsweep.storage.holding import held
 from lsweep.surfaces.surface import Status, Surface
+from lsweep.working.role import Role
+from lsweep.working.worker import work
 
 PARABOLA = """\
 import pathlib
@@ -148,9 +152,40 @@ def test_from_init_to_numbers(tmp_path, capfd):
 def test_a_run_is_the_formula(toml, run, capfd):
     assert command("run", toml, "--on", "inline") == 0
     assert "train_loss: 0 at the centre, minimum 0 at x = 0" in capfd.readouterr().out
+    assert not [p for p in (run / "leases").rglob("*") if p.is_file()]  # none is missing any more
     surface = Surface.load(run / "surface.h5")
     assert surface.x.tolist() == [-1.0, -0.5, 0.0, 0.5, 1.0]
     np.testing.assert_allclose(surface["train_loss"], 4 * surface.x**2, rtol=1e-6)
+
+
+def test_a_plan_of_which_nothing_was_computed_is_replaced(toml, run, capfd):
+    problem = toml.with_name("problem.py")
+    problem.write_text(PARABOLA.replace(".square().flatten()", ".sqare()"))
+    assert command("run", toml, "--on", "inline") == 1
+    assert "no attribute 'sqare'" in capfd.readouterr().err
+    problem.write_text(PARABOLA)
+    with held(run / "plan.json"):  # as its workers do
+        assert command("run", toml, "--on", "inline") == 1
+    assert "problem.code" in capfd.readouterr().err
+    assert command("plan", toml) == 0
+    said = f"{run} held another plan (problem.code differs); nothing was computed there, so this"
+    assert said in capfd.readouterr().out
+    assert (run / "problem.py").read_text() == PARABOLA
+    finer = ["--set", "directions.seed=1", "--set", "grid.x.count=9"]
+    assert command("run", toml, "--on", "inline", *finer) == 0
+    assert "(directions.x.seed differs); nothing was computed" in capfd.readouterr().out
+    assert len(Surface.load(run / "surface.h5").x) == 9 == rows(run)
+    assert "directions.seed=1" in (run / "sweep.toml").read_text()
+    (run / "surface.h5").unlink()
+    before = contents(run)
+    assert command("run", toml, "--on", "inline") == 1 and contents(run) == before
+
+
+def test_a_worker_whose_plan_was_replaced_computes_nothing_with_its_problem(toml, run):
+    assert command("plan", toml) == 0
+    with pytest.raises(LsweepError, match="another command replaced its plan"):
+        work(RunFolder(run), Role(plan="another"))
+    assert not (run / "parts").exists()
 
 
 def test_plan_says_what_it_will_cost_and_evaluates_nothing(toml, run, capfd):

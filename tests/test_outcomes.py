@@ -324,8 +324,6 @@ def test_a_worker_refuses_weights_or_data_that_are_not_the_planned_ones(tmp_path
         words = "the factory makes another network" if "weights" in name else f"{field} is "
         assert words in answer.text
         assert not folder.all_parts()
-        code, said, _ = run(toml)
-        assert (code, f"{field} is " in said) == (1, True), said
         (base / name).unlink()
         assert worked(folder) == 5
 

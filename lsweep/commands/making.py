@@ -53,10 +53,14 @@ def chosen_code(options: Namespace, folder: RunFolder) -> Path | None:
     return kept_code(folder, Plan.read(folder))
 
 
-def planned(options: Namespace) -> tuple[RunFolder, Problem | None]:
+def planned(options: Namespace) -> tuple[RunFolder, Problem | None, str]:
     """Freeze the plan of a TOML, or take the run as it is; ask again for what failed.
 
-    Returns the problem too where it had to be made, so that this process need not make it twice.
+    Another plan of which nothing was computed is replaced; not by one rank of several, whose
+    factories may each make another network.
+
+    Returns the problem too where it had to be made, so that this process need not make it twice,
+    and the digest of the plan.
     """
     from lsweep.plans.plan import Plan
 
@@ -67,7 +71,7 @@ def planned(options: Namespace) -> tuple[RunFolder, Problem | None]:
     if options.sweep.is_dir() or (folder.exists and not options.sweep.exists()):
         if options.overrides:
             raise LsweepError(f"--set changes a sweep.toml; {options.sweep} is a run, frozen")
-        Plan.read(folder)
+        plan = Plan.read(folder)
     else:
         from lsweep.plans.settings import Settings
 
@@ -82,11 +86,16 @@ def planned(options: Namespace) -> tuple[RunFolder, Problem | None]:
         text = options.sweep.read_text(encoding="utf-8")
         if options.overrides:
             text += "".join(f"\n# --set {o}" for o in options.overrides) + "\n"
-        plan_run(settings, problem, base, folder, text=text, unit_points=options.unit_points,
-                 code=code)  # fmt: skip
+        found = plan_run(settings, problem, base, folder, text=text, code=code,
+                         unit_points=options.unit_points,
+                         anew=getattr(options, "on", "") != "mpi")  # fmt: skip
+        plan = found.plan
+        if found.replaced:
+            print(f"{folder.root} held another plan ({found.replaced} differs); nothing was "
+                  "computed there, so this one took its place")  # fmt: skip
     if options.retry_failed:
         _ask_again(folder)
-    return folder, problem
+    return folder, problem, plan.digest
 
 
 def along_eigenvectors(folder: RunFolder) -> dict[str, list[str]]:
@@ -220,7 +229,7 @@ def do_plan(options: Namespace) -> int:
     from lsweep.storage.rows import row_type
 
     wanted = wanted_children(options)
-    folder, problem = planned(options)
+    folder, problem, _ = planned(options)
 
     plan = Plan.read(folder)
     rounds = Rounds.read(folder, plan)
@@ -244,7 +253,7 @@ def do_plan(options: Namespace) -> int:
     print(f"  {counted(units, 'unit')} of {counted(last.unit_points, 'point')}, "
           f"{counted(leases, 'lease')}; {counted(plan.slices, 'slice')}")  # fmt: skip
     print(f"  on disk: about {rounds.total * row * plan.slices / 2**20:.1f} MiB of rows, at most "
-          f"{leases + 20} files and 2 more a worker")  # fmt: skip
+          f"{leases + 20} files and 2 more a worker; leases go once it is complete")  # fmt: skip
     for line in _cost(folder):
         print(f"  {line}")
     for axis in plan.axes:

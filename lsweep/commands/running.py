@@ -51,11 +51,11 @@ def do_run(options: Namespace) -> int:
         from lsweep.hosts.device import choose_device
 
         choose_device(options.device)
-    folder, problem = planned(options)
+    folder, problem, plan = planned(options)
     if problem is not None:  # it was planned here
         _say_how_far(folder)
     children, problem = planned_children(folder, wanted, problem, options)
-    code = _run_here(folder, problem, options, Look(not options.no_picture))
+    code = _run_here(folder, problem, options, Look(not options.no_picture), plan)
     for child in children:
         if code == INTERRUPTED:
             return code
@@ -89,8 +89,12 @@ class Look:
 CHILD = Look(draw=False, values=False)  # 'lsweep measure' shows what it holds
 
 
-def _run_here(folder: RunFolder, problem: Problem | None, options: Namespace, look: Look) -> int:
-    """Evaluate what is missing of a planned run on this machine, and merge."""
+def _run_here(folder: RunFolder, problem: Problem | None, options: Namespace, look: Look,
+              plan: str = "") -> int:  # fmt: skip
+    """Evaluate what is missing of a planned run on this machine, and merge.
+
+    ``plan`` is the digest of a plan that may have been replaced since the problem was made for it.
+    """
     from lsweep.outcomes.committed import read_run
     from lsweep.runs.display import Display
 
@@ -114,7 +118,7 @@ def _run_here(folder: RunFolder, problem: Problem | None, options: Namespace, lo
         print(f"{folder.root}: {todo}", flush=True)
         before = done
         with Stop(end_of_job()) as stop, Display(folder, total, done, sys.stderr) as display:
-            code, interrupted = _evaluate(folder, options, problem, display, stop)
+            code, interrupted = _evaluate(folder, options, problem, display, stop, plan)
         _, _, committed = read_run(folder)
         done, total = committed.share
     if interrupted:
@@ -140,7 +144,12 @@ def _asked(rounds: Rounds) -> tuple[int, int]:
 
 
 def _evaluate(
-    folder: RunFolder, options: Namespace, problem: Problem | None, display: Display, stop: Stop
+    folder: RunFolder,
+    options: Namespace,
+    problem: Problem | None,
+    display: Display,
+    stop: Stop,
+    plan: str,
 ) -> tuple[int, bool]:
     if options.on == "inline" and (options.workers or 1) > 1:
         raise LsweepError(f"--on inline is one worker: leave out --workers {options.workers}")
@@ -158,7 +167,7 @@ def _evaluate(
         from lsweep.working.worker import work
 
         try:
-            work(folder, role, problem, stop)
+            work(folder, dataclasses.replace(role, plan=plan), problem, stop)
         except KeyboardInterrupt:
             return 0, True
         return 0, False
@@ -189,7 +198,7 @@ def _run_on_mpi(options: Namespace, wanted: list[Child]) -> int:
                                  "alone")  # fmt: skip
                 time.sleep(delay(rank.of))
                 with turn(str(options.sweep.absolute())):
-                    folder, problem = planned(options)
+                    folder, problem, plan = planned(options)
                     say = print if rank.index == 0 else _silent
                     if problem is not None and rank.index == 0:
                         _say_how_far(folder)
@@ -200,6 +209,7 @@ def _run_on_mpi(options: Namespace, wanted: list[Child]) -> int:
                 for target in (folder, *children):
                     folder = target
                     before = share_done(folder)[0]
+                    role = dataclasses.replace(role, plan=plan if folder not in children else "")
                     work = functools.partial(_be_rank, folder, role, problem, stop,
                                              options.workers_per_gpu)  # fmt: skip
                     code = together.take_part(
@@ -267,6 +277,7 @@ def _merge_and_show(folder: RunFolder, look: Look) -> int:
     from lsweep.measures.from_surface import guessed
     from lsweep.merging.merge import merge
     from lsweep.runs.display import stage
+    from lsweep.runs.prune import forget_leases
 
     with stage("merging", sys.stderr):
         surface, report = merge(folder)
@@ -289,6 +300,8 @@ def _merge_and_show(folder: RunFolder, look: Look) -> int:
         guess = guessed(surface, name, where)
         print(f"{name}: {middle}minimum {least:.6g} at {at}" + (f" ({guess})" if guess else ""))
     print(f"wrote {folder.surface}")
+    with stage("removing leases", sys.stderr):
+        forget_leases(folder)
     if look.draw:
         from lsweep.pictures.drawing import draw_run
 

@@ -58,7 +58,7 @@ def _submit_run(options: Namespace) -> list[tuple[RunFolder, Submission]]:
     limit = check(site, wanted)
     children: list[RunFolder] = []
     if not options.dry_run:
-        folder, problem = planned(options)
+        folder, problem, _ = planned(options)
         children, _ = planned_children(folder, measures, problem, options)
     jobs = [_submit(folder, wanted, site, limit, options)]
     if options.dry_run and measures:

@@ -160,7 +160,10 @@ class Plan:
                     )
                 remedy = "restore it, or give a new folder with --run"
                 if not folder.all_parts():
-                    remedy = "nothing was computed there: remove it"
+                    remedy = (
+                        "nothing was computed there: once nobody is at work, 'lsweep plan' "
+                        "replaces it"
+                    )
                 if field == "origin.sha256":
                     remedy += (
                         "; or the factory makes another network each time it is called: set a "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from lsweep.plans.pointwise import POINTWISE
 from lsweep.plans.rounds import Rounds
 from lsweep.plans.settings import Settings
 from lsweep.preparing.derived import as_arrays, derive, read_derived, store_derived
+from lsweep.preparing.vacating import vacate
 from lsweep.problems.factory import factory_file, file_digest
 from lsweep.problems.problem import Problem
 from lsweep.problems.subsets import described, subsampled
@@ -29,6 +31,7 @@ from lsweep.problems.weights import State, describe, fingerprint, load_matching
 from lsweep.refinement.asking import ask_grid
 from lsweep.storage.files import publish, readable, replace, sealed
 from lsweep.storage.folder import RunFolder
+from lsweep.storage.holding import held
 from lsweep.storage.insist import read
 from lsweep.storage.stored import digest_of
 from lsweep.storage.tables import plain
@@ -45,6 +48,7 @@ class Planned:
     folder: RunFolder
     plan: Plan
     rounds: Rounds
+    replaced: str = ""  # the field by which another plan differed that stood there, unused
 
 
 def make_plan(
@@ -191,6 +195,7 @@ def plan_run(
     code: Path | None = None,
     known: dict[str, Any] | None = None,
     stored: dict[str, State] | None = None,
+    anew: bool = False,
 ) -> Planned:
     """Freeze the plan of a run and publish the round that its grid asks for.
 
@@ -207,51 +212,65 @@ def plan_run(
         known: facts of another plan with the same origin that this one shares with it: ``gauge``,
             and ``axes`` where its directions are the same.
         stored: axis -> tensors of derived directions that are shared, too.
+        anew: replace another plan of which nothing was computed.
 
     Raises:
         PlanChanged: the run holds another plan; the field is named.
         LsweepError: the folder cannot be written, or the settings do not fit the problem.
     """
     existing = Plan.read(folder) if folder.exists else None
+    shared = known, stored
     try:
         if existing:
             known, stored = existing.facts, read_derived(folder, existing, settings)
         plan, directions = make_plan(settings, problem, base, known, code, stored)
+        if existing is not None:
+            existing.require_same(plan, folder)
+            _require_same_probe(existing, plan, folder)
+    except PlanChanged as e:
+        if not anew or folder.root.resolve() == base.resolve() or not vacate(folder):
+            raise
+        found = plan_run(
+            settings, problem, base, folder,
+            text=text, unit_points=unit_points, code=code, known=shared[0], stored=shared[1],
+        )  # fmt: skip
+        return dataclasses.replace(found, replaced=e.field)
     except LsweepError as e:
-        if existing is not None and not isinstance(e, PlanChanged):
+        if existing is not None:
             raise LsweepError(f"{e} ({folder.root} exists and is untouched)") from None
         raise
     if existing is not None:
-        existing.require_same(plan, folder)
-        _require_same_probe(existing, plan, folder)
         for known_class in readable(folder.all_devices()):
             check_expected(known_class["centre"], settings.evaluate.expected)
     try:
-        folder.root.mkdir(parents=True, exist_ok=True)
-        if existing is None:
-            store_derived(folder, {a: directions.axes[a].tensors for a in plan.derived})
-        try:
-            plan = plan.freeze(folder)  # first: a planner that is refused must not touch the rest
-        except PlanChanged:
-            if existing is not None:
-                raise
-            # Another was first meanwhile: what differs in its last bits on that machine is its.
-            return plan_run(
-                settings, problem, base, folder, text=text, unit_points=unit_points, code=code
+        with contextlib.ExitStack() as stack:
+            folder.root.mkdir(parents=True, exist_ok=True)
+            if existing is None:
+                store_derived(folder, {a: directions.axes[a].tensors for a in plan.derived})
+            try:
+                plan = plan.freeze(folder)  # first: who is refused must not touch the rest
+                stack.enter_context(held(folder.plan))
+                plan = plan.freeze(folder)  # held from here on, and not replaced before
+            except PlanChanged:
+                if existing is not None:
+                    raise
+                # Another was first meanwhile: what differs in its last bits on that machine is its.
+                return plan_run(
+                    settings, problem, base, folder, text=text, unit_points=unit_points, code=code
+                )
+            _keep_base(folder, base.absolute())
+            _keep_source(plan, problem, base, folder, text, code)
+            if not folder.directions.exists():
+                write_directions(folder, plan, directions)
+            grid = directions.grid
+            rounds = ask_grid(
+                folder,
+                plan,
+                grid,
+                expected=settings.evaluate.expected,
+                refine=settings.refine,
+                unit_points=unit_points,
             )
-        _keep_base(folder, base.absolute())
-        _keep_source(plan, problem, base, folder, text, code)
-        if not folder.directions.exists():
-            write_directions(folder, plan, directions)
-        grid = directions.grid
-        rounds = ask_grid(
-            folder,
-            plan,
-            grid,
-            expected=settings.evaluate.expected,
-            refine=settings.refine,
-            unit_points=unit_points,
-        )
     except OSError as e:
         raise LsweepError(f"cannot write the run {folder.root}: {e.strerror or e}") from None
     return Planned(folder, plan, rounds)

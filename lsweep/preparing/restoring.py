@@ -156,7 +156,7 @@ def load_problem(
         *_step_fields(plan, directions, origin),
     ):
         if planned != here and field == "origin.sha256":  # in words that all workers share
-            empty = "" if folder.all_parts() else "; nothing was computed there: remove it"
+            empty = "" if folder.all_parts() else "; nothing was computed there yet"
             raise PlanChanged(f"{folder.root}: {_OTHER}{empty}", field)
         if planned != here:
             raise PlanChanged(

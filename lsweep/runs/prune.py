@@ -8,6 +8,7 @@ again.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import shutil
 import uuid
@@ -19,7 +20,7 @@ import numpy as np
 
 from lsweep.errors import LsweepError
 from lsweep.merging.merge import merge
-from lsweep.outcomes.committed import Committed
+from lsweep.outcomes.committed import Committed, read_run
 from lsweep.outcomes.reading import PartReader
 from lsweep.outcomes.winners import PART, Winners
 from lsweep.plans.plan import Plan
@@ -27,6 +28,7 @@ from lsweep.plans.rounds import Rounds
 from lsweep.runs.status import worker_states
 from lsweep.storage.files import sync_folder, writing
 from lsweep.storage.folder import RunFolder
+from lsweep.storage.insist import discard
 from lsweep.storage.parts import PartWriter
 from lsweep.storage.rows import TEXTS, Rows
 from lsweep.storage.workers import Observer, State
@@ -91,8 +93,7 @@ def prune(folder: RunFolder) -> Pruned:
             path.unlink(missing_ok=True)
         raise
     gone += old
-    for round_ in rounds:  # of these nobody claims a lease any more
-        gone += sorted(folder.lease_folder(round_.number, 0).parent.glob("*/*"))
+    gone += _leases(folder, rounds)
     size = sum(path.stat().st_size for path in gone) - sum(p.stat().st_size for p in new)
     for path in gone:
         path.unlink(missing_ok=True)
@@ -100,6 +101,29 @@ def prune(folder: RunFolder) -> Pruned:
         shutil.rmtree(folder.lease_folder(round_.number, 0).parent, ignore_errors=True)
     sync_folder(folder.parts)
     return Pruned(len(old), len(new), len(gone) - len(new), size)
+
+
+def forget_leases(folder: RunFolder) -> None:
+    """Remove the leases of a run that is complete, often as many files as it has points.
+
+    A lease steers who takes what is missing, and nothing is; who looks at an old listing still
+    computes a unit twice at worst. Folders stay, for somebody may be about to claim in a new round.
+    Nothing happens while something is missing, or where the disk does not let go.
+    """
+    _, rounds, committed = read_run(folder)
+    if committed.complete:
+        with contextlib.suppress(OSError):
+            for path in _leases(folder, rounds):
+                discard(path)
+
+
+def _leases(folder: RunFolder, rounds: Rounds) -> list[Path]:
+    """Return the lease files of complete rounds: of these nobody claims one any more."""
+    return [
+        path
+        for round_ in rounds
+        for path in sorted(folder.lease_folder(round_.number, 0).parent.glob("*/*"))
+    ]
 
 
 def _require_same(

@@ -112,7 +112,7 @@ def sweep(
     with contextlib.ExitStack() as stack:
         root = Path(run) if run else Path(stack.enter_context(tempfile.TemporaryDirectory()), "run")
         folder = RunFolder(root)
-        plan_run(settings, problem, Path.cwd(), folder)
+        plan = plan_run(settings, problem, Path.cwd(), folder, anew=True).plan.digest
         done, total = share_done(folder)
         with Display(folder, total, done, sys.stderr if shown else None) as display:
             if workers > 1:
@@ -124,7 +124,7 @@ def sweep(
                 if outcome.code and not is_complete(folder):
                     raise LsweepError(outcome.events[-1])
             else:
-                work(folder, Role(device=device, threads=0, beat=1.0), problem)
+                work(folder, Role(device=device, threads=0, beat=1.0, plan=plan), problem)
         surface, _ = merge(folder)
         if run:
             surface.save(folder.surface)

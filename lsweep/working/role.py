@@ -21,6 +21,7 @@ class Role:
         beat: seconds between heartbeats.
         trust: import a factory that belongs to another user.
         job: the Slurm task around it, for status; "" outside Slurm.
+        plan: digest of the plan that a live problem was made for; "" where the factory is called.
     """
 
     index: int = 0
@@ -32,6 +33,7 @@ class Role:
     beat: float = 10.0
     trust: bool = False
     job: str = ""
+    plan: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.of:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from lsweep.backends.packed import Spot
-from lsweep.errors import LsweepError, SickDevice
+from lsweep.errors import LsweepError, PlanChanged, SickDevice
 from lsweep.evaluating.anchor import anchored, let_go
 from lsweep.evaluating.evaluate import Evaluator
 from lsweep.evaluating.picking import Picker
@@ -32,6 +32,7 @@ from lsweep.problems.factory import describe
 from lsweep.problems.problem import Problem
 from lsweep.problems.residence import resident
 from lsweep.storage.folder import RunFolder
+from lsweep.storage.holding import held
 from lsweep.storage.leases import Lease
 from lsweep.storage.rows import Kind, Rows
 from lsweep.storage.sums import means
@@ -66,8 +67,14 @@ def work(
         SickDevice: the device no longer gives its own value at the centre.
         Stopped: it was told to end, or its time is over; all that it committed is kept.
     """
-    stop = stop or Stop()
+    with held(folder.plan):
+        return _work(folder, role, problem, stop or Stop())
+
+
+def _work(folder: RunFolder, role: Role, problem: Problem | None, stop: Stop) -> int:
     plan = Plan.read(folder)
+    if role.plan not in ("", plan.digest):
+        raise PlanChanged(f"{folder.root}: another command replaced its plan meanwhile", "plan")
     if role.threads:
         torch.set_num_threads(role.threads)
     device = choose_device(role.device, role.local)
