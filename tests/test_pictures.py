@@ -348,6 +348,14 @@ def test_a_value_stored_at_a_pending_point_is_not_shown():
     assert legend(ax)[1] == "minimum 14 at (−1, −0.5)"
 
 
+def test_a_constant_plane_is_one_colour_and_says_so():
+    flat = np.log(2.0) * (1 + np.finfo(float).eps * (np.indices((7, 7)).sum(0) % 2))
+    ax = draw(Surface({"x": np.linspace(-1, 1, 7), "y": np.linspace(-1, 1, 7)}, {"a": flat}))
+    assert legend(ax) == ["centre 0.693, constant"]
+    at = pixels(ax)
+    assert len({tuple(at(x, 0.7)) for x in np.linspace(-0.9, 0.9, 50)}) == 1
+
+
 def test_nothing_covers_a_picture_that_has_no_value():
     s = replace(
         slope(), values={"train_loss": np.full((5, 7), np.nan)}, status=np.zeros((5, 7), "u1")

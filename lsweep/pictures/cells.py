@@ -76,6 +76,8 @@ def pooled_scale(
     array([1., 3., 5.])
     """
     values = [drawn_values(s, name) for s in surfaces]
+    if len(surfaces) == 1 and surfaces[0].constant(name):
+        values = [values[0][np.isfinite(values[0])][:1]]  # rounding has no colours
     centers = np.array([s.center(name) for s in surfaces])
     centers = centers[np.isfinite(centers)]
     center = float(centers.min()) if len(centers) else float("nan")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -253,12 +254,14 @@ def _mark(surface: Surface, name: str, ax: Axes, color: str, several: bool) -> N
         ax.axvline(0.0, color="#808080", lw=0.8, ls=(0, (1, 2)), zorder=0, label="centre")
     finite = np.isfinite(value)
     if finite.any():
-        i = int(np.argmin(np.where(finite, value, np.inf)))
-        guess = guessed(surface, name, {surface.dimensions[0]: float(x[i])})
-        text = f"minimum {number(value[i])} at {number(x[i])}" + (f" ({guess})" if guess else "")
+        shown = replace(surface, values={**surface.values, name: value})
+        where, least = shown.minimum(name)
+        guess = guessed(surface, name, where)
+        text = f"minimum {number(least)} at {number(where['x'])}" + (f" ({guess})" if guess else "")
+        text = f"constant {number(least)}" if shown.constant(name) else text
         text = "minimum" if several else text
         star: dict[str, Any] = {"marker": "*", "ms": 10, "mfc": color, "mec": "white", "mew": 0.7}
-        ax.plot([x[i]], [value[i]], ls="none", label=text, zorder=6, **star)
+        ax.plot([where["x"]], [least], ls="none", label=text, zorder=6, **star)
     pending = surface.status == Status.PENDING
     bad = ~finite & ~pending
     edge = edges(x)

@@ -269,12 +269,16 @@ def _apart(transform: Transform, low: float, high: float) -> bool:
 def _around(
     transform: Transform, vmin: float | None, vmax: float | None, value: float
 ) -> tuple[float, float]:
-    """Return a range for values that are all equal, or all beyond the one bound that was given."""
+    """Return a range for values that are all equal, or all beyond the one bound that was given.
+
+    The value is in the middle of a band: rounding, or rounding's last bit, must not draw an edge.
+    """
+    more = 2 * BANDS / (BANDS - 1) - 1
     if transform.name == "ln":
-        low, high = value / 1.1, value * 1.1
+        low, high = value / 1.1, value * 1.1**more
     else:
         margin = 0.1 * abs(value) or 1.0
-        low, high = value - margin, value + margin
+        low, high = value - margin, value + more * margin
     if vmin is not None:
         return vmin, high
     if vmax is not None:
