@@ -246,6 +246,20 @@ def test_log_contours_are_levels_of_ln():
     assert level[1:] / level[:-1] == pytest.approx(np.full(len(level) - 1, level[1] / level[0]))
 
 
+def test_labels_of_contours_lie_apart_and_within_the_frame():
+    x = np.linspace(-1, 1, 25)
+    far = np.hypot(x[None, :], 1.1 * x[:, None])
+    dense = Surface({"x": x, "y": x}, {"train_loss": far**6 + 0.3 * far})  # four corners, full
+    for s in (slope(), bowl(), dense):
+        ax = draw(s, kind="contour", log=False)
+        ax.figure.draw_without_rendering()
+        box = [t.get_window_extent() for t in ax.texts]
+        assert len(box) >= 2
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(box, 2))
+        frame = ax.get_window_extent()
+        assert all(frame.contains(*b.min) and frame.contains(*b.max) for b in box)
+
+
 def test_what_is_above_the_scale_is_hatched_and_explained():
     s = bowl()
     for kind in ("contour", "filled"):
@@ -537,6 +551,15 @@ def test_bands_are_1_96_errors_of_the_difference_if_it_is_known(extra):
     assert y.max() == pytest.approx(1.1 + width)
     assert y.min() == pytest.approx(0.1 - width)
     assert ("±1.96 s.e. vs centre" if extra else "±1.96 s.e.") in legend(ax)
+
+
+def test_bands_of_two_splits_have_the_colours_of_their_lines():
+    extra = {f"{split}_loss_se": np.full(11, 0.1) for split in ("train", "test")}
+    ax = draw(replace(run(), values={**run().values, **extra}))
+    bands = [to_rgb(c.get_facecolor()[0][:3]) for c in ax.collections]
+    curves = {t.get_label(): to_rgb(t.get_color()) for t in ax.get_lines()}
+    assert bands == [curves["train loss"], curves["test loss"]]
+    assert len(set(bands)) == 2
 
 
 def test_no_error_no_band():
