@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
+from lsweep.commands.cli import main
 from lsweep.errors import LsweepError
 from lsweep.pictures.cells import Cells, as_plane, pooled_scale
 from lsweep.pictures.drawing import KINDS, contour, draw, filled, heat, line, relief, render, save
@@ -429,6 +430,30 @@ def test_of_three_axes_the_middle_of_z_is_drawn_and_named():
     assert ax.get_title() == "loss landscape, z = 0"
     assert legend(ax)[1] == "minimum 9 at (−1, −1)"
     assert as_plane(box).shape == (3, 3)
+
+
+def test_of_three_axes_any_plane_is_drawn_by_the_nearest_z_that_was_evaluated(tmp_path, capsys):
+    z = np.array([-1.0, 0.0, 0.25, 1.0])
+    status = np.ones((4, 3, 3), np.uint8)
+    status[2] = Status.PENDING
+    axes = {"x": z[[0, 1, 3]], "y": z[[0, 1, 3]], "z": z}
+    box = Surface(axes, {"train_loss": np.arange(36.0).reshape(4, 3, 3)}, status)
+    ax = draw(box, kind="heat", z=0.3)
+    assert (ax.get_title(), legend(ax)[0]) == ("loss landscape, z = 0", "centre 13")
+    titles = [a.get_title() for a in render(box, z=[-1.0, 0.7]).axes]
+    assert titles == ["loss landscape, z = −1", "loss landscape, z = 1"]
+    assert legend(draw(box, z=1.0))[0] == "x = y = 0: 31"  # no centre: that is at z = 0
+    with pytest.raises(LsweepError, match="z = 2: z goes from -1 to 1: give one within"):
+        draw(box, z=2.0)
+    box.save(tmp_path / "box.h5")
+    picture = str(tmp_path / "a.png")
+    arguments = ["render", str(tmp_path / "box.h5"), "-o", picture]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.startswith(f"wrote {picture}: the plane z = 0.25 of 4; ")
+    assert main([*arguments, "--at", "z=all"]) == 0
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--at", "y=1"])
+    assert "'y=1' is not z=NUMBER or z=all" in capsys.readouterr().err
 
 
 def test_quarters_tile_the_lattice_and_leave_complete_squares_out():

@@ -277,9 +277,10 @@ def _merge_and_show(folder: RunFolder, look: Look) -> int:
         print(f"{name}: {middle}minimum {least:.6g} at {at}" + (f" ({guess})" if guess else ""))
     print(f"wrote {folder.surface}")
     if look.draw:
+        from lsweep.pictures.cells import which_plane
         from lsweep.pictures.drawing import draw_run
 
         with stage("drawing", sys.stderr):
             picture = draw_run(surface, folder)
-        print(f"wrote {picture}")
+        print(f"wrote {picture}{which_plane(surface)}")
     return 0 if report.clean else INCOMPLETE

@@ -134,7 +134,9 @@ def mark_points(
     x, y, constant = surface.x, surface.y, surface.constant(name)
     if x.min() <= 0 <= x.max() and y.min() <= 0 <= y.max():
         value = surface.center(name)
-        text = f"centre {number(value)}" if math.isfinite(value) else "centre"
+        lifted = float(surface.attributes.get("z", {}).get("at", "0")) != 0.0
+        text = "x = y = 0:" if lifted else "centre"
+        text += f" {number(value)}" if math.isfinite(value) else ""
         text += ", constant" if constant else ""
         halo = [withStroke(linewidth=3.2, foreground="white")]
         style: dict[str, Any] = {"marker": "+", "ms": 13, "mec": "black", "path_effects": halo}
