@@ -152,7 +152,7 @@ def test_what_spans_over_two_decades_is_logarithmic_unless_its_reader_says_other
     cliff[0, 0] = np.inf
     s = Surface({"x": x, "y": x}, {"train_loss": cliff, "test_accuracy": cliff})
     ax = draw(s)
-    assert color_bar(ax).get_ylabel() == "train loss, log scale"
+    assert color_bar(ax).get_ylabel() == "train loss, log scale, uneven levels"
     (mesh,) = [c for c in ax.collections if isinstance(c, QuadContourSet) and not any(c.hatches)]
     share = np.histogram(s["train_loss"][np.isfinite(cliff)], np.exp(mesh.levels))[0] / cliff.size
     assert share.max() < 0.3  # of even levels of ln the first band would hold most points

@@ -257,6 +257,7 @@ def add_bar(axes: Sequence[Axes], scale: Scale, text: str, kind: str) -> None:
     bar.ax.minorticks_off()
     bar.ax.tick_params(labelsize=SMALL + 1)
     text += {"ln": ", log scale", "asinh": ", asinh scale"}.get(scale.transform.name, "")
+    text += ", uneven levels" if scale.cuts else ""
     bar.ax.set_ylabel(textwrap.fill(text, 44), parse_math=False)
 
 

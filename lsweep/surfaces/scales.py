@@ -25,7 +25,7 @@ BANDS = 12
 WIDE = 100.0
 """Two decades: what spans more is drawn on a log scale, unless its reader says otherwise."""
 
-_CROWDED = 0.5  # share of the distinct values in one band, beyond which levels follow the values
+_CROWDED = 1 / 3  # share of the distinct values in one band, beyond which levels follow the values
 _DISTINCT = 1e-4  # of the range: values that are nearer to each other than this are drawn as one
 
 _HUGE = 1e300  # beyond it a difference of two values is no longer a float64
@@ -137,9 +137,9 @@ class Scale:
     ) -> Scale:
         """Return the scale from the minimum to a quantile of all finite values together.
 
-        Levels are even in T. Where one band would then hold more than half of the distinct values
-        they are even in ½F + ½T/range, F the share of these below: half of the bands for where the
-        values are, half for how far they reach.
+        Levels are even in T. Where one band would then hold more than a third of the distinct
+        values they are even in ½F + ½T/range, F the share of these below: half of the bands for
+        where the values are, half for how far they reach.
 
         Args:
             values: arrays of any shape; several pictures on one scale give several.
