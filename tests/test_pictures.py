@@ -446,6 +446,7 @@ def test_of_three_axes_any_plane_is_drawn_by_the_nearest_z_that_was_evaluated(tm
     with pytest.raises(LsweepError, match="z = 2: z goes from -1 to 1: give one within"):
         draw(box, z=2.0)
     box.save(tmp_path / "box.h5")
+    assert Surface.load(tmp_path / "box.h5").metrics == ("train_loss",)  # without attributes
     picture = str(tmp_path / "a.png")
     arguments = ["render", str(tmp_path / "box.h5"), "-o", picture]
     assert main(arguments) == 0
