@@ -174,12 +174,41 @@ def contour(
 
 
 def _label_contours(ax: Axes, lines: Any, level: FloatArray, scale: Scale) -> None:
-    texts = [number(float(v)) for v in scale.transform.inverse(level)]
-    written = dict(zip(lines.levels, texts, strict=True))
-    for text in ax.clabel(
-        lines, lines.levels[::-2], fmt=written, fontsize=SMALL - 0.5, colors="black", inline=False
-    ):
-        text.set_path_effects([withStroke(linewidth=2.0, foreground="white")])
+    """Label every second level at its roomiest place; one without room is told by its colour."""
+    words = [number(float(v)) for v in scale.transform.inverse(level)]
+    page = np.array(ax.bbox.size) * 72 / ax.figure.dpi  # in points
+    start = np.array([ax.get_xlim()[0], ax.get_ylim()[0]])
+    span = np.array([np.ptp(ax.get_xlim()), np.ptp(ax.get_ylim())])
+    paths = [p.vertices for p in lines.get_paths()]
+    places = [(p - start) / span * page.min() for p in paths]
+    taken: list[tuple[FloatArray, float]] = []
+    for k in reversed(range(len(level) - 1, -1, -2)):
+        half = 0.3 * (SMALL - 0.5) * len(words[k])
+        at = places[k]
+        others = np.concatenate([np.empty((0, 2)), *(p for i, p in enumerate(places) if i != k)])
+        room = np.min([at, page.min() - at], axis=(0, 2)) - half
+        for other, length in taken:
+            room = np.minimum(room, np.hypot(*(at - other).T) - half - length)
+        gap = _nearest(at, others)
+        room = np.where((room > 3.0) & (gap > 0.8 * SMALL), np.minimum(room, 6 * gap), 0.0)
+        if not len(room) or not room.max() > 0:
+            continue
+        best = int(np.argmax(room))
+        taken.append((at[best], half))
+        for text in lines.clabel(
+            [lines.levels[k]], fmt={lines.levels[k]: words[k]}, fontsize=SMALL - 0.5,
+            colors="black", inline=False, manual=[tuple(paths[k][best])],
+        ):  # fmt: skip
+            text.set_path_effects([withStroke(linewidth=2.0, foreground="white")])
+
+
+def _nearest(at: FloatArray, others: FloatArray) -> FloatArray:
+    """Return the distance of each of (n, 2) places to the nearest of (m, 2) others."""
+    far = np.full(len(at), np.inf)
+    for part in np.array_split(others, len(others) // 256 + 1):
+        if len(part):
+            far = np.minimum(far, np.hypot(*(at[:, None] - part).T).min(0))
+    return far
 
 
 def _hatch(surface: Surface, ax: Axes, data: Any, scale: Scale) -> None:
@@ -228,6 +257,7 @@ def add_bar(axes: Sequence[Axes], scale: Scale, text: str, kind: str) -> None:
     bar.ax.minorticks_off()
     bar.ax.tick_params(labelsize=SMALL + 1)
     text += {"ln": ", log scale", "asinh": ", asinh scale"}.get(scale.transform.name, "")
+    text += ", uneven levels" if scale.cuts else ""
     bar.ax.set_ylabel(textwrap.fill(text, 44), parse_math=False)
 
 

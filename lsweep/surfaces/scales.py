@@ -25,7 +25,7 @@ BANDS = 12
 WIDE = 100.0
 """Two decades: what spans more is drawn on a log scale, unless its reader says otherwise."""
 
-_CROWDED = 0.5  # share of the distinct values in one band, beyond which levels follow the values
+_CROWDED = 1 / 3  # share of the distinct values in one band, beyond which levels follow the values
 _DISTINCT = 1e-4  # of the range: values that are nearer to each other than this are drawn as one
 
 _HUGE = 1e300  # beyond it a difference of two values is no longer a float64
@@ -137,9 +137,9 @@ class Scale:
     ) -> Scale:
         """Return the scale from the minimum to a quantile of all finite values together.
 
-        Levels are even in T. Where one band would then hold more than half of the distinct values
-        they are even in ½F + ½T/range, F the share of these below: half of the bands for where the
-        values are, half for how far they reach.
+        Levels are even in T. Where one band would then hold more than a third of the distinct
+        values they are even in ½F + ½T/range, F the share of these below: half of the bands for
+        where the values are, half for how far they reach.
 
         Args:
             values: arrays of any shape; several pictures on one scale give several.
@@ -269,12 +269,16 @@ def _apart(transform: Transform, low: float, high: float) -> bool:
 def _around(
     transform: Transform, vmin: float | None, vmax: float | None, value: float
 ) -> tuple[float, float]:
-    """Return a range for values that are all equal, or all beyond the one bound that was given."""
+    """Return a range for values that are all equal, or all beyond the one bound that was given.
+
+    The value is in the middle of a band: rounding, or rounding's last bit, must not draw an edge.
+    """
+    more = 2 * BANDS / (BANDS - 1) - 1
     if transform.name == "ln":
-        low, high = value / 1.1, value * 1.1
+        low, high = value / 1.1, value * 1.1**more
     else:
         margin = 0.1 * abs(value) or 1.0
-        low, high = value - margin, value + margin
+        low, high = value - margin, value + more * margin
     if vmin is not None:
         return vmin, high
     if vmax is not None:
