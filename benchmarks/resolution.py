@@ -65,9 +65,7 @@ problem = networks.problem("{network}", 64, "{checkpoint}")
 with torch.no_grad():
     problem.model(problem.data["train"][0])
 """
-IMPORTS = """\
-import networks, torch
-"""
+IMPORTS = "import networks, torch\n"
 WORKERS = """\
 import lsweep.commands.cli, lsweep.commands.running, lsweep.working.worker
 """
@@ -154,11 +152,9 @@ def said(command: Sequence[str]) -> str:
 def peak(code: str, place: Path, processes: int = 1) -> FloatArray:
     """Return the peak memory of processes that run Python code, and what of it is files, in MiB."""
     command = [sys.executable, "-c", code + PEAK]
-    found = [
-        subprocess.check_output(command, text=True, cwd=place).split()[-2:]
-        for _ in range(processes)
-    ]
-    return np.asarray(np.median(np.array(found, dtype=float), axis=0) / 1024)
+    texts = [subprocess.check_output(command, text=True, cwd=place) for _ in range(processes)]
+    found = np.array([text.split()[-2:] for text in texts], dtype=float)
+    return np.asarray(np.median(found, axis=0) / 1024)
 
 
 def written(place: Path, goal: Goal, count: int, refine: bool) -> Path:
@@ -357,9 +353,7 @@ def dot(ax: Axes, surface: Surface) -> None:
 def memory(place: Path, goal: Goal, count: int) -> None:
     """Print a worker's peak above a process that has imported torch and run one batch.
 
-    And of what it consists: h5py and lsweep's modules, whatever the problem; code of torch's and
-    its own that it runs and the other does not, which lies in files that all processes share; the
-    rest, which is data, weights and what they are worked on in.
+    Apart: importing h5py and lsweep; more code, mapped from files that all processes share.
     """
     folder = planned(place, goal, count)
     named = {"network": goal.network, "checkpoint": checkpoint_of(goal.network)}

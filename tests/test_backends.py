@@ -13,6 +13,8 @@ import functools
 import io
 import json
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import h5py
@@ -608,3 +610,50 @@ def test_workers_of_a_class_obey_its_first(tmp_path, monkeypatch):
     refused = worked(folder)
     assert isinstance(refused, Raised) and refused.kind == "LsweepError"
     assert "cannot build the backend 'cudagraph'" in refused.text
+
+
+# -- memory --------------------------------------------------------------------------------------
+
+MEMORY = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from torch import nn
+import lsweep
+from lsweep.axes.directions import Directions
+from lsweep.backends.packed import Spot
+from lsweep.evaluating.evaluate import Evaluator
+
+def peak():
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+
+layers = [nn.Linear(4096, 4096, bias=False), nn.BatchNorm1d(4096), nn.ReLU(), nn.Linear(4096, 3)]
+net = nn.Sequential(*layers)  # 64 MiB of weights
+data = {"train": (torch.randn(32, 4096), torch.arange(32) % 3)}
+problem = lsweep.Problem(net.eval(), data, loss=nn.CrossEntropyLoss())
+asked = {"metrics": ["loss"], "splits": ["train"], "slices": 1, "batch_size": 32,
+         "precision": "float32", "batch_norm": "eval", "backend": "fused"}
+axes = {a: {n: torch.randn_like(p) for n, p in net.named_parameters() if p.dim() > 1} for a in "xy"}
+made = Directions({a: SimpleNamespace(tensors=t) for a, t in axes.items()}, (), {})
+del axes
+before, weights = peak(), sum(p.numel() for p in net.parameters()) * 4 / 1024
+with Evaluator(problem, asked, made, torch.device("cpu"), own=True) as ev:
+    ev.use("fused", ev.batch_sizes)
+    spots = [Spot((1.0, -0.5)), Spot((0.0, 0.0))]
+    first, audit = ev.evaluate(spots), ev.evaluate(spots, audit=True)
+    assert (ev.evaluate(spots) == first).all()
+    assert abs(first[..., 2] / audit[..., 2] - 1).max() < 1e-5
+print((peak() - before) / weights)
+"""
+
+
+def test_folded_rows_beside_the_networks_own_take_seven_times_its_weights():
+    """Origin and two directions, as they are and folded, and one point: three are there before.
+
+    Nothing is there twice on the way.
+    """
+    found = subprocess.run(
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True
+    )
+    assert 3.5 < float(found.stdout) < 5.0
