@@ -354,6 +354,17 @@ def test_what_agrees_is_timed_and_what_does_not_says_why(monkeypatch):
         chosen(cnn(), points=1, asked="channels_last")
 
 
+def test_an_error_at_a_minimum_near_zero_is_not_measured_by_the_rim():
+    def at(*means):
+        return [Samples(torch.full((4,), m), torch.ones(4), False) for m in means]
+
+    found = list(zip(at(1.02e-5, 8.0, 10.0), at(1e-5, 8.0, 10.0), strict=True))
+    error, size = choice.disagreement(found, steps=False)
+    assert error == pytest.approx(2e-7 / 8e-3, rel=0.01) and size == pytest.approx(1e-5)
+    signs = [Samples(torch.tensor([4.0, -4.0]) + d, torch.ones(2), False) for d in (0.0, 1e-6)]
+    assert choice.disagreement([(signs[1], signs[0])], steps=False)[0] < 1e-6
+
+
 def test_where_less_is_allowed_float32_competes():
     """By name, too; and it is float32 to the last bit, not something between."""
     for asked in ("auto", "fused"):

@@ -25,6 +25,8 @@ from lsweep.backends.summing import Reference, Samples, stacked
 from lsweep.errors import LsweepError
 from lsweep.evaluating.evaluate import Evaluator
 from lsweep.hosts.device import is_out_of_memory, timed
+from lsweep.outcomes.audits import BELOW
+from lsweep.outcomes.frozen import AUDIT_TOLERANCE
 from lsweep.problems.data import Batch, samples_in
 from lsweep.problems.factory import describe
 
@@ -41,10 +43,10 @@ FAR = 2.0  # times the fastest: no batch size makes up for it, and large ones ta
 LARGER = (2.0, 4.0, 8.0)  # times the default batch size, as long as that is faster
 SMALLER = 0.5
 DISAGREES = "disagrees with eager"
-TOLERANCE = {"float64": 1e-9, "float32": 2e-5}
+# As audits have it: near a minimum few samples make the mean, and nothing averages their rounding.
+TOLERANCE = {precision: AUDIT_TOLERANCE[precision] for precision in ("float64", "float32")}
 REDUCED_TOLERANCE = 0.1  # nonsense; the error that was measured stands in the record
 TIMES = 10.0  # the error of eager in the same reduced precision: more is no rounding
-FLOOR = 0.05  # of the usual value: below, an error counts as one of that much
 Kind = tuple[str, str]  # name and precision of a backend
 TIES = 200  # of so many samples one may fall on the other side of a metric that has steps
 
@@ -279,13 +281,14 @@ class _Trials:
 
     def _compare(self, trial: Trial) -> None:
         found = self._found(self._built[trial.kind], self._batches(trial.batch_sizes))
-        trial.error = 0.0
+        trial.error, where = 0.0, ""
         for m, metric in enumerate(self._evaluator.metrics):
             pairs = [(f[m], r[m]) for f, r in zip(found, self._reference, strict=True)]
-            error = disagreement(pairs, steps=metric != "loss")
-            trial.error = max(trial.error, error)
+            error, size = disagreement(pairs, steps=metric != "loss")
+            if error > trial.error:
+                trial.error, where = error, f"where {metric} is {size:.2g}"
         if trial.error > self._tolerance(trial) and trial.backend != "eager":
-            trial.why_not = f"{DISAGREES} by {trial.error:.2g}"
+            trial.why_not = f"{DISAGREES} by {trial.error:.2g} {where}"
         if math.isinf(trial.error):
             trial.error = None  # a number where eager has none, or none where it has
 
@@ -350,8 +353,11 @@ class _Trials:
         return Choice(*sound[0].kind, dict(sound[0].batch_sizes), tuple(self._done))
 
 
-def disagreement(pairs: Sequence[tuple[Samples, Samples]], steps: bool) -> float:
-    """Return the largest relative difference of a metric's mean to the reference.
+def disagreement(pairs: Sequence[tuple[Samples, Samples]], steps: bool) -> tuple[float, float]:
+    """Return a metric's largest relative difference to the reference, and how large it is there.
+
+    What is small beside the usual mean counts as `BELOW` of it, as in audits: pictures are of
+    logarithms, so a minimum is to be right beside itself and not beside the rim.
 
     Args:
         pairs: for each spot the samples found and those of the reference.
@@ -359,8 +365,8 @@ def disagreement(pairs: Sequence[tuple[Samples, Samples]], steps: bool) -> float
 
     >>> a = Samples(torch.tensor([1.0, 2.0]), torch.ones(2), False)
     >>> b = Samples(torch.tensor([1.0, 2.3]), torch.ones(2), False)
-    >>> round(disagreement([(b, a)], steps=False), 3)
-    0.1
+    >>> disagreement([(b, a)], steps=False)[1]
+    1.5
     """
     errors, sizes = [], []
     for found, reference in pairs:
@@ -372,16 +378,17 @@ def disagreement(pairs: Sequence[tuple[Samples, Samples]], steps: bool) -> float
             keep = difference.abs().argsort()[: n - ties] if n > ties else slice(0, 0)
             difference = difference[keep]
         total = w.sum()
-        size, error = float((w * r).sum() / total), float(difference.sum() / total)
+        # Of absolute values: where signs cancel in a mean their rounding does not.
+        size, error = float((w * r.abs()).sum() / total), float(difference.sum() / total)
         if math.isfinite(size):
-            sizes.append(abs(size))
+            sizes.append(size)
             errors.append(abs(error) if math.isfinite(error) else math.inf)
         elif bool(torch.isfinite((w * v).sum())):
-            return math.inf  # a number where eager has none
+            return math.inf, size  # a number where eager has none
     if not sizes:
-        return 0.0
-    floor = FLOOR * statistics.median(sizes) or 1.0
-    return max(e / max(s, floor) for e, s in zip(errors, sizes, strict=True))
+        return 0.0, 0.0
+    floor = BELOW * statistics.median(sizes) or 1.0
+    return max((e / max(s, floor), s) for e, s in zip(errors, sizes, strict=True))
 
 
 def reason_of(error: Exception) -> str:
