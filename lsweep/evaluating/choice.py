@@ -8,7 +8,9 @@ both, and what is frozen says in which precision it computes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
 import statistics
 import time
@@ -16,16 +18,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from lsweep.backends import catalogue
 from lsweep.backends.eager import Backend
 from lsweep.backends.packed import Spot
 from lsweep.backends.summing import Reference, Samples, stacked
 from lsweep.errors import LsweepError
+from lsweep.evaluating.disagreement import disagreement
 from lsweep.evaluating.evaluate import Evaluator
 from lsweep.hosts.device import is_out_of_memory, timed
-from lsweep.outcomes.audits import BELOW
 from lsweep.outcomes.frozen import AUDIT_TOLERANCE
 from lsweep.problems.data import Batch, samples_in
 from lsweep.problems.factory import describe
@@ -48,7 +48,6 @@ TOLERANCE = {precision: AUDIT_TOLERANCE[precision] for precision in ("float64", 
 REDUCED_TOLERANCE = 0.1  # nonsense; the error that was measured stands in the record
 TIMES = 10.0  # the error of eager in the same reduced precision: more is no rounding
 Kind = tuple[str, str]  # name and precision of a backend
-TIES = 200  # of so many samples one may fall on the other side of a metric that has steps
 
 
 @dataclass
@@ -113,7 +112,7 @@ def choose(evaluator: Evaluator, spots: Sequence[Spot], seconds: float, points: 
         points: how many this worker would evaluate, about.
 
     Returns:
-        The choice: eager, untried, where the sweep is short.
+        The choice: eager where the sweep is short.
 
     Raises:
         LsweepError: a backend that was asked for by name is not for this problem, or disagrees.
@@ -121,14 +120,13 @@ def choose(evaluator: Evaluator, spots: Sequence[Spot], seconds: float, points: 
     asked = str(evaluator.settings["backend"])
     total = seconds * points
     precisions = evaluator.ground.precisions
-    untried = Choice("eager", precisions[0], dict(evaluator.batch_sizes))
     if asked == "eager" or (asked == "auto" and total < WORTH):
-        return untried
+        return _untried(evaluator)
     split = evaluator.splits[0]
     batch = samples_in(next(evaluator.fresh(split, evaluator.batch_sizes[split])))
     least = LEAST * len(spots) * seconds * batch / max(1, len(evaluator.centre()[0].values))
     if asked == "auto" and least > SHARE * total:
-        return untried
+        return _untried(evaluator)
     trials = _Trials(evaluator, spots, seconds, SHARE * total)
     if asked != "auto":
         named = [trials.first((asked, p)) for p in reversed(precisions)]
@@ -147,6 +145,29 @@ def choose(evaluator: Evaluator, spots: Sequence[Spot], seconds: float, points: 
     for kind in trials.fastest(2):
         trials.sizes(kind)
     return trials.decision(asked)
+
+
+def _untried(evaluator: Evaluator) -> Choice:
+    """Eager; in reduced precision, which is allowed and not asked for, where that is faster."""
+    sizes, precisions = dict(evaluator.batch_sizes), evaluator.ground.precisions
+    if len(precisions) == 1:
+        return Choice("eager", precisions[0], sizes)
+    low, better = precisions
+    split = evaluator.splits[0]
+    batch = next(evaluator.fresh(split, sizes[split]))
+    seconds = {low: math.inf, better: math.inf}
+    for _ in range(ROUNDS):
+        for precision, backend in ((low, evaluator.eager), (better, evaluator.plain)):
+            with contextlib.suppress(Exception):  # one of them may not have the memory
+                once = functools.partial(_all, backend, [evaluator.origin], batch)
+                seconds[precision] = min(seconds[precision], timed(evaluator.device, once).busy)
+    faster = NEAR * seconds[low] < seconds[better]
+    return Choice("eager", low if faster else better, sizes)
+
+
+def _all(backend: Backend, spots: Sequence[Spot], batch: Batch) -> None:
+    for _ in backend.values(spots, batch):
+        pass
 
 
 class _Trials:
@@ -351,44 +372,6 @@ class _Trials:
                     self._time(trial)
         sound = [t for t in self._sound() if asked in ("auto", t.backend)]
         return Choice(*sound[0].kind, dict(sound[0].batch_sizes), tuple(self._done))
-
-
-def disagreement(pairs: Sequence[tuple[Samples, Samples]], steps: bool) -> tuple[float, float]:
-    """Return a metric's largest relative difference to the reference, and how large it is there.
-
-    What is small beside the usual mean counts as `BELOW` of it, as in audits: pictures are of
-    logarithms, so a minimum is to be right beside itself and not beside the rim.
-
-    Args:
-        pairs: for each spot the samples found and those of the reference.
-        steps: some samples may fall on the other side of a step, as accuracy does at a tie.
-
-    >>> a = Samples(torch.tensor([1.0, 2.0]), torch.ones(2), False)
-    >>> b = Samples(torch.tensor([1.0, 2.3]), torch.ones(2), False)
-    >>> disagreement([(b, a)], steps=False)[1]
-    1.5
-    """
-    errors, sizes = [], []
-    for found, reference in pairs:
-        n = min(len(found.values), len(reference.values))
-        v, r, w = found.values[:n], reference.values[:n], reference.weights[:n]
-        difference = w * (v - r)
-        if steps:
-            ties = max(1, n // TIES)
-            keep = difference.abs().argsort()[: n - ties] if n > ties else slice(0, 0)
-            difference = difference[keep]
-        total = w.sum()
-        # Of absolute values: where signs cancel in a mean their rounding does not.
-        size, error = float((w * r.abs()).sum() / total), float(difference.sum() / total)
-        if math.isfinite(size):
-            sizes.append(size)
-            errors.append(abs(error) if math.isfinite(error) else math.inf)
-        elif bool(torch.isfinite((w * v).sum())):
-            return math.inf, size  # a number where eager has none
-    if not sizes:
-        return 0.0, 0.0
-    floor = BELOW * statistics.median(sizes) or 1.0
-    return max((e / max(s, floor), s) for e, s in zip(errors, sizes, strict=True))
 
 
 def reason_of(error: Exception) -> str:
