@@ -256,6 +256,22 @@ def test_products_are_full_float32_whatever_the_process_has_chosen(kinds, newer)
         assert chosen() == ["tf32"] * 3 + ["ieee"] * 2
 
 
+@COMPILES
+def test_native_code_takes_soft_targets_and_labels_in_turn():
+    """The first split's loss is the problem's own, the second's is that of native code."""
+
+    def soft_then_hard():
+        soft = nn.functional.one_hot(labels(40, 3)).float()
+        train, test = ((numbers(n, 4, dtype=SINGLE), y) for n, y in ((40, soft), (9, labels(9, 3))))
+        return lsweep.Problem(
+            mlp().model, {"train": train, "test": test}, loss=nn.CrossEntropyLoss()
+        )
+
+    for spot in SPOTS:
+        found, truth = (sums(soft_then_hard, b, [spot])[..., 2] for b in ("native", "eager"))
+        np.testing.assert_allclose(found, truth, rtol=1e-5)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     "backend", ["eager", "fused", "vmap", *GRAPHS, pytest.param("native", marks=COMPILES)]
@@ -473,7 +489,7 @@ def test_a_precision_in_which_eager_overflows_is_not_taken():
         "memory": 0,
     }
     shown = preflight_line({**facts, "backend": "channels_last", "speed": 1.0, "error": None}, 9)
-    assert "(1 x eager, not comparable)" in shown
+    assert "(1 times eager's speed, not comparable)" in shown
 
 
 def test_batch_sizes_are_tried_where_they_are_free():

@@ -383,9 +383,9 @@ def test_a_tighter_tolerance_and_a_finer_grid_reuse_what_there_is(
 ) -> None:
     folder = copied(calm, tmp_path / "tight.run")
     toml, tolerance = toml_in(tmp_path / "tight"), 0.004
-    wanted = ["--run", folder.root, "--set", f"refine.tolerance={tolerance}"]
     for count in (COUNT, 2 * COUNT - 1):
         before = set(evaluated(folder))
+        wanted = ["--run", folder.root, "--set", f"refine.tolerance={tolerance}"]
         wanted += ["--set", f"grid.x.count={count}", "--set", f"grid.y.count={count}"]
         assert command("plan", toml, *wanted).code == 0
         assert not is_complete(folder)

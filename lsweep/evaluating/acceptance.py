@@ -102,10 +102,8 @@ class _Reference:
     def __init__(
         self, evaluator: Evaluator, precision: str, samples: list[Samples], spots: Sequence[Spot]
     ) -> None:
-        self._evaluator, self._samples = evaluator, samples
+        self._evaluator, self._samples, self._spots = evaluator, samples, spots
         self._most = ONE * TOLERANCE.get(precision, REDUCED_TOLERANCE / ONE)
-        usual = evaluator.samples(spots, limit=USUAL_SAMPLES)
-        self._usual = [_usual([at[v] for at in usual]) for v in range(len(samples))]
 
     def require(self, found: list[Samples]) -> None:
         """Compare sample by sample; only losses, for one sample may well be a tie of a metric.
@@ -113,9 +111,11 @@ class _Reference:
         Raises:
             LsweepError: they disagree.
         """
+        ev = self._evaluator  # it uses the other by now, so that eager goes piece by piece
+        usual = ev.samples(self._spots, limit=USUAL_SAMPLES, backend=ev.plain)
         for v, (f, r) in enumerate(zip(found, self._samples, strict=True)):
             if self._evaluator.metrics[v % len(self._evaluator.metrics)] == "loss":
-                error, at = apart(f, r, self._usual[v])
+                error, at = apart(f, r, _usual([at[v] for at in usual]))
                 if error > self._most:
                     raise LsweepError(f"it {DISAGREES} by {error:.2g} on sample {at}")
 

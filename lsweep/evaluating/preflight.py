@@ -107,6 +107,7 @@ def preflight(
         choice = choose(evaluator, everywhere, seconds.busy, points)
         choice, first, seconds = taken(evaluator, choice, everywhere, (first, seconds))
     centre = {v: s.mean for v, s in zip(evaluator.names, first, strict=True)}
+    evaluator.eager.move(evaluator.origin)
     value = {
         "plan": plan.digest,
         "class": name,
@@ -153,6 +154,7 @@ def _as_before(evaluator: Evaluator, choice: Choice) -> tuple[list[Samples], Spe
 
 def _check_batch(evaluator: Evaluator, split: str) -> None:
     """Check on one batch that the loss is the mean it says, and that inputs are left alone."""
+    evaluator.eager.move(evaluator.origin)
     batch = map_tensors(next(iter(evaluator.batches(split))), torch.clone)
     before = [t._version for t in tensors_of(batch)]
     with evaluator.ground.context():

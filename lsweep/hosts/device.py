@@ -11,6 +11,7 @@ import torch
 
 from lsweep.errors import LsweepError
 from lsweep.hosts import machine
+from lsweep.wording import counted
 
 # Environment variables by which CUDA's libraries compute otherwise than asked.
 DECIDES = ("NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE")
@@ -78,7 +79,7 @@ def human(device: torch.device) -> str:
     """Return a device's name for people."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{machine.cpu_model()}, {torch.get_num_threads()} threads"
+    return f"{machine.cpu_model()}, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def memory_used(device: torch.device) -> int:

@@ -79,11 +79,12 @@ def work(
     live = problem is not None
     with turn(plan.digest):
         problem, directions = load_problem(folder, plan, problem, role.trust)
+    machine.trim_memory()  # of what made the data and the directions
     class_ = device_class(device)
     known = frozen_class(folder, plan, class_)
     with (
         resident(problem, plan, 1 if live else role.of) as problem,
-        Evaluator(problem, plan.evaluate, directions, device) as evaluator,
+        Evaluator(problem, plan.evaluate, directions, device, own=not live) as evaluator,
     ):
         if known is None:
             # Its choice takes time: others of the class wait for it instead of choosing too.
@@ -94,6 +95,7 @@ def work(
                     known = _preflight(folder, plan, evaluator, shift, role.of, name, over_all)
         let_go(problem)
         _use(evaluator, known)
+        machine.trim_memory()  # of what was tried
         _require_same_centre(evaluator, plan.slices, known)
         with Ledger(folder, plan, name, known, role, evaluator) as ledger:
             bench = _Bench(plan, shift, evaluator, ledger, stop)
