@@ -124,7 +124,7 @@ def sweep(
                 if outcome.code and not is_complete(folder):
                     raise LsweepError(outcome.events[-1])
             else:
-                work(folder, Role(device=device, threads=0, beat=1.0), problem)
+                work(folder, Role(device=device, threads=0, beat=1.0), problem, own=True)
         surface, _ = merge(folder)
         if run:
             surface.save(folder.surface)
