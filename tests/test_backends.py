@@ -36,6 +36,7 @@ from lsweep.errors import LsweepError
 from lsweep.evaluating import choice
 from lsweep.evaluating.acceptance import centre_of, taken
 from lsweep.evaluating.choice import Choice, Trial, choose
+from lsweep.evaluating.disagreement import disagreement
 from lsweep.evaluating.evaluate import Evaluator
 from lsweep.hosts import machine
 from lsweep.measures.from_surface import context_of
@@ -357,6 +358,15 @@ def test_a_short_sweep_is_eager_untried():
     assert chosen(one_batch, points=50).record()["tried"] == []  # trials would cost a quarter
 
 
+def test_a_short_sweep_takes_less_than_float32_only_where_that_is_faster(monkeypatch):
+    for asked in ("auto", "eager"):
+        found = chosen(cnn(), points=1, precision="bfloat16", asked=asked)
+        assert (found.backend, found.precision) == ("eager", "float32")  # no product is large here
+        monkeypatch.setattr(choice, "NEAR", 0.0)
+        assert chosen(cnn(), points=1, precision="bfloat16", asked=asked).precision == "bfloat16"
+        monkeypatch.undo()
+
+
 def test_what_agrees_is_timed_and_what_does_not_says_why(monkeypatch):
     liar = catalogue.Kind(Lying, lambda ground: None)
     monkeypatch.setitem(catalogue.KINDS, "channels_last", liar)
@@ -370,6 +380,17 @@ def test_what_agrees_is_timed_and_what_does_not_says_why(monkeypatch):
     assert json.loads(json.dumps(found.record()))["backend"] == found.backend
     with pytest.raises(LsweepError, match='backend = "channels_last": disagrees'):
         chosen(cnn(), points=1, asked="channels_last")
+
+
+def test_an_error_at_a_minimum_near_zero_is_not_measured_by_the_rim():
+    def at(*means):
+        return [Samples(torch.full((4,), m), torch.ones(4), False) for m in means]
+
+    found = list(zip(at(1.02e-5, 8.0, 10.0), at(1e-5, 8.0, 10.0), strict=True))
+    error, size = disagreement(found, steps=False)
+    assert error == pytest.approx(2e-7 / 8e-3, rel=0.01) and size == pytest.approx(1e-5)
+    signs = [Samples(torch.tensor([4.0, -4.0]) + d, torch.ones(2), False) for d in (0.0, 1e-6)]
+    assert disagreement([(signs[1], signs[0])], steps=False)[0] < 1e-6
 
 
 def test_where_less_is_allowed_float32_competes():
@@ -480,8 +501,9 @@ def test_batch_sizes_are_tried_where_they_are_free():
     assert {t.batch_sizes["train"] for t in given.tried} == {8}
 
 
-def test_what_was_used_is_told(tmp_path):
+def test_what_was_used_is_told(tmp_path, monkeypatch):
     """A plan that allows bfloat16, computed in float32: obeyed, and said wherever one looks."""
+    monkeypatch.setattr(choice, "NEAR", 0.0)  # bfloat16 is faster
     folder = planned(sweep_of_classifier(tmp_path, 'precision = "bfloat16"'), unit_points=2)
     assert worked(folder) == 9
     told = "\n".join(lines(status(folder)))

@@ -328,6 +328,18 @@ def test_a_worker_refuses_weights_or_data_that_are_not_the_planned_ones(tmp_path
         assert worked(folder) == 5
 
 
+def test_one_worker_refuses_a_factory_that_makes_another_network_each_time(tmp_path: Path) -> None:
+    toml = sweep_file(tmp_path)
+    text = FACTORY.replace(
+        "    spoiled = []\n",
+        "    spoiled = []\n    torch.seed(), nn.init.uniform_(net.a.weight)\n",
+    )
+    (tmp_path / "problem.py").write_text(text)
+    code, said, _ = run(toml, "--on", "inline")
+    assert (code, "the factory makes another network each time" in said) == (1, True), said
+    assert not RunFolder(tmp_path / "sweep.run").all_parts()
+
+
 def test_a_finer_grid_and_a_wider_range_reuse_every_common_point(tmp_path: Path) -> None:
     folder = finished(sweep_file(tmp_path, x=5, y=3))  # 0, 0.25, …, 1 times 0, 0.5, 1
     assert len(evaluated(folder)) == 15

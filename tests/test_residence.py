@@ -15,6 +15,7 @@ import torch
 from cases import differences, finished, fork, in_child, merged, planned, wait_for, worked
 
 from lsweep.hosts import startup
+from lsweep.hosts.machine import start_time
 from lsweep.plans.plan import Plan
 from lsweep.preparing.restoring import load_problem
 from lsweep.problems import residence
@@ -265,3 +266,18 @@ def test_workers_that_begin_together_write_it_once(tmp_path, folder_of_the_node)
     # Each looked at its data before, and at a few samples after; one read all of it, twice.
     assert np.bincount(np.loadtxt(tmp_path / "reads", dtype=int)).min() < 3
     assert in_child(left, folder_of_the_node) == []
+
+
+def test_a_start_leaves_nothing_for_ever_in_the_nodes_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(ValueError), startup.turn("a"):
+        raise ValueError
+    assert not list(tmp_path.iterdir())
+    here = os.getpid()
+    for parent, start in ((2**22 + 1, "1"), (here, start_time(here))):  # the first is gone
+        monkeypatch.setattr(startup, "PARENT", parent)
+        monkeypatch.setattr(startup, "START_OF_PARENT", start)
+        assert startup.first_of_siblings("b")
+    assert not startup.first_of_siblings("b")
+    (once,) = tmp_path.iterdir()
+    assert str(here) in once.name

@@ -20,7 +20,6 @@ from lsweep.backends.summing import Samples
 from lsweep.errors import LsweepError
 from lsweep.evaluating.choice import (
     DISAGREES,
-    FLOOR,
     GRAPHS,
     REDUCED_TOLERANCE,
     TOLERANCE,
@@ -31,7 +30,8 @@ from lsweep.evaluating.evaluate import Evaluator
 from lsweep.hosts.device import Spent, is_out_of_memory, timed
 
 USUAL_SAMPLES = 512  # tell how large a value usually is
-ONE = 50.0  # times a mean's tolerance for one sample, whose rounding errors do not cancel
+FLOOR = 0.05  # of the usual value: below, float32 leaves no relative error of one sample to judge
+ONE = 10.0  # times a mean's tolerance for one sample, whose rounding errors do not cancel
 
 
 def centre_of(evaluator: Evaluator) -> tuple[list[Samples], Spent]:

@@ -8,7 +8,9 @@ both, and what is frozen says in which precision it computes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
 import statistics
 import time
@@ -16,16 +18,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from lsweep.backends import catalogue
 from lsweep.backends.eager import Backend
 from lsweep.backends.packed import Spot
 from lsweep.backends.summing import Reference, Samples, stacked
 from lsweep.errors import LsweepError
+from lsweep.evaluating.disagreement import disagreement
 from lsweep.evaluating.evaluate import Evaluator
 from lsweep.hosts.device import is_out_of_memory, timed
 from lsweep.hosts.machine import trim_memory
+from lsweep.outcomes.frozen import AUDIT_TOLERANCE
 from lsweep.problems.data import Batch, samples_in
 from lsweep.problems.factory import describe
 
@@ -43,12 +45,11 @@ FAR = 2.0  # times the fastest: no batch size makes up for it, and large ones ta
 LARGER = (2.0, 4.0, 8.0)  # times the default batch size, as long as that is faster
 SMALLER = 0.5
 DISAGREES = "disagrees with eager"
-TOLERANCE = {"float64": 1e-9, "float32": 2e-5}
+# As audits have it: near a minimum few samples make the mean, and nothing averages their rounding.
+TOLERANCE = {precision: AUDIT_TOLERANCE[precision] for precision in ("float64", "float32")}
 REDUCED_TOLERANCE = 0.1  # nonsense; the error that was measured stands in the record
 TIMES = 10.0  # the error of eager in the same reduced precision: more is no rounding
-FLOOR = 0.05  # of the usual value: below, an error counts as one of that much
 Kind = tuple[str, str]  # name and precision of a backend
-TIES = 200  # of so many samples one may fall on the other side of a metric that has steps
 
 
 @dataclass
@@ -113,7 +114,7 @@ def choose(evaluator: Evaluator, spots: Sequence[Spot], seconds: float, points: 
         points: how many this worker would evaluate, about.
 
     Returns:
-        The choice: eager, untried, where the sweep is short.
+        The choice: eager where the sweep is short.
 
     Raises:
         LsweepError: a backend that was asked for by name is not for this problem, or disagrees.
@@ -121,14 +122,13 @@ def choose(evaluator: Evaluator, spots: Sequence[Spot], seconds: float, points: 
     asked = str(evaluator.settings["backend"])
     total = seconds * points
     precisions = evaluator.ground.precisions
-    untried = Choice("eager", precisions[0], dict(evaluator.batch_sizes))
     if asked == "eager" or (asked == "auto" and total < WORTH):
-        return untried
+        return _untried(evaluator)
     split = evaluator.splits[0]
     batch = samples_in(next(evaluator.fresh(split, evaluator.batch_sizes[split])))
     least = LEAST * len(spots) * seconds * batch / max(1, len(evaluator.centre()[0].values))
     if asked == "auto" and least > SHARE * total:
-        return untried
+        return _untried(evaluator)
     trials = _Trials(evaluator, spots, seconds, SHARE * total)
     if asked != "auto":
         named = [trials.first((asked, p)) for p in reversed(precisions)]
@@ -147,6 +147,29 @@ def choose(evaluator: Evaluator, spots: Sequence[Spot], seconds: float, points: 
     for kind in trials.fastest(2):
         trials.sizes(kind)
     return trials.decision(asked)
+
+
+def _untried(evaluator: Evaluator) -> Choice:
+    """Eager; in reduced precision, which is allowed and not asked for, where that is faster."""
+    sizes, precisions = dict(evaluator.batch_sizes), evaluator.ground.precisions
+    if len(precisions) == 1:
+        return Choice("eager", precisions[0], sizes)
+    low, better = precisions
+    split = evaluator.splits[0]
+    batch = next(evaluator.fresh(split, sizes[split]))
+    seconds = {low: math.inf, better: math.inf}
+    for _ in range(ROUNDS):
+        for precision, backend in ((low, evaluator.eager), (better, evaluator.plain)):
+            with contextlib.suppress(Exception):  # one of them may not have the memory
+                once = functools.partial(_all, backend, [evaluator.origin], batch)
+                seconds[precision] = min(seconds[precision], timed(evaluator.device, once).busy)
+    faster = NEAR * seconds[low] < seconds[better]
+    return Choice("eager", low if faster else better, sizes)
+
+
+def _all(backend: Backend, spots: Sequence[Spot], batch: Batch) -> None:
+    for _ in backend.values(spots, batch):
+        pass
 
 
 class _Trials:
@@ -290,13 +313,14 @@ class _Trials:
 
     def _compare(self, trial: Trial) -> None:
         found = self._found(self._built[trial.kind], self._batches(trial.batch_sizes))
-        trial.error = 0.0
+        trial.error, where = 0.0, ""
         for m, metric in enumerate(self._evaluator.metrics):
             pairs = [(f[m], r[m]) for f, r in zip(found, self._reference, strict=True)]
-            error = disagreement(pairs, steps=metric != "loss")
-            trial.error = max(trial.error, error)
+            error, size = disagreement(pairs, steps=metric != "loss")
+            if error > trial.error:
+                trial.error, where = error, f"where {metric} is {size:.2g}"
         if trial.error > self._tolerance(trial) and trial.backend != "eager":
-            trial.why_not = f"{DISAGREES} by {trial.error:.2g}"
+            trial.why_not = f"{DISAGREES} by {trial.error:.2g} {where}"
         if math.isinf(trial.error):
             trial.error = None  # a number where eager has none, or none where it has
 
@@ -360,40 +384,6 @@ class _Trials:
         sound = [t for t in self._sound() if asked in ("auto", t.backend)]
         self._keep([sound[0].kind])
         return Choice(*sound[0].kind, dict(sound[0].batch_sizes), tuple(self._done))
-
-
-def disagreement(pairs: Sequence[tuple[Samples, Samples]], steps: bool) -> float:
-    """Return the largest relative difference of a metric's mean to the reference.
-
-    Args:
-        pairs: for each spot the samples found and those of the reference.
-        steps: some samples may fall on the other side of a step, as accuracy does at a tie.
-
-    >>> a = Samples(torch.tensor([1.0, 2.0]), torch.ones(2), False)
-    >>> b = Samples(torch.tensor([1.0, 2.3]), torch.ones(2), False)
-    >>> round(disagreement([(b, a)], steps=False), 3)
-    0.1
-    """
-    errors, sizes = [], []
-    for found, reference in pairs:
-        n = min(len(found.values), len(reference.values))
-        v, r, w = found.values[:n], reference.values[:n], reference.weights[:n]
-        difference = w * (v - r)
-        if steps:
-            ties = max(1, n // TIES)
-            keep = difference.abs().argsort()[: n - ties] if n > ties else slice(0, 0)
-            difference = difference[keep]
-        total = w.sum()
-        size, error = float((w * r).sum() / total), float(difference.sum() / total)
-        if math.isfinite(size):
-            sizes.append(abs(size))
-            errors.append(abs(error) if math.isfinite(error) else math.inf)
-        elif bool(torch.isfinite((w * v).sum())):
-            return math.inf  # a number where eager has none
-    if not sizes:
-        return 0.0
-    floor = FLOOR * statistics.median(sizes) or 1.0
-    return max(e / max(s, floor) for e, s in zip(errors, sizes, strict=True))
 
 
 def reason_of(error: Exception) -> str:

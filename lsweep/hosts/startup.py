@@ -65,6 +65,7 @@ def turn(what: str, patience: float = PATIENCE) -> Iterator[bool]:
     except OSError:
         yield False
         return
+    alone = False
     try:
         alone = _lock(fd, fcntl.LOCK_EX)
         # Shared, the lock lets all others in, and tells who comes later that the first is done.
@@ -72,23 +73,29 @@ def turn(what: str, patience: float = PATIENCE) -> Iterator[bool]:
         while not alone and not _lock(fd, fcntl.LOCK_SH) and time.monotonic() < end:
             time.sleep(random.uniform(POLL, 2 * POLL))
         yield alone
-        if alone:
-            path.unlink(missing_ok=True)
     finally:
+        if alone:  # and still locked: who waits has it open, who comes later makes another
+            path.unlink(missing_ok=True)
         os.close(fd)
 
 
 def first_of_siblings(what: str) -> bool:
     """True for one of the processes that the same parent started, on this node, ever.
 
-    Where the temporary folder takes no file, True for all of them.
+    Where the temporary folder takes no file, True for all of them. A file that says so is of no
+    use once the parent is gone; the next to come removes it.
 
     >>> import uuid
     >>> once = uuid.uuid4().hex
     >>> first_of_siblings(once), first_of_siblings(once)
     (True, False)
     """
-    path = node_local(f"{PARENT} {START_OF_PARENT} {what}", "once")
+    path = node_local(what, f"{PARENT}-{START_OF_PARENT}.once")
+    for old in path.parent.glob(f"{path.name.partition('.')[0].rpartition('-')[0]}-*.once"):
+        pid, _, start = old.stem.rpartition(".")[2].partition("-")
+        if not pid.isdigit() or str(start_time(int(pid))) != start:
+            with contextlib.suppress(OSError):
+                old.unlink()
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     except FileExistsError:

@@ -115,6 +115,29 @@ def _step_fields(
         yield f"steps.{step.label}.sha256", known["sha256"], fingerprint(state)
 
 
+def require_repeatable(folder: RunFolder, plan: Plan, problem: Problem, trust: bool) -> None:
+    """Call a factory once more, for a process that both plans and works compares with nobody.
+
+    Where something is committed, whoever planned or came later has compared; a child's origin is
+    that of its parent.
+
+    Raises:
+        PlanChanged: it makes another network each time.
+    """
+    child = RunFolder(folder.root.parent.parent).measures == folder.root.parent
+    if problem.source is None or child or folder.all_parts():
+        return
+    again = make_problem(problem.source, base_of(folder), kept_code(folder, plan), trust)
+    models = (problem.model, again.model)
+    if len({fingerprint(Origin.of(model).everything) for model in models}) > 1:
+        raise _another_network(folder)
+
+
+def _another_network(folder: RunFolder) -> PlanChanged:
+    empty = "" if folder.all_parts() else "; nothing was computed there yet"
+    return PlanChanged(f"{folder.root}: {_OTHER}{empty}", "origin.sha256")
+
+
 def load_problem(
     folder: RunFolder, plan: Plan, problem: Problem | None = None, trust: bool = False
 ) -> tuple[Problem, Directions]:
@@ -156,8 +179,7 @@ def load_problem(
         *_step_fields(plan, directions, origin),
     ):
         if planned != here and field == "origin.sha256":  # in words that all workers share
-            empty = "" if folder.all_parts() else "; nothing was computed there yet"
-            raise PlanChanged(f"{folder.root}: {_OTHER}{empty}", field)
+            raise _another_network(folder)
         if planned != here:
             raise PlanChanged(
                 f"{folder.root}: {field} is {here[:20]}… now, {planned[:20]}… was planned: the "

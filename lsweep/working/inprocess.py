@@ -124,7 +124,8 @@ def sweep(
                 if outcome.code and not is_complete(folder):
                     raise LsweepError(outcome.events[-1])
             else:
-                work(folder, Role(device=device, threads=0, beat=1.0, plan=plan), problem)
+                role = Role(device=device, threads=0, beat=1.0, plan=plan)
+                work(folder, role, problem, own=True)
         surface, _ = merge(folder)
         if run:
             surface.save(folder.surface)

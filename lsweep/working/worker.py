@@ -27,7 +27,7 @@ from lsweep.hosts.stopping import Stop, Stopped
 from lsweep.outcomes.frozen import as_before
 from lsweep.plans.plan import Plan
 from lsweep.plans.rounds import Round
-from lsweep.preparing.restoring import load_problem
+from lsweep.preparing.restoring import load_problem, require_repeatable
 from lsweep.problems.factory import describe
 from lsweep.problems.problem import Problem
 from lsweep.problems.residence import resident
@@ -49,7 +49,11 @@ SAME_CENTRE = {"cpu": (1e-6, 0.0), "gpu": (1e-4, 1e-7)}  # relative, absolute; w
 
 
 def work(
-    folder: RunFolder, role: Role, problem: Problem | None = None, stop: Stop | None = None
+    folder: RunFolder,
+    role: Role,
+    problem: Problem | None = None,
+    stop: Stop | None = None,
+    own: bool = False,
 ) -> int:
     """Be one worker, until nothing of the run is left for it to do.
 
@@ -58,6 +62,7 @@ def work(
         role: how to take part.
         problem: a live problem; otherwise the run's factory is called.
         stop: asked before every unit whether it may begin.
+        own: the live problem is as it is, whatever its factory would make.
 
     Returns:
         How many points it evaluated.
@@ -84,6 +89,8 @@ def _work(folder: RunFolder, role: Role, problem: Problem | None, stop: Stop) ->
     if not shift.open():
         return 0
     live = problem is not None
+    if problem is not None and not own and role.of == 1:
+        require_repeatable(folder, plan, problem, role.trust)
     with turn(plan.digest):
         problem, directions = load_problem(folder, plan, problem, role.trust)
     machine.trim_memory()  # of what made the data and the directions
