@@ -241,7 +241,7 @@ class Lowering:
         found = self._folded(node, Array(x.lies.permute(kept + along), x.source), len(along), False)
         return Array(found.lies.view(shape), found.source)
 
-    def _pool(self, node: fx.Node, given: Given, most: bool) -> Array:
+    def _pool(self, node: fx.Node, given: Given, shape: Shape, most: bool) -> Array:
         x, size, (ph, pw) = given["self"], _pair(given["kernel_size"]), _pair(given["padding"])
         if ph or pw:
             x = self._padded(node, x, (pw, pw, ph, ph), -math.inf if most else 0)
@@ -251,18 +251,15 @@ class Lowering:
             windows = windows.unfold(d, (n - 1) * gap + 1, stride)[..., ::gap]
         return self._folded(node, Array(windows, x.source), 2, most)
 
-    def _on_max_pool2d(self, node: fx.Node, given: Given, shape: Shape) -> Array:
-        return self._pool(node, given, most=True)
-
-    def _on_avg_pool2d(self, node: fx.Node, given: Given, shape: Shape) -> Array:
-        return self._pool(node, given, most=False)
+    _on_max_pool2d = functools.partialmethod(_pool, most=True)
+    _on_avg_pool2d = functools.partialmethod(_pool, most=False)
 
     def _on_adaptive_avg_pool2d(self, node: fx.Node, given: Given, shape: Shape) -> Array:
         lengths = list(zip(given["self"].lies.shape[-2:], shape[-2:], strict=True))
         if any(n % m for n, m in lengths):
             raise Unsupported(f"{node.name} is a pool of uneven windows")
         even = {"kernel_size": [n // m for n, m in lengths], "stride": None, "padding": 0}
-        return self._pool(node, {**given, **even}, most=False)
+        return self._pool(node, {**given, **even}, shape, most=False)
 
     def _on_cat(self, node: fx.Node, given: Given, shape: Shape) -> Array:
         d, at, body, out = given["dim"], 0, "", _meta(shape)
