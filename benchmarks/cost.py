@@ -90,7 +90,9 @@ CPU = {
     ),
     "resnet56": Workload("ResNet-56", "resnet56", 256, 1, {"float32": (1.8, 2, 1.4)}),
     "mlp": Workload("digits MLP 64-64-64-10", "mlp", 1797, 2, {"float32": (400, 1.3, 3)}, 8),
-    "vit": Workload("small ViT", "vit", 256, 1, {"float32": (None, None, 1.9)}),
+    "vit": Workload(
+        "small ViT", "vit", 256, 1, {"float32": (None, None, 1.9), "bfloat16": (None, None, 1.9)}
+    ),
 }
 CUDA = {
     "resnet20": Workload(

@@ -19,6 +19,8 @@ import torch
 from tiny import PROBLEM, SWEEP, contents, lsweep, write_sweep
 from torch import nn
 
+from lsweep import Problem, sweep
+from lsweep.errors import LsweepError
 from lsweep.storage.files import sealed
 
 
@@ -214,7 +216,9 @@ FACTORIES = [
     ("problem.py:stops", "stops raised SystemExit: 2 (problem.py:"),
     ("problem.py:network", "returned an object of type Linear, not an lsweep.Problem"),
     ("problem.py:nothing", "returned an object of type NoneType, not an lsweep.Problem"),
-    ("problem.py:narrow", "TypeError: narrow() got an unexpected keyword argument 'width'"),
+    ("problem.py:narrow", "problem.options: problem.py:narrow takes no 'width'"),
+    ("problem.py:wide", "problem.py:wide takes no 'width'; did you mean 'widths'?"),
+    ("problem.py:deep", "problem.py:deep needs depth: write options = { depth = … }"),
     ("problem.py:empty", "data['train'] is empty"),
     ("problem.py:no_batches", "data['train'] yields no batch"),
     ("problem.py:no_splits", "data must be a dict of splits"),
@@ -246,6 +250,14 @@ def nothing(width):
 
 
 def narrow():
+    pass
+
+
+def wide(widths=3):
+    pass
+
+
+def deep(depth, **more):
     pass
 
 
@@ -359,7 +371,9 @@ USAGE = [
     (["render", "RUN"], "the following arguments are required: -o/--output"),
     (["render", "-o", "a.png"], "the following arguments are required: RUN|FILE"),
     (["convert", "RUN"], "the following arguments are required: OUT"),
-    (["run", "TOML", "--wrokers", "2"], "unrecognized arguments: --wrokers 2"),
+    (["run", "TOML", "--wrokers", "2"], "unrecognized arguments: --wrokers 2; see"),
+    (["run", "TOML", "--set", "a=1", "b=2"], "b=2 (each KEY=VALUE takes a --set of its own)"),
+    (["run", "TOML", "--set", "a.b=1", "--set", "a.b = 2"], "--set a.b=1 and --set a.b = 2: give"),
     (["run", "TOML", "--on", "cloud"], "argument --on: invalid choice: 'cloud'"),
     (["run", "TOML", "--workers", "two"], "argument --workers: invalid number value: 'two'"),
     (["run", "TOML", "--workers", "0"], "argument --workers: 0 is less than 1"),
@@ -428,7 +442,25 @@ def test_another_plan_on_the_same_run_is_refused_with_the_field_named(refusal, r
             assert f"holds another plan: {field}" in message and "--run" in message
     text = run.with_name("problem.py").read_text()
     run.with_name("problem.py").write_text(text.replace("nn.Tanh", "nn.ReLU"))
-    assert "problem.code is " in refusal("run", toml)
+    message = refusal("run", toml)
+    assert "problem.code, problem.py was edited since" in message and "--kept-code" in message
+
+
+def test_an_edited_factory_file_leaves_the_run_its_own_copy(refusal, capfd, run):
+    toml, problem = run.with_name("sweep.toml"), run.with_name("problem.py")
+    text = problem.read_text()
+    problem.write_text(text.replace("randn(8, 2", "randn(8, 2) + torch.randn(8, 2"))
+    finer = ["run", toml, "--set", "grid.x.count=5", "--on", "inline", "--no-picture"]
+    assert "problem.code" in refusal(*finer)
+    assert lsweep(*finer, "--kept-code") == 0
+    assert "2 of 5 points to evaluate" in capfd.readouterr().out  # three are reused
+    assert lsweep("run", toml, *finer[4:], "--kept-code") == 0
+    assert "3 of 5 computed points are on this grid" in capfd.readouterr().out
+    own = run / "problem.py"
+    own.write_text(text + "# edited, too\n")
+    assert f"{own} is not the factory file that was planned" in refusal(*finer, "--kept-code")
+    elsewhere = run.with_name("new.run")
+    assert "is not planned yet" in refusal(*finer, "--kept-code", "--run", elsewhere)
 
 
 def test_a_run_cannot_be_changed_by_set(refusal, run):
@@ -510,6 +542,7 @@ def test_a_device_that_is_not_there_is_refused(refusal, capfd, tmp_path):
     assert lsweep("plan", toml) == 0
     run = tmp_path / "sweep.run"
     assert "no device 'gpu': use cpu, cuda" in refusal("work", run, "--device", "gpu")
+    assert "no device 'gpu'" in refusal("run", toml, "--device", "gpu", "--run", tmp_path / "a.run")
     assert "no device 'cuda:99': torch sees" in refusal("work", run, "--device", "cuda:99")
     assert "must be from 0 to 1 (--of)" in refusal("work", run, "--index", "2", "--of", "2")
     assert "starts no processes: leave out --workers" in refusal(
@@ -547,6 +580,26 @@ def test_init_overwrites_nothing(refusal, tmp_path, there):
     (tmp_path / there).write_text("mine")
     assert f"{there} exists" in refusal("init", tmp_path)
     assert (tmp_path / there).read_text() == "mine"
+
+
+# -- in Python -------------------------------------------------------------------------------------
+
+
+def test_wrong_keywords_of_sweep_are_refused(tmp_path):
+    x = torch.zeros(4, 2)
+    problem = Problem(nn.Linear(2, 2), {"train": (x, x)}, loss=nn.MSELoss())
+    for given, grid, words in (
+        ("p", {"x": (-1, 1, 5)}, "problem is 'p': make an lsweep.Problem of"),
+        (nn.Linear(2, 2), {"x": (-1, 1, 5)}, "problem is an object of type Linear: make an"),
+        (problem, {"x": (-1, 1)}, "x = (-1, 1): x is (low, high, count), such as"),
+        (problem, {"x": (0, 1, 3), "y": 5}, "y = 5: y is (low, high, count)"),
+    ):
+        with pytest.raises(LsweepError) as refused:
+            sweep(given, **grid)
+        assert str(refused.value).startswith(words)
+    sweep(problem, x=(0, 1, 2), y=(0, 1, 2), run=tmp_path / "a.run")
+    with pytest.raises(LsweepError, match=r"it is a plane \(x, y\), now a line \(x\) is asked"):
+        sweep(problem, x=(0, 1, 2), run=tmp_path / "a.run")
 
 
 # -- tracebacks ------------------------------------------------------------------------------------

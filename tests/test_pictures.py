@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection, PolyCollection, QuadMesh
@@ -21,7 +22,7 @@ from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 from lsweep.errors import LsweepError
 from lsweep.pictures.cells import Cells, as_plane, pooled_scale
 from lsweep.pictures.drawing import KINDS, contour, draw, filled, heat, line, relief, render, save
-from lsweep.pictures.maps import FAILED, NONFINITE
+from lsweep.pictures.maps import COLORS, FAILED, NONFINITE
 from lsweep.surfaces.scales import LINEAR, Scale, log_scale, number, numbers, round_ticks
 from lsweep.surfaces.surface import Status, Surface, Trajectory
 
@@ -144,6 +145,23 @@ def test_bounds_that_make_no_range_are_refused(options, message):
         draw(bowl(), **options)
 
 
+def test_what_spans_over_two_decades_is_logarithmic_unless_its_reader_says_otherwise():
+    x = np.linspace(-1, 1, 21)
+    cliff = 0.8 + 0.2 * x[None, :] ** 2 + 1500.0 ** (-(x[:, None] + 1) * 4 + 1)
+    cliff[0, 0] = np.inf
+    s = Surface({"x": x, "y": x}, {"train_loss": cliff, "test_accuracy": cliff})
+    ax = draw(s)
+    assert color_bar(ax).get_ylabel() == "train loss, log scale"
+    (mesh,) = [c for c in ax.collections if isinstance(c, QuadContourSet) and not any(c.hatches)]
+    share = np.histogram(s["train_loss"][np.isfinite(cliff)], np.exp(mesh.levels))[0] / cliff.size
+    assert share.max() < 0.3  # of even levels of ln the first band would hold most points
+    assert color_bar(draw(s, log=False)).get_ylabel() == "train loss"
+    assert color_bar(draw(s, "test_accuracy")).get_ylabel() == "test accuracy"
+    assert color_bar(draw(bowl())).get_ylabel() == "train loss"
+    lines = [Surface({"x": x}, {"train_loss": 10.0 ** (k * x)}) for k in (0.5, 1.5)]
+    assert [draw(s).get_yscale() for s in lines] == ["linear", "log"]
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -256,7 +274,7 @@ def test_the_plateau_of_a_relief_is_a_dark_net_at_the_top():
     (net,) = [c for c in ax.collections if isinstance(c, Poly3DCollection)]
     height = faces_of(net)[..., 2]
     assert height.max() == 1.0
-    top = (height == 1.0).all(1)
+    top = (height == 1.0).any(1)
     dark = np.asarray(net.get_edgecolor())[:, :3].max(1) < 0.2
     assert dark.sum() == top.sum() > 100
     assert ax.get_zlim() == pytest.approx((0.1, 1.0))
@@ -284,11 +302,29 @@ def test_pending_is_white_and_not_finite_is_grey_and_failed_is_darker(kind):
     assert legend(ax)[-3:] == ["not finite (1 of 35)", "failed (1 of 35)", "pending (7 of 35)"]
 
 
-def test_a_relief_puts_what_has_no_value_on_the_floor():
-    ax = draw(marred(), kind="3d")
-    flat = [c for c in ax.collections if isinstance(c, Poly3DCollection)]
-    found = {tuple(np.round(c.get_facecolor()[0][:3], 3)) for c in flat if len(faces_of(c)) == 1}
-    assert found == {tuple(np.round(to_rgb(c), 3)) for c in (NONFINITE, FAILED)}
+def test_what_has_no_value_is_grey_and_joins_the_relief_and_infinity_is_at_its_top():
+    s = marred()
+    ax = draw(s, kind="3d")
+    (net,) = [c for c in ax.collections if isinstance(c, Poly3DCollection)]
+    corners, color = faces_of(net), np.asarray(net.get_facecolor())[:, :3]
+    assert len(corners) == 3 * 6  # all squares but those of the pending row
+    for at, grey, height in ((2, NONFINITE, ax.get_zlim()[1]), (4, FAILED, ax.get_zlim()[0])):
+        assert np.isclose(color, to_rgb(grey)).all(1).sum() == 4  # the squares around the point
+        mine = np.isclose(corners[..., :2], (s.x[at], s.y[2])).all(-1)
+        assert corners[mine][:, 2] == pytest.approx(np.full(4, height))
+    x, y, z = corners[corners[..., 1] != 0].T
+    assert z == pytest.approx(np.clip(x + 10 * y + 20, *ax.get_zlim()))
+
+
+def test_the_highest_value_of_a_relief_has_the_last_colour():
+    x = np.linspace(-1, 1, 3)
+    peak = np.ones((3, 3))
+    peak[2, 2] = 4000.0  # one corner of one square of four, and over two decades
+    ax = draw(Surface({"x": x, "y": x}, {"train_loss": peak}), kind="3d")
+    (net,) = [c for c in ax.collections if isinstance(c, Poly3DCollection)]
+    assert np.exp(ax.get_zlim()[1]) == pytest.approx(4000.0)
+    last = np.isclose(net.get_facecolor(), colormaps[COLORS](1.0)).all(1)
+    assert last.sum() == 1
 
 
 @pytest.mark.parametrize("kind", FLAT)

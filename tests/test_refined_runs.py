@@ -383,9 +383,9 @@ def test_a_tighter_tolerance_and_a_finer_grid_reuse_what_there_is(
 ) -> None:
     folder = copied(calm, tmp_path / "tight.run")
     toml, tolerance = toml_in(tmp_path / "tight"), 0.004
-    wanted = ["--run", folder.root, "--set", f"refine.tolerance={tolerance}"]
     for count in (COUNT, 2 * COUNT - 1):
         before = set(evaluated(folder))
+        wanted = ["--run", folder.root, "--set", f"refine.tolerance={tolerance}"]
         wanted += ["--set", f"grid.x.count={count}", "--set", f"grid.y.count={count}"]
         assert command("plan", toml, *wanted).code == 0
         assert not is_complete(folder)
@@ -424,6 +424,22 @@ def test_where_a_point_is_cheaper_than_deciding_all_are_evaluated(
     report = merged(folder)[1]
     assert report.clean and "less than deciding" in report.lines()[0]
     assert len(rounds_of(folder).all) == 2
+
+
+def test_a_loss_that_waits_is_not_cheap(tmp_path: Path) -> None:
+    """Its seconds are not the processor's: they are told, and the grid is refined."""
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.03)
+        return (output - target).square().mean(1)
+
+    net = torch.nn.Linear(1, 1)
+    torch.nn.init.ones_(net.weight)
+    problem = lsweep.Problem(net, {"train": (torch.ones(4, 1), torch.ones(4, 1))}, loss)
+    lsweep.sweep(problem, x=(-1, 1, 65), run=tmp_path / "run", refine=0.2)
+    folder = RunFolder(tmp_path / "run")
+    assert read_json(folder.all_devices()[0])["seconds_per_point"] >= 0.03
+    assert len(evaluated(folder)) < 65
 
 
 # -- troubles --------------------------------------------------------------------------------------

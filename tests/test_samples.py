@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import committed, finished, merged, planned, sweep_file
+from cases import command, committed, finished, merged, planned, sweep_file
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
@@ -28,6 +28,7 @@ from lsweep.preparing.planning import plan_run
 from lsweep.preparing.restoring import load_problem
 from lsweep.problems.data import Split
 from lsweep.problems.subsets import classes_of, draw
+from lsweep.runs.display import preflight_line
 from lsweep.storage.files import read_json
 from lsweep.storage.folder import RunFolder
 from lsweep.storage.sums import standard_error
@@ -198,6 +199,13 @@ def test_a_surface_says_what_it_stands_on_and_the_errors_cover_the_truth(tmp_pat
     assert surface.values["train_loss_se"][4] == 0
     assert "24 of 240 train samples" in surface.provenance["caption"]
     assert "control variate" in surface.provenance["caption"]
+    toml = tmp_path / "sweep.toml"
+    said = command("run", toml, "--no-picture").out
+    assert "at the centre (anchored to all 240 samples), minimum" in said
+    line = preflight_line(read_json(whole.all_devices()[0]), 9)
+    assert f"({anchor['whole']:.6g} over all) at the centre (over 24 drawn samples)" in line
+    said = command("plan", toml, "--set", "evaluate.samples=1000", "--run", tmp_path / "b.run").out
+    assert "samples = 1000: train has 240, and all of them are taken" in said
     surface.save(tmp_path / "surface.h5")
     attributes = lsweep.open(tmp_path / "surface.h5").attributes
     assert "drawn class by class (4)" in attributes["train_loss"]["samples"]

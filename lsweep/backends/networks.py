@@ -40,7 +40,7 @@ class Networked:
         ground: Ground,
         packed: Packed,
         network: Callable[[Any], Tensor],
-        pack: Callable[[State], State],
+        pack: Callable[[State], Mapping[str, Tensor]],
     ) -> None:
         self.name, self._ground, self._network = name, ground, network
         self._moving = Moving(ground, packed, pack)
@@ -93,7 +93,7 @@ class NetworkOfClasses(Networked):
         ground: Ground,
         packed: Packed,
         network: Classifying,
-        pack: Callable[[State], State],
+        pack: Callable[[State], Mapping[str, Tensor]],
     ) -> None:
         super().__init__(name, ground, packed, network, pack)
         self._classifying, self._theta = network, packed.theta

@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lsweep.commands import invariance, looking, running, submitting
 from lsweep.commands import making as commands
@@ -58,7 +58,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     sbatch = None
     if "--" in own and "submit" in own[: own.index("--")]:
         own, sbatch = own[: own.index("--")], own[own.index("--") + 1 :]
-    options = _parser().parse_args(own)
+    parser = _parser()
+    options, rest = parser.parse_known_args(own)
+    if rest:
+        hint = any("=" in word for word in rest) and "overrides" in options
+        parser.error(f"unrecognized arguments: {' '.join(rest)}"
+                     + (" (each KEY=VALUE takes a --set of its own)" if hint else ""))  # fmt: skip
     options.sbatch = sbatch
     return options
 
@@ -121,14 +126,37 @@ def _waiting(text: str) -> float:
 # -- arguments that several commands share ---------------------------------------------------------
 
 
+class _Override(argparse.Action):
+    """Collects KEY=VALUE, and refuses a key that is there already: which was meant?"""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace,
+                 values: Any, option_string: str | None = None) -> None:  # fmt: skip
+        before = getattr(namespace, self.dest)
+        key = values.partition("=")[0].strip()
+        for other in before:
+            if other.partition("=")[0].strip() == key:
+                parser.error(f"--set {other} and --set {values}: give {key} once")
+        setattr(namespace, self.dest, [*before, values])
+
+
+def _takes_set(p: argparse.ArgumentParser, example: str) -> None:
+    p.add_argument("--set", action=_Override, default=[], metavar="KEY=VALUE", dest="overrides",
+                   help=f"override a TOML key, such as {example}")  # fmt: skip
+
+
 def _takes_sweep(p: argparse.ArgumentParser) -> None:
     p.add_argument("sweep", metavar="SWEEP", type=Path, help="a sweep.toml, a run, or a study")
     p.add_argument("--run", type=Path, metavar="DIR", help="the run (default: <stem>.run)")
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-                   help="override a TOML key, such as grid.x.count=11")  # fmt: skip
+    _takes_set(p, "grid.x.count=11")
     p.add_argument("--unit-points", type=_at_least(1), metavar="K", help="points of a unit")
     p.add_argument("--retry-failed", action="store_true", help="ask for failed points again")
+    _takes_kept_code(p)
     _takes_trust(p)
+
+
+def _takes_kept_code(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--kept-code", action="store_true",
+                   help="go on with the run's own copy of the factory's file")  # fmt: skip
 
 
 def _takes_trust(p: argparse.ArgumentParser) -> None:
@@ -266,7 +294,8 @@ def _add_render(p: argparse.ArgumentParser) -> None:
                    "against their gap")  # fmt: skip
     _takes_l2(p)
     p.add_argument("--metric", help="such as train_loss or test_accuracy")
-    p.add_argument("--log", action="store_true", help="logarithmic scale")
+    p.add_argument("--log", action=argparse.BooleanOptionalAction, default=None,
+                   help="logarithmic scale (default: beyond two decades)")  # fmt: skip
     p.add_argument("--vmin", type=float, help="lowest value of the scale")
     p.add_argument("--vmax", type=float, help="highest; above it is hatched")
     p.add_argument("--points", action="store_true", help="show which points were evaluated")
@@ -305,14 +334,14 @@ def _add_measure(p: argparse.ArgumentParser) -> None:
 def _add_invariance(p: argparse.ArgumentParser) -> None:
     p.add_argument("sweep", metavar="SWEEP", type=Path, help="a sweep.toml, or a run")
     p.add_argument("--run", type=Path, metavar="DIR", help="the run (default: <stem>.run)")
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-                   help="override a TOML key, such as directions.gauge=equi")  # fmt: skip
+    _takes_set(p, "directions.gauge=equi")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps (default: auto)")
     p.add_argument("--samples", type=_at_least(2), default=256, metavar="N",
                    help="samples that the network is compared on (default: 256)")  # fmt: skip
     form = p.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="for programs")
     form.add_argument("--csv", action="store_true", help="for spreadsheets, the table alone")
+    _takes_kept_code(p)
     _takes_trust(p)
 
 

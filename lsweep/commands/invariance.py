@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lsweep.commands.making import run_of
+from lsweep.commands.making import chosen_code, run_of
 from lsweep.errors import LsweepError
 from lsweep.hosts.machine import refuse_foreign
 from lsweep.outcomes import certified
@@ -61,9 +61,11 @@ def given(options: Namespace) -> Given:
     settings = Settings.from_file(options.sweep, tuple(options.overrides))
     refuse_foreign(options.sweep, options.trust)
     base = options.sweep.absolute().parent
-    problem = make_problem(settings.problem, base, trust=options.trust)
+    code = chosen_code(options, folder)
+    problem = make_problem(settings.problem, base, code, options.trust)
     there = Plan.read(folder) if folder.exists else None
-    plan, directions = make_plan(settings, problem, base, there.facts if there else None)
+    plan, directions = make_plan(settings, problem, base, there.facts if there else None,
+                                 code)  # fmt: skip
     if there is not None:
         there.require_same(plan, folder)
     plan = there or plan

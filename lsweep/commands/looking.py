@@ -119,7 +119,7 @@ def do_render(options: Namespace) -> int:
     sources = [p for given in options.source for p in runs(given)]
     if options.kind in FIGURES:
         _refuse_scale(options)
-        figure_of(sources, options.kind, options.output, Options(options.metric, options.log),
+        figure_of(sources, options.kind, options.output, Options(options.metric, bool(options.log)),
                   options.dpi)  # fmt: skip
         print(f"wrote {options.output}")
         return 0

@@ -12,6 +12,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lsweep.errors import LsweepError
@@ -40,6 +41,18 @@ def run_of(options: Namespace) -> RunFolder:
     return RunFolder(options.sweep.with_name(f"{options.sweep.stem}.run"))
 
 
+def chosen_code(options: Namespace, folder: RunFolder) -> Path | None:
+    """Return the run's copy of the factory's file with ``--kept-code``; None for the TOML's own."""
+    if not options.kept_code:
+        return None
+    from lsweep.plans.plan import Plan
+    from lsweep.preparing.restoring import kept_code
+
+    if not folder.exists:
+        raise LsweepError(f"--kept-code: {folder.root} is not planned yet and keeps no code")
+    return kept_code(folder, Plan.read(folder))
+
+
 def planned(options: Namespace) -> tuple[RunFolder, Problem | None]:
     """Freeze the plan of a TOML, or take the run as it is; ask again for what failed.
 
@@ -64,11 +77,13 @@ def planned(options: Namespace) -> tuple[RunFolder, Problem | None]:
         from lsweep.problems.problem import make_problem
 
         base = options.sweep.absolute().parent
-        problem = make_problem(settings.problem, base, trust=options.trust)
+        code = chosen_code(options, folder)
+        problem = make_problem(settings.problem, base, code, options.trust)
         text = options.sweep.read_text(encoding="utf-8")
         if options.overrides:
             text += "".join(f"\n# --set {o}" for o in options.overrides) + "\n"
-        plan_run(settings, problem, base, folder, text=text, unit_points=options.unit_points)
+        plan_run(settings, problem, base, folder, text=text, unit_points=options.unit_points,
+                 code=code)  # fmt: skip
     if options.retry_failed:
         _ask_again(folder)
     return folder, problem
@@ -87,6 +102,19 @@ def along_eigenvectors(folder: RunFolder) -> dict[str, list[str]]:
         for axis in plan.axes
         if "eigenvalue" in facts[axis]
     }
+
+
+def all_taken(folder: RunFolder) -> list[str]:
+    """Return a line for each split that has no more samples than ``samples`` asks for."""
+    from lsweep.plans.plan import Plan
+
+    plan = Plan.read(folder)
+    wanted = plan.evaluate["samples"]
+    return [
+        f"samples = {wanted}: {split} has {data['samples']}, and all of them are taken"
+        for split, data in plan.data.items()
+        if wanted is not None and "of" not in data
+    ]
 
 
 def wanted_children(options: Namespace) -> list[Child]:
@@ -162,6 +190,29 @@ def _ask_again(folder: RunFolder) -> None:
     ask_again(folder, lambda: failed_points(folder))
 
 
+def _cost(folder: RunFolder) -> list[str]:
+    """Return what evaluating what is missing takes: passes, and time where a device is known."""
+    from lsweep.outcomes.committed import read_run
+    from lsweep.outcomes.frozen import frozen
+    from lsweep.plans.pointwise import POINTWISE
+    from lsweep.runs.display import duration
+
+    plan, rounds, committed = read_run(folder)
+    done, _ = committed.share
+    many = [m for m in plan.evaluate["metrics"] if m in POINTWISE]
+    more = f" and many more for {', '.join(many)}" if many else ""
+    missing = rounds.foreseen - done / plan.slices
+    out = [f"about {missing:.0f} passes over the data are missing, one a point{more}"]
+    for known in frozen(folder, plan, {}).values():
+        one = float(known["seconds_per_point"])
+        out.append(f"{'at least ' if many else ''}{duration(missing * one)} of one worker on "
+                   f"{known['device']}, at {1e3 * one:.3g} ms a point")  # fmt: skip
+    if committed.complete:
+        return ["all of it is evaluated"]
+    unknown = "; how long one takes, the first worker measures"
+    return out if len(out) > 1 else [out[0] + unknown]
+
+
 def do_plan(options: Namespace) -> int:
     """Freeze the plan, publish the first round, print cost and promises."""
     from lsweep.plans.plan import Plan
@@ -188,10 +239,14 @@ def do_plan(options: Namespace) -> int:
         print(f"  refinement: {describe_refining(last.refine)}{more}")
     print(f"  each point: {drawn} samples in {', '.join(plan.evaluate['splits'])}; "
           f"metrics {', '.join(plan.evaluate['metrics'])}")  # fmt: skip
+    for line in all_taken(folder):
+        print(f"  {line}")
     print(f"  {counted(units, 'unit')} of {counted(last.unit_points, 'point')}, "
           f"{counted(leases, 'lease')}; {counted(plan.slices, 'slice')}")  # fmt: skip
     print(f"  on disk: about {rounds.total * row * plan.slices / 2**20:.1f} MiB of rows, at most "
           f"{leases + 20} files and 2 more a worker")  # fmt: skip
+    for line in _cost(folder):
+        print(f"  {line}")
     for axis in plan.axes:
         facts, kind = plan.facts["axes"][axis], plan.directions[axis]["kind"]
         if axis not in plan.moving:

@@ -18,6 +18,7 @@ import numpy as np
 from lsweep.commands.making import (
     INCOMPLETE,
     INTERRUPTED,
+    all_taken,
     along_eigenvectors,
     planned,
     planned_children,
@@ -46,6 +47,10 @@ def do_run(options: Namespace) -> int:
     wanted = wanted_children(options)
     if options.on == "mpi":
         return _run_on_mpi(options, wanted)
+    if options.device not in ("auto", "cpu"):  # refused before anything is made or waited for
+        from lsweep.hosts.device import choose_device
+
+        choose_device(options.device)
     folder, problem = planned(options)
     if problem is not None:  # it was planned here
         _say_how_far(folder)
@@ -69,6 +74,8 @@ def _say_how_far(folder: RunFolder) -> None:
     for axis, lines in along_eigenvectors(folder).items():
         for line in lines:
             print(f"{axis}: {line}")
+    for line in all_taken(folder):
+        print(line)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +97,10 @@ def _run_here(folder: RunFolder, problem: Problem | None, options: Namespace, lo
     _, rounds, committed = read_run(folder)
     done, total = committed.share
     code, interrupted = 0, False
+    asked, beside = _asked(rounds)
+    if committed.complete and beside:
+        print(f"{folder.root}: {asked - beside} of {asked} computed points are on this grid and "
+              "make surface.h5; the others stay, for a grid that has them")  # fmt: skip
     if not committed.complete:
         more = ", then more where the picture needs them" if rounds.refining else ""
         todo = f"{total - done} of {total} points to evaluate{more}"
@@ -97,7 +108,6 @@ def _run_here(folder: RunFolder, problem: Problem | None, options: Namespace, lo
             todo = (
                 f"all {total} points so far are evaluated; whether more are needed is decided now"
             )
-        beside = _beside(rounds)
         if beside:
             print(f"{folder.root}: {counted(beside, 'point')} of earlier grids are not on this one "
                   "(a count of 2n - 1 has all points of n)")  # fmt: skip
@@ -120,13 +130,13 @@ def _run_here(folder: RunFolder, problem: Problem | None, options: Namespace, lo
     return merged if committed.complete else (code or merged)
 
 
-def _beside(rounds: Rounds) -> int:
-    """How many points that were asked are not on the present grid."""
+def _asked(rounds: Rounds) -> tuple[int, int]:
+    """How many points were asked, and how many of them are not on the present grid."""
     if len(rounds.all) < 2 or all(r.lattice is rounds.last.lattice for r in rounds):
-        return 0
+        return rounds.total, 0
     numbers = rounds.numbers_of(rounds.last.lattice)
-    asked = rounds.first_asked[rounds.required & (rounds.step < 0)]
-    return len(np.setdiff1d(asked, rounds.first_asked[numbers[numbers >= 0]]))
+    asked = np.unique(rounds.first_asked[rounds.required & (rounds.step < 0)])
+    return len(asked), len(np.setdiff1d(asked, rounds.first_asked[numbers[numbers >= 0]]))
 
 
 def _evaluate(
@@ -272,7 +282,10 @@ def _merge_and_show(folder: RunFolder, look: Look) -> int:
         where, least = surface.minimum(name)
         at = ", ".join(f"{axis} = {offset:.4g}" for axis, offset in where.items())
         center = surface.center(name)
-        middle = f"{center:.6g} at the centre, " if np.isfinite(center) else ""
+        fact = surface.provenance.get("sampling", {}).get(name, {})
+        anchored = fact.get("shift") is not None
+        over = f" (anchored to all {fact['of']} samples)" if anchored else ""
+        middle = f"{center:.6g} at the centre{over}, " if np.isfinite(center) else ""
         guess = guessed(surface, name, where)
         print(f"{name}: {middle}minimum {least:.6g} at {at}" + (f" ({guess})" if guess else ""))
     print(f"wrote {folder.surface}")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from lsweep.errors import LsweepError
 from lsweep.hosts import machine
+from lsweep.wording import counted
 
 # Environment variables by which CUDA's libraries compute otherwise than asked.
 DECIDES = ("NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE")
@@ -77,7 +79,7 @@ def human(device: torch.device) -> str:
     """Return a device's name for people."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{machine.cpu_model()}, {torch.get_num_threads()} threads"
+    return f"{machine.cpu_model()}, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def memory_used(device: torch.device) -> int:
@@ -115,18 +117,31 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def timed(device: torch.device, work: Callable[[], object]) -> float:
+class Spent(NamedTuple):
+    """Seconds that work took.
+
+    Attributes:
+        wall: by the clock on the wall: what people wait for.
+        busy: on one thread the processor's, so that a crowded node does not count: by these ways
+            to compute the same are compared.
+    """
+
+    wall: float
+    busy: float
+
+
+def timed(device: torch.device, work: Callable[[], object]) -> Spent:
     """Return the seconds that ``work`` takes, the device synchronised on both sides.
 
-    On one thread they are the processor's, so that a crowded node does not count.
-
-    >>> timed(torch.device("cpu"), lambda: None) < 1.0
-    True
+    >>> slept = timed(torch.device("cpu"), lambda: time.sleep(0.01))
+    >>> slept.wall >= 0.01, slept.wall >= slept.busy
+    (True, True)
     """
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.thread_time if alone else time.perf_counter
     synchronize(device)
-    start = clock()
+    start = time.perf_counter(), clock()
     work()
     synchronize(device)
-    return clock() - start
+    busy = clock() - start[1]
+    return Spent(time.perf_counter() - start[0], busy)

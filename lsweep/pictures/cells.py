@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -60,11 +61,15 @@ def pooled_scale(
     surfaces: Sequence[Surface],
     name: str,
     *,
-    log: bool = False,
+    log: bool | None = None,
     vmin: float | None = None,
     vmax: float | None = None,
+    whole: bool = False,
 ) -> Scale:
     """Return one `Scale` for a variable of several surfaces; L0 is their least value at a centre.
+
+    With ``log`` None it is logarithmic where it spans over two decades and is not in per cent.
+    If ``whole``, a log scale reaches up to the greatest value, for there that takes few colours.
 
     >>> s = Surface({"x": np.zeros(2)}, {"a": np.array([1.0, 2.0])})
     >>> pooled_scale([s], "a", vmax=5.0).levels(3)
@@ -74,7 +79,17 @@ def pooled_scale(
     centers = np.array([s.center(name) for s in surfaces])
     centers = centers[np.isfinite(centers)]
     center = float(centers.min()) if len(centers) else float("nan")
-    return Scale.of(values, log=log, center=center, vmin=vmin, vmax=vmax)
+    if log is None and all(_in_per_cent(s, name) for s in surfaces):
+        log = False
+    scaled = partial(Scale.of, values, center=center, vmin=vmin, vmax=vmax)
+    scale = scaled(log=log)
+    if whole and scale.transform.name != "linear":
+        return scaled(log=True, quantile=1.0)
+    return scale
+
+
+def _in_per_cent(surface: Surface, name: str) -> bool:
+    return surface.attributes.get(name, {}).get("units") == "%" or name.endswith("_accuracy")
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def draw(
     *,
     kind: str = "auto",
     ax: Axes | None = None,
-    log: bool = False,
+    log: bool | None = None,
     vmin: float | None = None,
     vmax: float | None = None,
     points: bool = False,
@@ -74,9 +74,11 @@ def draw(
             loss and the accuracy of every split.
         kind: ``line``, ``contour``, ``filled``, ``heat``, ``3d``; ``auto`` is line or filled.
         ax: where; None makes a figure of its own, with the caption.
-        log: ln, or asinh where a value is not positive (`lsweep.surfaces.scales.log_scale`).
+        log: ln, or asinh where a value is not positive (`lsweep.surfaces.scales.log_scale`); None:
+            where the scale spans more than two decades.
         vmin: lowest level; None for the minimum.
-        vmax: highest level; None for the 98 % quantile. What is beyond is hatched.
+        vmax: highest level; None for the 98 % quantile, or all of a log scale in 3d. What is
+            beyond is hatched.
         points: show which points were evaluated; the others are interpolated or pending.
 
     An unknown kind or variable, a kind that does not fit the axes, and vmin above vmax are each
@@ -114,7 +116,7 @@ def render(
     *,
     name: str | None = None,
     kind: str = "auto",
-    log: bool = False,
+    log: bool | None = None,
     vmin: float | None = None,
     vmax: float | None = None,
     labels: Sequence[str] | None = None,
@@ -238,7 +240,8 @@ def _scale(surfaces: Sequence[Surface], name: str | None, kind: str, **options: 
     if kind == "line":
         return line_scale(surfaces, name, **options)
     variable = default_name(surfaces[0]) if name is None else name
-    return pooled_scale([as_plane(s) for s in surfaces], variable, **options)
+    planes = [as_plane(s) for s in surfaces]
+    return pooled_scale(planes, variable, whole=kind == "3d", **options)
 
 
 def _titles(given: Sequence[Any], shown: Sequence[Surface], kind: str) -> list[str]:

@@ -59,7 +59,7 @@ def line_scale(
     surfaces: Sequence[Surface],
     name: str | None = None,
     *,
-    log: bool = False,
+    log: bool | None = None,
     vmin: float | None = None,
     vmax: float | None = None,
 ) -> Scale:
@@ -70,9 +70,13 @@ def line_scale(
     2.0
     """
     shown = [(s, loss) for s in surfaces for loss, _ in _family(s, name)]
-    values = [part for s, n in shown for part in _with_band(s, n, log)]
     centers = [c for c in (s.center(n) for s, n in shown) if np.isfinite(c)]
     center = min(centers, default=float("nan"))
+    if log is None:
+        plain = [drawn_values(s, n) for s, n in shown]
+        found = Scale.of(plain, log=None, center=center, quantile=1.0)
+        log = found.transform.name != "linear"
+    values = [part for s, n in shown for part in _with_band(s, n, log)]
     return Scale.of(values, log=log, center=center, vmin=vmin, vmax=vmax, quantile=1.0)
 
 

@@ -129,6 +129,16 @@ class Plan:
         except TypeError as e:
             raise DamagedFile(f"{folder.plan} is not a plan: {e}") from None
 
+    def _edited(self, folder: RunFolder) -> str:
+        """What is said where nothing but the factory's file is seen to differ so far."""
+        file = self.problem["factory"].rpartition(":")[0]
+        return (
+            f"{folder.root} holds another plan: problem.code, {file} was edited since. The run "
+            f"keeps the file as it was planned ({folder.factory(file)}): --kept-code goes on with "
+            "that, where it makes the planned weights, data and values still; for the edited one "
+            "give a new folder with --run"
+        )
+
     def require_same(self, other: Plan, folder: RunFolder) -> None:
         """Refuse another plan on this run.
 
@@ -139,6 +149,15 @@ class Plan:
             found = _difference(getattr(self, name), getattr(other, name), name)
             if found:
                 field, old, new = found
+                if field == "problem.code" and old and new:
+                    raise PlanChanged(self._edited(folder), field)
+                if name == "directions" and self.axes != other.axes:
+                    there, now = _shape(self.axes), _shape(other.axes)
+                    raise PlanChanged(
+                        f"{folder.root} holds another plan: it is {there}, now {now} is asked for; "
+                        "give a new folder with --run (run=… in Python)",
+                        field,
+                    )
                 remedy = "restore it, or give a new folder with --run"
                 if not folder.all_parts():
                     remedy = "nothing was computed there: remove it"
@@ -170,6 +189,14 @@ def _difference(old: Any, new: Any, where: str) -> tuple[str, Any, Any] | None:
     return None if old == new else (where, old, new)
 
 
+def _shape(axes: tuple[str, ...]) -> str:
+    return f"a {('line', 'plane', 'volume')[len(axes) - 1]} ({', '.join(axes)})"
+
+
 def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return "set"
+    if isinstance(value, str) and len(value) > 58:
+        value = f"{value[:56]}…"  # and then in quotes, both of them
     text = "not set" if value is None else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"

@@ -17,7 +17,7 @@ from lsweep.plans.plan import LIVE, Plan
 from lsweep.plans.rounds import Rounds
 from lsweep.plans.settings import Evaluation, Settings, Track
 from lsweep.preparing.derived import MADE, read_derived
-from lsweep.problems.factory import factory_file, file_digest
+from lsweep.problems.factory import file_digest
 from lsweep.problems.problem import Problem, make_problem
 from lsweep.problems.subsets import described, subsampled
 from lsweep.problems.weights import describe, fingerprint, load_matching
@@ -50,6 +50,25 @@ def base_of(folder: RunFolder) -> Path:
     if base.is_dir() or not beside.is_dir():
         return base
     return beside.resolve()
+
+
+def kept_code(folder: RunFolder, plan: Plan) -> Path | None:
+    """Return the run's own copy of the factory's file; None for an importable module.
+
+    Raises:
+        PlanChanged: it is not what was planned.
+    """
+    file, _, _ = plan.problem["factory"].rpartition(":")
+    if not file.endswith(".py"):
+        return None
+    code = folder.factory(file)
+    if file_digest(code) != plan.problem["code"]:
+        raise PlanChanged(
+            f"{code} is not the factory file that was planned: put back the original, or plan "
+            "a new run",
+            "problem.code",
+        )
+    return code
 
 
 def settings_of(folder: RunFolder, plan: Plan) -> Settings:
@@ -114,14 +133,7 @@ def load_problem(
         for file in (folder.plan, folder.source):
             refuse_foreign(file, trust)
         settings = settings_of(folder, plan)
-        source = factory_file(settings.problem, folder.root)
-        code = folder.factory(source.name) if source else None
-        if code is not None and file_digest(code) != plan.problem["code"]:
-            raise PlanChanged(
-                f"{code} is not the factory file that was planned: put back the original, or plan "
-                "a new run",
-                "problem.code",
-            )
+        code = kept_code(folder, plan)
         problem = make_problem(settings.problem, base_of(folder), code, trust)
     else:
         settings = settings_of(folder, plan)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import inspect
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -72,12 +73,34 @@ def call_factory(
                 n for n, v in own.items() if getattr(v, "__module__", "") == module.__name__
             ]
             raise LsweepError(f"{where} has no function {name!r}{nearest(name, functions)}")
+        _check_options(source, function)
         try:
             return function(**source.options)
         except LsweepError:
             raise
         except (Exception, SystemExit) as e:  # a training script may call sys.exit
             raise LsweepError(f"the factory {source.factory} raised {describe(e)}") from e
+
+
+def _check_options(source: ProblemSource, function: Callable[..., Any]) -> None:
+    """Refuse options that the factory does not take, and the lack of those that it needs."""
+    try:
+        known = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # of what is written in C there is none
+        return
+    named = [p for p in known if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    valid = [p.name for p in named]
+    for key in source.options:
+        if key not in valid and all(p.kind is not p.VAR_KEYWORD for p in known):
+            raise LsweepError(
+                f"problem.options: {source.factory} takes no {key!r}{nearest(key, valid)}"
+            )
+    lacking = [p.name for p in named if p.default is p.empty and p.name not in source.options]
+    if lacking:
+        raise LsweepError(
+            f"problem.options: {source.factory} needs {', '.join(lacking)}: write options = "
+            f"{{ {lacking[0]} = … }}"
+        )
 
 
 def describe(error: BaseException) -> str:

@@ -141,17 +141,21 @@ def _is_refining(folder: RunFolder) -> bool:
 
 def preflight_line(found: dict[str, Any], points: int) -> str:
     """Return what a pre-flight found, in one line."""
+    anchor = found.get("anchor") or {}
     centre = ", ".join(
-        f"{name} {value:.6g}" for name, value in found["centre"].items() if value is not None
+        f"{name} {value:.6g}"
+        + (f" ({anchor[name]['whole']:.6g} over all)" if name in anchor else "")
+        for name, value in found["centre"].items()
+        if value is not None
     )
     seconds = float(found["seconds_per_point"])
     backend = f"{found['backend']} in {found['precision']}"
     if found.get("speed") and found["backend"] != "eager":
         error = found["error"]  # None where one of the two is not finite
         off = "not comparable" if error is None else f"off by {error:.1g}"
-        backend += f" ({found['speed']:.3g} x eager, {off})"
+        backend += f" ({found['speed']:.3g} times eager's speed, {off})"
     drawn = " and ".join(f"{n}" for n in dict.fromkeys(found["samples"].values()))
-    over = f" (over {drawn} drawn samples)" if found.get("anchor") else ""
+    over = f" (over {drawn} drawn samples)" if anchor else ""
     start = f"pre-flight on {found['device']}: {centre} at the centre{over}; {backend}: "
     memory = f"{found['memory'] / 2**20:.0f} MiB"
     if found.get("pointwise"):  # how many passes they take is found out at the first point

@@ -83,6 +83,11 @@ def sweep(
     >>> s["train_loss"].round(5)   # one filter of norm 2: θ + x·(±2), the target being 2
     array([4., 0., 4.])
     """
+    if not isinstance(problem, Problem):
+        raise LsweepError(
+            f"problem is {_shown(problem)}: make an lsweep.Problem of network, data and loss, or "
+            'lsweep.Problem.from_factory("problem.py:function")'
+        )
     live = problem.source is None
     if workers > 1 and live:
         raise LsweepError(
@@ -127,12 +132,21 @@ def sweep(
 
 
 def _axis(name: str, given: Range) -> dict[str, Any]:
-    if isinstance(given, str) or not isinstance(given, Sequence) or len(given) not in (2, 3):
-        raise LsweepError(f"{name} = {given!r}: write (low, high, count), such as (-1, 1, 51)")
-    if len(given) == 2:
+    spans = isinstance(given, Sequence) and len(given) == 2 and isinstance(given[0], str)
+    if (
+        isinstance(given, str)
+        or not isinstance(given, Sequence)
+        or len(given) != (2 if spans else 3)
+    ):
+        raise LsweepError(f"{name} = {given!r}: {name} is (low, high, count), such as (-1, 1, 51)")
+    if spans:
         return {"range": given[0], "count": given[1]}
     low, high = (b if isinstance(b, Decimal) else _number(b) for b in given[:2])
     return {"range": [low, high], "count": _number(given[2])}
+
+
+def _shown(value: object) -> str:
+    return repr(value) if isinstance(value, str) else f"an object of type {type(value).__name__}"
 
 
 def _number(value: Any) -> Any:
