@@ -60,9 +60,9 @@ class Windows(nn.Module):
         self.layers = nn.Sequential(
             nn.BatchNorm2d(3), nn.Conv2d(3, 10, 3, (2, 1), (2, 0)), nn.SiLU(),
             nn.Conv2d(10, 10, 3, padding=2, dilation=2, groups=10), nn.Hardswish(),
-            nn.MaxPool2d(3, 2, 1), nn.Conv2d(10, 14, (1, 3), groups=2), nn.ELU(0.7),
-            nn.AvgPool2d(2, 1, 1), nn.Tanh(), nn.AdaptiveAvgPool2d((5, 3)), nn.Flatten(),
-            nn.Linear(210, 7), nn.LeakyReLU(0.1),
+            nn.MaxPool2d(3, 2, 1, (1, 2)), nn.Conv2d(10, 14, (1, 3), groups=2), nn.ELU(0.7),
+            nn.AvgPool2d(2, 1, 1), nn.Tanh(), nn.AdaptiveAvgPool2d((5, 1)), nn.Flatten(),
+            nn.Linear(70, 7), nn.LeakyReLU(0.1),
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:

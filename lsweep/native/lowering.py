@@ -8,6 +8,7 @@ pointwise operator joins the step whose array it alone reads.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -32,9 +33,10 @@ POINTWISE = {  # {0} and {1} are tensors or numbers, {name} is an argument of th
     "hardswish": "{0} * vmin(relu({0} + 3), all(6)) / 6",
 }  # fmt: skip
 USUAL = {"scale": 1, "input_scale": 1, "rounding_mode": None, "mode": "constant", "training": False,
-         "ceil_mode": False, "divisor_override": None}  # fmt: skip
+         "ceil_mode": False, "divisor_override": None, "count_include_pad": True}  # fmt: skip
 PIXEL = {"padding": 0, "stride": 1, "dilation": 1, "groups": 1}
 CONSTANTS = 2**16  # numbers that may be part of the source
+_meta = functools.partial(torch.empty, device="meta")
 Given = dict[str, Any]
 Shape = tuple[int, ...]
 
@@ -69,22 +71,18 @@ class Lowering:
             self._values[node] = self._value(node)
         out = self._straight(output, self._values[output.args[0]])
         self.shape = tuple(out.lies.shape[1:])
-        for number, step in enumerate(self._steps):
-            for source in (a.source for a in step.operands if isinstance(a.source, Step)):
-                source.last = number
-        cast(Step, out.source).last = len(self._steps)
-        extent = arranged(self._steps)
+        extent = arranged(self._steps, out)
         self.memory = extent + self._scratch
+        header = (resources.files("lsweep.native") / "native.h").read_text()
         functions: dict[str, str] = {}
         calls: list[str] = []
         for step in self._steps:
             name = functions.setdefault(step.function, f"f{len(functions)}")
             told = [a.address for a in (*step.operands, Array(step.lies, step))]
             calls.append(f"{name}({', '.join(told)}, m + {extent});")
-        numbers = {"SIZE": out.lies.numel(), "MEMORY": self.memory, "PREPARED": self.prepared}
         self.text = "\n".join([
-            *(f"constexpr long {k} = {v};" for k, v in numbers.items()),
-            (resources.files("lsweep.native") / "native.h").read_text(), *self._constants,
+            f"constexpr long SIZE = {out.lies.numel()}, MEMORY = {self.memory};",
+            f"constexpr long PREPARED = {self.prepared};", header, *self._constants,
             *(f"static NOINLINE void {name}{text}" for text, name in functions.items()),
             "static void prepare(const float* w, float* u) {", *self._prepare, "}",
             "static const vec* network(const vec* const* inputs, long tile, const float* w,",
@@ -116,8 +114,7 @@ class Lowering:
 
     def _computed(self, node: fx.Node) -> Any:
         target = cast(Any, node.target)
-        both = (node.args, node.kwargs)
-        args, kwargs = (cast(Any, fx.map_arg(a, self._values.__getitem__)) for a in both)
+        args, kwargs = cast(Any, fx.map_arg((node.args, node.kwargs), self._values.__getitem__))
         arrays = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Array)]
         moves = any(isinstance(a.source, Step) for a in arrays)
         shape = _shape(node) if moves and isinstance(node.meta["val"], Tensor) else ()
@@ -155,7 +152,7 @@ class Lowering:
                    shape: Sequence[int]) -> Array:  # fmt: skip
         """Return ``value`` of {0}, {1} … over arrays, broadcast."""
         made = [a.source for a in operands if isinstance(a.source, Step)]
-        step = max(made, key=lambda s: s.last)  # what else is read was there before it
+        step = max(made, key=lambda s: s.number)  # what else is read was there before it
         joins = "END" in step.body and len(step.node.users) == 1 and step.lies.shape == shape
         if not joins or any(a.source is step and a.lies is not step.lies for a in operands):
             body = f"{loops(shape)}{{ vec v; END }}"
@@ -246,28 +243,23 @@ class Lowering:
 
     def _pool(self, node: fx.Node, given: Given, shape: Shape, most: bool) -> Array:
         x, size, (ph, pw) = given["self"], _pair(given["kernel_size"]), _pair(given["padding"])
-        stride = _pair(given["stride"] or size)
         if ph or pw:
             x = self._padded(node, x, (pw, pw, ph, ph), -math.inf if most else 0)
-        windows = x.lies.unfold(-2, size[0], stride[0]).unfold(-2, size[1], stride[1])
+        strides, gaps = _pair(given["stride"] or size), _pair(given.get("dilation", 1))
+        windows = x.lies
+        for d, n, stride, gap in zip((2, 3), size, strides, gaps, strict=True):
+            windows = windows.unfold(d, (n - 1) * gap + 1, stride)[..., ::gap]
         return self._folded(node, Array(windows, x.source), 2, most)
 
-    def _on_max_pool2d(self, node: fx.Node, given: Given, shape: Shape) -> Array:
-        if _pair(given["dilation"]) != [1, 1]:
-            raise Unsupported(f"{node.name} is a pool with gaps")
-        return self._pool(node, given, shape, True)
-
-    def _on_avg_pool2d(self, node: fx.Node, given: Given, shape: Shape) -> Array:
-        if any(_pair(given["padding"])) and not given["count_include_pad"]:
-            raise Unsupported(f"{node.name} averages without its padding")
-        return self._pool(node, given, shape, False)
+    _on_max_pool2d = functools.partialmethod(_pool, most=True)
+    _on_avg_pool2d = functools.partialmethod(_pool, most=False)
 
     def _on_adaptive_avg_pool2d(self, node: fx.Node, given: Given, shape: Shape) -> Array:
         lengths = list(zip(given["self"].lies.shape[-2:], shape[-2:], strict=True))
         if any(n % m for n, m in lengths):
             raise Unsupported(f"{node.name} is a pool of uneven windows")
         even = {"kernel_size": [n // m for n, m in lengths], "stride": None, "padding": 0}
-        return self._pool(node, {**given, **even}, shape, False)
+        return self._pool(node, {**given, **even}, shape, most=False)
 
     def _on_cat(self, node: fx.Node, given: Given, shape: Shape) -> Array:
         d, at, body, out = given["dim"], 0, "", _meta(shape)
@@ -278,8 +270,6 @@ class Lowering:
 
     def _on_pad(self, node: fx.Node, given: Given, shape: Shape) -> Array:
         return self._padded(node, given["self"], given["pad"], given["value"] or 0)
-
-    _on_constant_pad_nd = _on_pad
 
     def _on_reshape(self, node: fx.Node, given: Given, shape: Shape) -> Array:
         x = given["self"]
@@ -322,10 +312,6 @@ def _copy(out: Tensor, a: Array, number: int) -> str:
     """Return loops that write an operand into a part of what a step makes."""
     to = f"out[{out.storage_offset()} + {place(out)}]"
     return f"{loops(out.shape)}{to} = all(0) + a{number}[{place(a.lies)}];"
-
-
-def _meta(shape: Sequence[int]) -> Tensor:
-    return torch.empty(tuple(shape), device="meta")
 
 
 def _pair(value: Any) -> list[int]:

@@ -125,25 +125,20 @@ template <int CI, int CO, int H, int W, int PY, int PX, int CHANNEL, int ROW, in
 static INLINE void winograd(const float* u, const vec* in, vec* scratch, F end) {
   constexpr int OH = H + 2 * PY - 2, OW = W + 2 * PX - 2, TX = (OW + 3) / 4, T = (OH + 3) / 4 * TX;
   constexpr int VS = CI | 1, PS = CO | 1;  // odd: not all in one set of the cache
-  constexpr int B = CI * CO > 4096 && T > 3 ? 4 : 1;  // so many tiles share the weights in a cache
+  constexpr int B = CI * CO > 4096 ? 4 : 1;  // so many tiles share weights in a cache
   for (int t0 = 0; t0 < T; t0 += B) {
     int n = t0 + B < T ? B : T - t0;
     vec *v = scratch, *p = scratch + 36 * VS * B;
     for (int t = 0; t < n; t++) {
       int y = (t0 + t) / TX * 4 - PY, x = (t0 + t) % TX * 4 - PX;
-      bool inner = y >= 0 && x >= 0 && y + 6 <= H && x + 6 <= W;
       for (int c = 0; c < CI; c++) {
         const vec* d = in + c * CHANNEL + y * ROW + x * COLUMN;
-        vec edge[36], *to = v + 36 * VS * t + c;
-        if (inner) {
-          both<6, 6, 2, by_B>(d, ROW, COLUMN, to, VS);
-          continue;
-        }
+        vec tile[36];
         UNROLL for (int i = 0; i < 36; i++) {
-          bool there = unsigned(y + i / 6) < H && unsigned(x + i % 6) < W;
-          edge[i] = there ? d[i / 6 * ROW + i % 6 * COLUMN] : vec{};
+          bool inside = unsigned(y + i / 6) < H && unsigned(x + i % 6) < W;
+          tile[i] = inside ? d[i / 6 * ROW + i % 6 * COLUMN] : vec{};
         }
-        both<6, 6, 2, by_B>(edge, 6, 1, to, VS);
+        both<6, 6, 2, by_B>(tile, 6, 1, v + 36 * VS * t + c, VS);
       }
     }
     for (int k = 0; k < 36; k++)

@@ -32,7 +32,7 @@ class Step:
         operands: what it reads.
         lies: how what it makes lies in memory from ``start`` on.
         indices: names of the indices of ``v``.
-        last: the number of the last step that reads it.
+        number: of the step; an input is there before the first.
         then: what is done with each ``v`` before it is written.
     """
 
@@ -41,7 +41,7 @@ class Step:
     operands: list[Array]
     lies: Tensor
     indices: str
-    last: int
+    number: int
     start: str = ""
     then: str = ""
 
@@ -76,12 +76,14 @@ def loops(shape: Sequence[int], first: int = 0) -> str:
     return "".join(f"for (int i{d} = 0; i{d} < {n}; i{d}++) " for d, n in lengths)
 
 
-def arranged(steps: Sequence[Step]) -> int:
+def arranged(steps: Sequence[Step], out: Array) -> int:
     """Give steps starts so that none whose arrays are needed at once overlap; return the extent."""
+    last = {a.source: step.number for step in steps for a in step.operands}
+    last[out.source] = len(steps)
     extent, living = 0, list[tuple[int, Step]]()
-    for number, step in enumerate(steps):
+    for step in steps:
         start, size = 0, step.lies.numel()
-        living = sorted((x for x in living if x[1].last >= number), key=lambda x: x[0])
+        living = sorted((x for x in living if last[x[1]] >= step.number), key=lambda x: x[0])
         for at, other in living:
             if at < start + size:
                 start = at + other.lies.numel()
