@@ -136,6 +136,15 @@ def tiny() -> nn.Sequential:
     return nn.Sequential(convolution, nn.BatchNorm2d(8), nn.ReLU(), *pooled)
 
 
+def wide() -> nn.Sequential:
+    """Return a network of 12.7 million weights and few products, of 32 x 32 x 3 images."""
+    patches = (nn.Conv2d(3, 512, 8, 8, bias=False), nn.BatchNorm2d(512), nn.ReLU(), nn.Flatten())
+    layers: list[nn.Module] = [*patches]
+    for width_in, width in ((8192, 1024), (1024, 2048), (2048, 1024)):
+        layers += [nn.Linear(width_in, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(1024, 10))
+
+
 @dataclass(frozen=True)
 class Network:
     """A network by name, and how it is trained.
@@ -157,6 +166,7 @@ class Network:
 
 NETWORKS = {
     "tiny": Network(tiny, True, 1, 0.1),
+    "wide": Network(wide, True, 1, 0.1),
     "resnet20": Network(lambda: ResNet(3), True, 6, 0.1),
     "resnet56": Network(lambda: ResNet(9), True, 4, 0.1),
     "mlp": Network(lambda: mlp(2), False, 30, 3e-3, adam=True),
@@ -187,9 +197,9 @@ def images(large: bool, samples: int) -> tuple[Tensor, Tensor]:
         ink = F.interpolate(ink, size=(32, 32), mode="bilinear", align_corners=False)
         n = len(ink)
         paper, pen = torch.rand(2, n, 3, 1, 1, generator=chance)
-        picture = 160 * paper * (1 - ink) + (95 + 160 * pen) * ink
-        picture = picture + 12 * torch.randn(n, 3, 32, 32, generator=chance)
-        out[a : a + n] = picture.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        picture = (160 * paper * (1 - ink)).add_((95 + 160 * pen) * ink)
+        picture.add_(torch.randn(n, 3, 32, 32, generator=chance).mul_(12)).clamp_(0, 255)
+        out[a : a + n] = picture.to(torch.uint8).permute(0, 2, 3, 1)
     return out, target
 
 

@@ -163,7 +163,7 @@ def train_and_sweep(folder: Path, skip: bool, seed: int) -> Trained:
 def draw(folder: Path) -> list[Path]:
     """Draw seed 0 of both: a line first, then the plane as contours and in three dimensions.
 
-    The contours end at a loss of 10, as in the paper's figures.
+    The contours are linear and end at a loss of 10, as in the paper's figures.
     """
     names = [f"{NAMES[skip]}-{SEEDS[0]}" for skip in (False, True)]
     labels = ["no skip connections", "skip connections"]
@@ -171,7 +171,7 @@ def draw(folder: Path) -> list[Path]:
     planes = [Surface.load(RunFolder(folder / f"{n}.run").surface) for n in names]
     paths = [folder / name for name in ("line.png", "contour.png", "relief.png")]
     render(lines, paths[0], name="train_loss", log=True, labels=labels)
-    figure = render(planes, name="train_loss", kind="contour", vmax=10, labels=labels)
+    figure = render(planes, name="train_loss", kind="contour", log=False, vmax=10, labels=labels)
     for ax, plane in zip(figure.axes, planes, strict=False):  # the colour bar's comes after them
         shade_nonconvex(plane, ax)
     save(figure, paths[1])

@@ -13,8 +13,11 @@ import functools
 import io
 import json
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
+import h5py
 import numpy as np
 import problems
 import pytest
@@ -252,6 +255,22 @@ def test_products_are_full_float32_whatever_the_process_has_chosen(kinds, newer)
     assert chosen() == before
     with products(tf32=True):
         assert chosen() == ["tf32"] * 3 + ["ieee"] * 2
+
+
+@COMPILES
+def test_native_code_takes_soft_targets_and_labels_in_turn():
+    """The first split's loss is the problem's own, the second's is that of native code."""
+
+    def soft_then_hard():
+        soft = nn.functional.one_hot(labels(40, 3)).float()
+        train, test = ((numbers(n, 4, dtype=SINGLE), y) for n, y in ((40, soft), (9, labels(9, 3))))
+        return lsweep.Problem(
+            mlp().model, {"train": train, "test": test}, loss=nn.CrossEntropyLoss()
+        )
+
+    for spot in SPOTS:
+        found, truth = (sums(soft_then_hard, b, [spot])[..., 2] for b in ("native", "eager"))
+        np.testing.assert_allclose(found, truth, rtol=1e-5)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -539,6 +558,26 @@ def sweep_of_classifier(folder, evaluate):
     return toml
 
 
+def test_a_class_file_that_was_removed_is_made_again_as_its_parts_say(tmp_path):
+    toml = sweep_of_classifier(tmp_path, 'precision = "bfloat16"')
+    folder = planned(toml, unit_points=2)
+    assert worked(folder) == 9
+    path = folder.all_devices()[0]
+    own = {"backend": "fused", "precision": "bfloat16", "batch_sizes": {"train": 7}}
+    known = {k: v for k, v in read_json(path).items() if k != "sha256"}
+    older = [h5py.File(part, "r+") for part in folder.all_parts()]
+    for part in older:  # what older versions wrote tells nothing
+        del part.attrs["chosen"]
+        part.close()
+    replace(path, sealed({**known, **own, "centre": {}}))
+    toml.write_text(toml.read_text().replace("count = 9", "count = 17"))
+    assert worked(planned(toml)) == 8
+    path.unlink()
+    toml.write_text(toml.read_text().replace("count = 17", "count = 33"))
+    assert worked(planned(toml)) == 16
+    assert own.items() <= read_json(path).items()
+
+
 def test_workers_of_a_class_obey_its_first(tmp_path, monkeypatch):
     monkeypatch.setattr(choice, "WORTH", 0.0)
     monkeypatch.setattr(choice, "SHARE", 1e3)
@@ -571,3 +610,50 @@ def test_workers_of_a_class_obey_its_first(tmp_path, monkeypatch):
     refused = worked(folder)
     assert isinstance(refused, Raised) and refused.kind == "LsweepError"
     assert "cannot build the backend 'cudagraph'" in refused.text
+
+
+# -- memory --------------------------------------------------------------------------------------
+
+MEMORY = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from torch import nn
+import lsweep
+from lsweep.axes.directions import Directions
+from lsweep.backends.packed import Spot
+from lsweep.evaluating.evaluate import Evaluator
+
+def peak():
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+
+layers = [nn.Linear(4096, 4096, bias=False), nn.BatchNorm1d(4096), nn.ReLU(), nn.Linear(4096, 3)]
+net = nn.Sequential(*layers)  # 64 MiB of weights
+data = {"train": (torch.randn(32, 4096), torch.arange(32) % 3)}
+problem = lsweep.Problem(net.eval(), data, loss=nn.CrossEntropyLoss())
+asked = {"metrics": ["loss"], "splits": ["train"], "slices": 1, "batch_size": 32,
+         "precision": "float32", "batch_norm": "eval", "backend": "fused"}
+axes = {a: {n: torch.randn_like(p) for n, p in net.named_parameters() if p.dim() > 1} for a in "xy"}
+made = Directions({a: SimpleNamespace(tensors=t) for a, t in axes.items()}, (), {})
+del axes
+before, weights = peak(), sum(p.numel() for p in net.parameters()) * 4 / 1024
+with Evaluator(problem, asked, made, torch.device("cpu"), own=True) as ev:
+    ev.use("fused", ev.batch_sizes)
+    spots = [Spot((1.0, -0.5)), Spot((0.0, 0.0))]
+    first, audit = ev.evaluate(spots), ev.evaluate(spots, audit=True)
+    assert (ev.evaluate(spots) == first).all()
+    assert abs(first[..., 2] / audit[..., 2] - 1).max() < 1e-5
+print((peak() - before) / weights)
+"""
+
+
+def test_folded_rows_beside_the_networks_own_take_seven_times_its_weights():
+    """Origin and two directions, as they are and folded, and one point: three are there before.
+
+    Nothing is there twice on the way.
+    """
+    found = subprocess.run(
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True
+    )
+    assert 3.5 < float(found.stdout) < 5.0

@@ -157,6 +157,8 @@ def test_the_density_is_normalised_and_its_negative_part_has_the_mass_of_the_tab
     (ritz,) = lines(ax, "Ritz")
     assert sorted(ritz.get_xdata()) == pytest.approx(sorted(places[weights > 0]))
     assert "10 of 10 start vectors" in caption(figure)
+    assert "±1.96 s.e. over start vectors" in legend(ax)
+    assert any(t.startswith("negative: ") for t in legend(ax))
 
 
 def test_a_start_vector_that_is_pending_is_left_out(run):
@@ -165,6 +167,12 @@ def test_a_start_vector_that_is_pending_is_left_out(run):
     for value in values.values():
         value[1] = np.nan
     half = Finished("spectrum", replace(done.surface, values=values), {})
+    least = float(np.nanmin([v for n, v in values.items() if "ritz_" in n]))
+    up = {n: v - 2 * least * ("ritz" in n and "weight" not in n) for n, v in values.items()}
+    above = Finished("spectrum", replace(done.surface, values=up), {})
+    ax = Figure().add_subplot()
+    assert spectra([above], ["a"], ["#000000"], ax)[0].endswith("none is.")
+    assert not any("negative" in t for t in legend(ax))  # a colour that occurs nowhere
     ax = Figure().add_subplot()
     assert spectra([half], ["a"], ["#000000"], ax)[0].startswith("9 of 10 start vectors")
     for value in values.values():
@@ -219,7 +227,8 @@ def test_every_name_has_room_of_its_own(count):
 
 def test_both_maps_hold_their_ratios_on_one_scale(run):
     figure = figure_of([run], "convexity")
-    plane, whole, bar = figure.axes
+    plane, whole = figure.axes
+    (bar,) = whole.child_axes
     free = np.clip(convexity_ratio(open_surface(run)), 0, 1)
     full = child(run, "convexity").values("hessian_ratio")
     assert full.shape == (5, 5) and 0 < (full > 0.1).mean() < 1
@@ -229,6 +238,9 @@ def test_both_maps_hold_their_ratios_on_one_scale(run):
         assert list(mesh.norm.boundaries) == list(BANDS)
         assert f"{(ratio > 0.1).mean():.1%} above 0.1" in ax.get_title()
     assert plane.get_xlim() == whole.get_xlim() == pytest.approx((-1.25, 1.25))
+    figure.draw_without_rendering()
+    assert bar.get_window_extent().height == pytest.approx(whole.get_window_extent().height)
+    assert legend(plane) == ["centre", "border: no second difference"]
     assert [t.get_text() for t in bar.get_yticklabels()] == [f"{b:g}" for b in BANDS]
 
 
@@ -245,7 +257,7 @@ def test_a_map_marks_what_did_not_converge_and_what_is_missing(run, tmp_path):
     (cross,) = lines(ax, "_child")[:1]
     assert cross.get_data() == (pytest.approx([surface.x[3]]), pytest.approx([surface.y[2]]))
     assert legend(ax) == [
-        "not converged (1 of 25)", "no value (1 of 25)", "pending (1 of 25)"
+        "centre", "not converged (1 of 25)", "no value (1 of 25)", "pending (1 of 25)"
     ]  # fmt: skip
     assert "1 of 25 eigenvalue pairs did not converge" in caption(figure)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import shutil
 from pathlib import Path
@@ -65,7 +66,7 @@ class Windows(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
+        return self.layers(x * torch.tensor([1.0, -2.0, 0.5]).view(3, 1, 1))
 
 
 def flat() -> nn.Module:
@@ -93,7 +94,7 @@ def test_it_computes_what_the_network_computes(make):
     x = torch.randn(70, 13) if make is flat else torch.randn(70, 3, 13, 15)
     graph, packed = graph_of(model, x)
     network, both = NativeNetwork(graph, packed, 1), NativeNetwork(graph, packed, 2)
-    assert (network._fast.lowering.packed > 0) == (make is Residual)  # Winograd's algorithm
+    assert (network._prepared.numel() > 0) == (make is Residual)  # Winograd's algorithm
     with torch.no_grad():
         for move in (0.0, 0.3):  # the weights are read at each call
             packed.move([move])
@@ -116,7 +117,7 @@ def test_what_is_not_finite_comes_through_as_from_the_network():
     x = torch.randn(20, 8, 8, 8)
     graph, packed = graph_of(model, x)
     network, views = NativeNetwork(graph, packed, 1), packed.views
-    assert network._fast.lowering.packed  # Winograd's algorithm is in use
+    assert network._prepared.numel()  # Winograd's algorithm is in use
     x[3, 0, 2, 2], x[5, 0, 3, 3], x[7, 1, 4, 4] = torch.nan, torch.inf, 3e38
     views["0.weight"].mul_(30)
     with torch.no_grad():
@@ -132,20 +133,19 @@ def test_what_is_not_finite_comes_through_as_from_the_network():
 @builds
 @pytest.mark.parametrize("threads", [1, 2])
 def test_losses_of_classes_are_those_of_torch_at_any_number_of_points(threads):
-    """With a first layer that is mixed of what it makes of the origin and the direction."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 7)).eval()
     x, labels = torch.randn(50, 30), torch.randint(0, 7, (50,))
     labels[4] = -100
     graph, packed = graph_of(model, x)
     network = NativeNetwork(graph, packed, threads)
-    assert network._fast.lowering.mixed and network.points > 2
+    assert network.points > 2
     offsets = [[0.0], [1.5], [-40.0]]
     rows = packed.stack(offsets)["0.weight"].new_empty(3, len(packed.theta))
     for row, at in zip(rows, offsets, strict=True):
         packed.move(at)
         row.copy_(packed.theta)
-    (losses, hits), finite = network.losses(rows, offsets, x, labels)
+    (losses, hits), finite = network.losses(rows, x, labels)
     assert finite.all()
     for k, at in enumerate(offsets):
         packed.move(at)
@@ -153,10 +153,23 @@ def test_losses_of_classes_are_those_of_torch_at_any_number_of_points(threads):
         truth = F.cross_entropy(output, labels, reduction="none")
         assert torch.allclose(losses[k].double(), truth, rtol=1e-5, atol=1e-6 * output.abs().max())
         assert torch.equal(hits[k], 100.0 * (output.argmax(1) == labels))
-        alone = network.losses(rows[k : k + 1], offsets[k : k + 1], x, labels)[0]
+        alone = network.losses(rows[k : k + 1], x, labels)[0]
         assert torch.equal(alone[:, 0], torch.stack([losses[k], hits[k]]))
     x[9, 3] = torch.inf
-    assert not network.losses(rows, offsets, x.clone(), labels)[1].any()
+    assert not network.losses(rows, x, labels)[1].any()
+
+
+@builds
+def test_a_small_loss_beside_large_logits_keeps_its_digits():
+    """Logits 107, 100, 100 of the label and two others: the loss is log(1 + 2/e^7)."""
+    model = nn.Linear(3, 3)
+    with torch.no_grad():
+        model.weight.copy_(7 * torch.eye(3))
+        model.bias.fill_(100)
+    graph, packed = graph_of(model, torch.eye(3))
+    network = NativeNetwork(graph, packed, 1)
+    (losses, _), _ = network.losses(packed.theta[None], torch.eye(3), torch.arange(3))
+    assert losses.flatten().tolist() == pytest.approx([math.log1p(2 * math.exp(-7))] * 3, rel=2e-4)
 
 
 class Mixes(nn.Module):
@@ -175,12 +188,15 @@ class Mixes(nn.Module):
      (Mixes(lambda x: x.t().relu().t()), "mixes"),
      (nn.Sequential(nn.Linear(4, 4), Mixes(lambda x: x * len(x))), "length of a batch"),
      (Mixes(lambda x: torch.cat([x, x]).reshape(x.size(0), 8).relu()), "mixes"),
+     (nn.Sequential(Mixes(lambda x: x.reshape(-1, 2)), nn.Linear(2, 2)), "mixes"),
+     (nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 1, 3, padding="same")), "by name"),
+     (Mixes(lambda x: x.double().relu()), "not float32"),
      (nn.Sequential(nn.Linear(4, 4), nn.Softmax(0)), "aten.softmax")],
 )  # fmt: skip
 def test_what_it_cannot_take_is_named(model, why):
     graph, _ = graph_of(model.eval(), torch.randn(3, 4))
     with pytest.raises(Unsupported, match=why):
-        Lowering(graph, dict.fromkeys(graph.names, 0), True)
+        Lowering(graph, dict.fromkeys(graph.names, 0))
 
 
 @builds
@@ -196,7 +212,7 @@ SOURCE = 'extern "C" int seven() { return 7; }\n'
 
 
 @builds
-def test_a_library_is_compiled_once_and_only_a_private_one_is_loaded(cache):
+def test_a_library_is_compiled_once_and_only_a_private_one_is_loaded(cache, monkeypatch, tmp_path):
     before = set(cache.iterdir()) if cache.exists() else set()
     assert compiling.compiled(SOURCE).seven() == 7
     (library,) = set(cache.iterdir()) - before
@@ -208,11 +224,24 @@ def test_a_library_is_compiled_once_and_only_a_private_one_is_loaded(cache):
         with pytest.raises(Unsupported, match=r"others could have written .*: remove it"):
             compiling.compiled(SOURCE)
         path.chmod(mode)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # does not count
+    monkeypatch.setenv("HOME", str(tmp_path))
+    damaged = tmp_path / ".cache" / "lsweep" / "native" / library.name
+    damaged.parent.mkdir(parents=True, mode=0o700)
+    damaged.parent.parent.chmod(0o700)
+    damaged.write_bytes(b"half of it")
+    damaged.chmod(0o600)
+    assert compiling.compiled(SOURCE).seven() == 7
+    monkeypatch.setenv("CXX", "c++ -DMORE")
+    assert compiling.compiled("#ifdef MORE\n" + SOURCE + "#endif\n").seven() == 7
 
 
 def test_without_a_compiler_or_with_a_failing_one_it_says_so(monkeypatch, tmp_path: Path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for compiler, why in (("no-such-compiler", "no C\\+\\+ compiler"), ("false", "failed")):
+    for compiler, why in (
+        ("no-such-compiler", "no C\\+\\+ compiler"),
+        ("false", "failed: exit code 1"),
+    ):
         monkeypatch.setenv("CXX", compiler)
         with pytest.raises(Unsupported, match=why):
             compiling.compiled(SOURCE)

@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection, PolyCollection, QuadMesh
@@ -18,10 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
+from lsweep.commands.cli import main
 from lsweep.errors import LsweepError
 from lsweep.pictures.cells import Cells, as_plane, pooled_scale
 from lsweep.pictures.drawing import KINDS, contour, draw, filled, heat, line, relief, render, save
-from lsweep.pictures.maps import FAILED, NONFINITE
+from lsweep.pictures.maps import COLORS, FAILED, NONFINITE
 from lsweep.surfaces.scales import LINEAR, Scale, log_scale, number, numbers, round_ticks
 from lsweep.surfaces.surface import Status, Surface, Trajectory
 
@@ -144,6 +146,23 @@ def test_bounds_that_make_no_range_are_refused(options, message):
         draw(bowl(), **options)
 
 
+def test_what_spans_over_two_decades_is_logarithmic_unless_its_reader_says_otherwise():
+    x = np.linspace(-1, 1, 21)
+    cliff = 0.8 + 0.2 * x[None, :] ** 2 + 1500.0 ** (-(x[:, None] + 1) * 4 + 1)
+    cliff[0, 0] = np.inf
+    s = Surface({"x": x, "y": x}, {"train_loss": cliff, "test_accuracy": cliff})
+    ax = draw(s)
+    assert color_bar(ax).get_ylabel() == "train loss, log scale, uneven levels"
+    (mesh,) = [c for c in ax.collections if isinstance(c, QuadContourSet) and not any(c.hatches)]
+    share = np.histogram(s["train_loss"][np.isfinite(cliff)], np.exp(mesh.levels))[0] / cliff.size
+    assert share.max() < 0.3  # of even levels of ln the first band would hold most points
+    assert color_bar(draw(s, log=False)).get_ylabel() == "train loss"
+    assert color_bar(draw(s, "test_accuracy")).get_ylabel() == "test accuracy"
+    assert color_bar(draw(bowl())).get_ylabel() == "train loss"
+    lines = [Surface({"x": x}, {"train_loss": 10.0 ** (k * x)}) for k in (0.5, 1.5)]
+    assert [draw(s).get_yscale() for s in lines] == ["linear", "log"]
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -228,6 +247,20 @@ def test_log_contours_are_levels_of_ln():
     assert level[1:] / level[:-1] == pytest.approx(np.full(len(level) - 1, level[1] / level[0]))
 
 
+def test_labels_of_contours_lie_apart_and_within_the_frame():
+    x = np.linspace(-1, 1, 25)
+    far = np.hypot(x[None, :], 1.1 * x[:, None])
+    dense = Surface({"x": x, "y": x}, {"train_loss": far**6 + 0.3 * far})  # four corners, full
+    for s in (slope(), bowl(), dense):
+        ax = draw(s, kind="contour", log=False)
+        ax.figure.draw_without_rendering()
+        box = [t.get_window_extent() for t in ax.texts]
+        assert len(box) >= 2
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(box, 2))
+        frame = ax.get_window_extent()
+        assert all(frame.contains(*b.min) and frame.contains(*b.max) for b in box)
+
+
 def test_what_is_above_the_scale_is_hatched_and_explained():
     s = bowl()
     for kind in ("contour", "filled"):
@@ -256,7 +289,7 @@ def test_the_plateau_of_a_relief_is_a_dark_net_at_the_top():
     (net,) = [c for c in ax.collections if isinstance(c, Poly3DCollection)]
     height = faces_of(net)[..., 2]
     assert height.max() == 1.0
-    top = (height == 1.0).all(1)
+    top = (height == 1.0).any(1)
     dark = np.asarray(net.get_edgecolor())[:, :3].max(1) < 0.2
     assert dark.sum() == top.sum() > 100
     assert ax.get_zlim() == pytest.approx((0.1, 1.0))
@@ -284,11 +317,29 @@ def test_pending_is_white_and_not_finite_is_grey_and_failed_is_darker(kind):
     assert legend(ax)[-3:] == ["not finite (1 of 35)", "failed (1 of 35)", "pending (7 of 35)"]
 
 
-def test_a_relief_puts_what_has_no_value_on_the_floor():
-    ax = draw(marred(), kind="3d")
-    flat = [c for c in ax.collections if isinstance(c, Poly3DCollection)]
-    found = {tuple(np.round(c.get_facecolor()[0][:3], 3)) for c in flat if len(faces_of(c)) == 1}
-    assert found == {tuple(np.round(to_rgb(c), 3)) for c in (NONFINITE, FAILED)}
+def test_what_has_no_value_is_grey_and_joins_the_relief_and_infinity_is_at_its_top():
+    s = marred()
+    ax = draw(s, kind="3d")
+    (net,) = [c for c in ax.collections if isinstance(c, Poly3DCollection)]
+    corners, color = faces_of(net), np.asarray(net.get_facecolor())[:, :3]
+    assert len(corners) == 3 * 6  # all squares but those of the pending row
+    for at, grey, height in ((2, NONFINITE, ax.get_zlim()[1]), (4, FAILED, ax.get_zlim()[0])):
+        assert np.isclose(color, to_rgb(grey)).all(1).sum() == 4  # the squares around the point
+        mine = np.isclose(corners[..., :2], (s.x[at], s.y[2])).all(-1)
+        assert corners[mine][:, 2] == pytest.approx(np.full(4, height))
+    x, y, z = corners[corners[..., 1] != 0].T
+    assert z == pytest.approx(np.clip(x + 10 * y + 20, *ax.get_zlim()))
+
+
+def test_the_highest_value_of_a_relief_has_the_last_colour():
+    x = np.linspace(-1, 1, 3)
+    peak = np.ones((3, 3))
+    peak[2, 2] = 4000.0  # one corner of one square of four, and over two decades
+    ax = draw(Surface({"x": x, "y": x}, {"train_loss": peak}), kind="3d")
+    (net,) = [c for c in ax.collections if isinstance(c, Poly3DCollection)]
+    assert np.exp(ax.get_zlim()[1]) == pytest.approx(4000.0)
+    last = np.isclose(net.get_facecolor(), colormaps[COLORS](1.0)).all(1)
+    assert last.sum() == 1
 
 
 @pytest.mark.parametrize("kind", FLAT)
@@ -310,6 +361,14 @@ def test_a_value_stored_at_a_pending_point_is_not_shown():
     status[0] = Status.PENDING
     ax = draw(replace(s, status=status), kind="heat")
     assert legend(ax)[1] == "minimum 14 at (−1, −0.5)"
+
+
+def test_a_constant_plane_is_one_colour_and_says_so():
+    flat = np.log(2.0) * (1 + np.finfo(float).eps * (np.indices((7, 7)).sum(0) % 2))
+    ax = draw(Surface({"x": np.linspace(-1, 1, 7), "y": np.linspace(-1, 1, 7)}, {"a": flat}))
+    assert legend(ax) == ["centre 0.693, constant"]
+    at = pixels(ax)
+    assert len({tuple(at(x, 0.7)) for x in np.linspace(-0.9, 0.9, 50)}) == 1
 
 
 def test_nothing_covers_a_picture_that_has_no_value():
@@ -371,6 +430,31 @@ def test_of_three_axes_the_middle_of_z_is_drawn_and_named():
     assert ax.get_title() == "loss landscape, z = 0"
     assert legend(ax)[1] == "minimum 9 at (−1, −1)"
     assert as_plane(box).shape == (3, 3)
+
+
+def test_of_three_axes_any_plane_is_drawn_by_the_nearest_z_that_was_evaluated(tmp_path, capsys):
+    z = np.array([-1.0, 0.0, 0.25, 1.0])
+    status = np.ones((4, 3, 3), np.uint8)
+    status[2] = Status.PENDING
+    axes = {"x": z[[0, 1, 3]], "y": z[[0, 1, 3]], "z": z}
+    box = Surface(axes, {"train_loss": np.arange(36.0).reshape(4, 3, 3)}, status)
+    ax = draw(box, kind="heat", z=0.3)
+    assert (ax.get_title(), legend(ax)[0]) == ("loss landscape, z = 0", "centre 13")
+    titles = [a.get_title() for a in render(box, z=[-1.0, 0.7]).axes]
+    assert titles == ["loss landscape, z = −1", "loss landscape, z = 1"]
+    assert legend(draw(box, z=1.0))[0] == "x = y = 0: 31"  # no centre: that is at z = 0
+    with pytest.raises(LsweepError, match="z = 2: z goes from -1 to 1: give one within"):
+        draw(box, z=2.0)
+    box.save(tmp_path / "box.h5")
+    assert Surface.load(tmp_path / "box.h5").metrics == ("train_loss",)  # without attributes
+    picture = str(tmp_path / "a.png")
+    arguments = ["render", str(tmp_path / "box.h5"), "-o", picture]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.startswith(f"wrote {picture}: the plane z = 0.25 of 4; ")
+    assert main([*arguments, "--at", "z=all"]) == 0
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--at", "y=1"])
+    assert "'y=1' is not z=NUMBER or z=all" in capsys.readouterr().err
 
 
 def test_quarters_tile_the_lattice_and_leave_complete_squares_out():
@@ -493,6 +577,15 @@ def test_bands_are_1_96_errors_of_the_difference_if_it_is_known(extra):
     assert y.max() == pytest.approx(1.1 + width)
     assert y.min() == pytest.approx(0.1 - width)
     assert ("±1.96 s.e. vs centre" if extra else "±1.96 s.e.") in legend(ax)
+
+
+def test_bands_of_two_splits_have_the_colours_of_their_lines():
+    extra = {f"{split}_loss_se": np.full(11, 0.1) for split in ("train", "test")}
+    ax = draw(replace(run(), values={**run().values, **extra}))
+    bands = [to_rgb(c.get_facecolor()[0][:3]) for c in ax.collections]
+    curves = {t.get_label(): to_rgb(t.get_color()) for t in ax.get_lines()}
+    assert bands == [curves["train loss"], curves["test loss"]]
+    assert len(set(bands)) == 2
 
 
 def test_no_error_no_band():

@@ -18,6 +18,7 @@ from lsweep.errors import LsweepError
 from lsweep.measures.basins import basin
 from lsweep.measures.central import central
 from lsweep.measures.convexity import nonconvex_fraction, nonconvexity
+from lsweep.measures.from_surface import rows_of_plane
 from lsweep.measures.persistence import persistence
 from lsweep.measures.roughness import roughness
 from lsweep.surfaces.surface import Status, Surface
@@ -214,6 +215,21 @@ def test_roughness_of_closed_forms():
     assert wave.variation == pytest.approx(4, rel=1e-3)  # up, down, up, down
     assert wave.gradient == pytest.approx(4 * np.pi, rel=1e-3)
     assert wave.curvature == pytest.approx((4 * np.pi) ** 2, rel=1e-3)
+
+
+def test_a_constant_plane_has_no_roughness_and_its_minimum_is_its_centre():
+    x = np.linspace(-1, 1, 9)
+    last_bit = 1 + np.finfo(float).eps * np.add.outer(np.arange(9) % 2, np.arange(9) % 3 == 0)
+    for value in (np.ones((9, 9)), last_bit):
+        flat = Surface({"x": x, "y": x}, {"train_loss": np.log(2.0) * value})
+        assert flat.constant("train_loss")
+        assert np.isnan(roughness(flat).variation)
+        assert flat.minimum("train_loss")[0] == {"x": 0.0, "y": 0.0}
+        assert "constant" in rows_of_plane(flat, "train_loss")[0][0].note
+        assert "constant, 0.693147 at the centre, minimum 0.693147 at x = 0, y = 0" in repr(flat)
+    low = Surface({"x": x}, {"a": np.round(np.abs(np.abs(x) - 0.6) * 4)})  # four points are 0
+    assert low.minimum("a") == ({"x": -0.5}, 0.0)
+    assert not low.constant("a")
 
 
 def test_roughness_below_zero_is_on_the_asinh_scale():

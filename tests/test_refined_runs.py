@@ -426,6 +426,22 @@ def test_where_a_point_is_cheaper_than_deciding_all_are_evaluated(
     assert len(rounds_of(folder).all) == 2
 
 
+def test_a_loss_that_waits_is_not_cheap(tmp_path: Path) -> None:
+    """Its seconds are not the processor's: they are told, and the grid is refined."""
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.03)
+        return (output - target).square().mean(1)
+
+    net = torch.nn.Linear(1, 1)
+    torch.nn.init.ones_(net.weight)
+    problem = lsweep.Problem(net, {"train": (torch.ones(4, 1), torch.ones(4, 1))}, loss)
+    lsweep.sweep(problem, x=(-1, 1, 65), run=tmp_path / "run", refine=0.2)
+    folder = RunFolder(tmp_path / "run")
+    assert read_json(folder.all_devices()[0])["seconds_per_point"] >= 0.03
+    assert len(evaluated(folder)) < 65
+
+
 # -- troubles --------------------------------------------------------------------------------------
 
 

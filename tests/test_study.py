@@ -20,7 +20,7 @@ from tiny import lsweep as command
 
 import lsweep
 from lsweep.comparison.comparing import Question, compare
-from lsweep.comparison.siblings import RunMeasures
+from lsweep.comparison.siblings import RunMeasures, networks
 from lsweep.comparison.sidebyside import lines
 from lsweep.errors import LsweepError
 from lsweep.outcomes.measured import Measured
@@ -264,6 +264,13 @@ def test_a_study_is_text_and_a_picture(finished, capfd, tmp_path):
 
 
 # -- a comparison ----------------------------------------------------------------------------------
+
+
+def test_networks_are_all_named_by_their_options_or_all_by_their_runs():
+    some = [sibling({"checkpoint": "net.pt"}, {"a": 1.0}), sibling({}, {"a": 1.0})]
+    assert [n.name for n in networks(some)] == [r.name for r in some]
+    more = [sibling({"checkpoint": f"{n}.pt"}, {"a": 1.0}) for n in "ab"]
+    assert [n.name for n in networks(more)] == ["a", "b"]
 
 
 def sibling(

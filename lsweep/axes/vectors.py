@@ -20,6 +20,8 @@ from lsweep.problems import weights
 from lsweep.problems.filters import count_zero_filters, is_norm, normalize
 from lsweep.problems.weights import State
 
+BLOCK = 2**22  # numbers that are held in float64 at once
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -87,8 +89,10 @@ def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     3.0
     """
     return math.fsum(
-        float(torch.dot(a[n].double().flatten(), b[n].double().flatten())) for n in a if n in b
-    )
+        float(torch.dot(x.double(), y.double()))
+        for n in a if n in b
+        for x, y in zip(*(torch.split(t[n].flatten(), BLOCK) for t in (a, b)), strict=True)
+    )  # fmt: skip
 
 
 def difference(state: State, origin: State) -> State:

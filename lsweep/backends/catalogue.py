@@ -14,9 +14,10 @@ from torch import Tensor
 
 from lsweep.backends.eager import Backend, Eager, Ground, Seat
 from lsweep.backends.networks import Networked, NetworkOfClasses, inputs_of, why_no_stand_in
-from lsweep.backends.packed import Packed
+from lsweep.backends.packed import Packed, Spot
 from lsweep.backends.variants import ChannelsLast, Compiled, Replayed, Vmapped, image_weights
 from lsweep.errors import LsweepError, nearest
+from lsweep.hosts.machine import trim_memory
 from lsweep.problems.data import Batch
 from lsweep.problems.factory import describe
 
@@ -44,9 +45,15 @@ class Builder:
         self.batch = batch
         self.built: dict[tuple[str, str], Backend] = {}
 
+    @property
+    def origin(self) -> Spot:
+        """Where all offsets are 0."""
+        return Spot((0.0,) * len(self.packed.axes))
+
     @functools.cached_property
     def inputs(self) -> object:
         """What the network is given for the example batch."""
+        self.eager.move(self.origin)
         return inputs_of(self.ground, self.batch)
 
     # What traces and compiles is imported by who needs it: that takes seconds.
@@ -56,8 +63,7 @@ class Builder:
         """The network as a graph, at the origin."""
         from lsweep.backends.graph import traced
 
-        self.seat.take(self.packed)
-        self.packed.move([0.0] * len(self.packed.axes))
+        self.eager.move(self.origin)
         moving = {n for axis in self.ground.moves for n, t in axis.items() if bool(t.any())}
         return traced(self.ground.problem.model, self.inputs, frozenset(moving))
 
@@ -72,8 +78,9 @@ class Builder:
             there = {n: t.to(ground.device, ground.dtype) for n, t in axis.items()}
             return graph.pack_direction(there)
 
-        state = graph.pack(ground.state)
-        return Packed(state, ground.moves, ground.device, ground.dtype, relaid)
+        trim_memory()  # of what was traced
+        start, scratch = graph.pack(ground.state), self.packed.theta
+        return Packed(start, ground.moves, ground.device, ground.dtype, relaid, scratch)
 
     def network(self, ground: Ground, name: str, module: str, kind: str) -> Backend:
         """Return a backend whose network, ``module.kind``, is made from the graph."""
@@ -89,8 +96,8 @@ class Builder:
     def native(self, ground: Ground) -> Backend:
         """Return the backend of native code."""
         made = importlib.import_module("lsweep.native.network").NativeNetwork
-        rows, fixed = self.rows, ground.directions.family is None
-        network = made(self.graph, rows, torch.get_num_threads(), fixed)
+        rows = self.rows
+        network = made(self.graph, rows, torch.get_num_threads())
         pack = dict if rows is self.packed else self.graph.pack
         return NetworkOfClasses("native", ground, rows, network, pack)
 
@@ -160,7 +167,9 @@ def _is_small_on_gpu(ground: Ground) -> bool:
 
 KINDS = {
     "eager": Kind(lambda b, at: Eager(at, b.seat, b.packed), lambda ground: None),
-    "channels_last": Kind(lambda b, at: ChannelsLast(at, b.seat), _why_no_channels_last),
+    "channels_last": Kind(
+        lambda b, at: ChannelsLast(at, b.seat, b.packed.theta), _why_no_channels_last
+    ),
     "fused": Kind(
         lambda b, at: b.network(at, "fused", "backends.fused", "FusedNetwork"), _why_not_fused, 1.0
     ),

@@ -169,7 +169,10 @@ class Moving:
     """
 
     def __init__(
-        self, ground: Ground, packed: Packed, pack: Callable[[weights.State], weights.State] = dict
+        self,
+        ground: Ground,
+        packed: Packed,
+        pack: Callable[[weights.State], Mapping[str, Tensor]] = dict,
     ) -> None:
         self._ground, self.packed, self._pack = ground, packed, pack
         self._read: tuple[int, Tensor] | None = None

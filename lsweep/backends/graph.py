@@ -7,6 +7,7 @@ and beta, so origin and directions are folded once and a point stays one axpy pe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,13 +15,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from lsweep.backends.packed import Made, Write
 from lsweep.backends.simplifying import tidy
 from lsweep.backends.tracing import Unsupported as Unsupported
 from lsweep.backends.tracing import plain_graph
 from lsweep.errors import LsweepError
-from lsweep.problems.weights import State, buffers_of, parameters_of
+from lsweep.problems.weights import buffers_of, parameters_of
 
 aten = torch.ops.aten
+BLOCK = 2**18  # numbers that are scaled at once
 CONVOLUTIONS = {
     aten.conv1d.default: 6, aten.conv2d.default: 6, aten.conv3d.default: 6,
     aten.conv1d.padding: 6, aten.conv2d.padding: 6, aten.conv3d.padding: 6,
@@ -56,13 +59,27 @@ class Fold:
         s = (state[self.variance].double() + self.eps).rsqrt()
         return s if self.gamma is None else s * state[self.gamma].double()
 
-    def scaled(self, weight: Tensor, s: Tensor) -> Tensor:
-        """Return s·w, each output unit by its own number, in the weight's dtype."""
+    def scale_into(self, out: Tensor, weight: Tensor, s: Tensor) -> None:
+        """Write s·w, each output unit by its own number."""
+        weight, each = weight.detach(), s[:, None]
         if self.groups:
-            w = weight.double().view(self.groups, -1, *weight.shape[1:])
-            per_unit = s.view(self.groups, 1, -1, *[1] * (weight.dim() - 2))
-            return (w * per_unit).view_as(weight).to(weight.dtype)
-        return (weight.double() * s.view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
+            each = (
+                s.view(self.groups, 1, -1).expand(-1, len(weight) // self.groups, -1).flatten(0, 1)
+            )
+        each = each.view(*each.shape, *[1] * (weight.dim() - 2))
+        step = max(1, BLOCK // max(1, weight[0].numel()))
+        for a in range(0, len(weight), step):  # in float64, of which a few rows are held at once
+            out[a : a + step] = weight[a : a + step].double() * each[a : a + step]
+
+    def shift(self, state: Mapping[str, Tensor]) -> Tensor:
+        """Return beta + s·(b - mean) of a whole state, in the weight's dtype."""
+        shift = -state[self.mean].double()
+        if self.bias is not None:
+            shift += state[self.bias].double()
+        shift *= self.scale(state)
+        if self.beta is not None:
+            shift += state[self.beta].double()
+        return shift.to(state[self.weight].dtype)
 
 
 @dataclass(frozen=True)
@@ -106,7 +123,7 @@ class Graph:
                 )
         return found
 
-    def pack(self, state: Mapping[str, Tensor]) -> State:
+    def pack(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the packed tensors of a whole state, batch norm folded with its own statistics.
 
         Args:
@@ -115,21 +132,16 @@ class Graph:
         Returns:
             packed name -> tensor in the dtype of the state; folds are computed in float64.
         """
-        folded: State = {}
+        like, writers = dict(state), dict[str, Write]()
         for f in self.folds:
             weight, bias = f.names
-            s = f.scale(state)
-            shift = -state[f.mean].double()
-            if f.bias is not None:
-                shift += state[f.bias].double()
-            shift *= s
-            if f.beta is not None:
-                shift += state[f.beta].double()
-            folded[weight] = f.scaled(state[f.weight], s)
-            folded[bias] = shift.to(state[f.weight].dtype)
-        return {n: folded[n] if n in folded else state[n] for n in self.names}
+            like[weight], like[bias] = state[f.weight], f.shift(state)
+            writers[weight] = functools.partial(
+                f.scale_into, weight=state[f.weight], s=f.scale(state)
+            )
+        return Made({n: like[n] for n in self.names}, writers)
 
-    def pack_direction(self, direction: Mapping[str, Tensor]) -> State:
+    def pack_direction(self, direction: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return what a direction moves: packed(origin + x·d) = packed(origin) + x·(this).
 
         Args:
@@ -142,21 +154,22 @@ class Graph:
             LsweepError: it moves a batch norm's scale or statistics that were folded as fixed.
         """
         out = {n: direction[n] for n in self.names if n in direction}
+        writers: dict[str, Write] = {}
         for f, scale in zip(self.folds, self.scales, strict=True):
             for name in (f.gamma, f.mean, f.variance):
                 if name is not None and name in direction and bool(direction[name].any()):
                     raise LsweepError(f"{name} moves, but was folded as fixed: name it in moving")
             weight, bias = f.names
             if f.weight in direction:
-                d = direction[f.weight]
-                out[weight] = f.scaled(d, scale.to(d.device))
+                d = out[weight] = direction[f.weight]
+                writers[weight] = functools.partial(f.scale_into, weight=d, s=scale.to(d.device))
             if f.beta is not None and f.beta in direction:
                 out[bias] = direction[f.beta]
             if f.bias is not None and f.bias in direction:
                 d = direction[f.bias]
                 shift = d.double() * scale.to(d.device)
                 out[bias] = (shift + out[bias] if bias in out else shift).to(d.dtype)
-        return out
+        return Made(out, writers)
 
 
 def traced(model: nn.Module, inputs: Any, moving: frozenset[str]) -> Graph:

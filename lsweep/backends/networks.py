@@ -40,7 +40,7 @@ class Networked:
         ground: Ground,
         packed: Packed,
         network: Callable[[Any], Tensor],
-        pack: Callable[[State], State],
+        pack: Callable[[State], Mapping[str, Tensor]],
     ) -> None:
         self.name, self._ground, self._network = name, ground, network
         self._moving = Moving(ground, packed, pack)
@@ -72,9 +72,7 @@ class Classifying(Protocol):
     def __call__(self, inputs: Any) -> Tensor:
         """Return the output at the present weights."""
 
-    def losses(
-        self, rows: Tensor, offsets: Sequence[Sequence[float]], inputs: Any, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def losses(self, rows: Tensor, inputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return losses and hits [2, points, samples], and where all was finite [points]."""
 
 
@@ -95,13 +93,11 @@ class NetworkOfClasses(Networked):
         ground: Ground,
         packed: Packed,
         network: Classifying,
-        pack: Callable[[State], State],
+        pack: Callable[[State], Mapping[str, Tensor]],
     ) -> None:
         super().__init__(name, ground, packed, network, pack)
         self._classifying, self._theta = network, packed.theta
-        self._rows = packed.theta[None]
-        if network.points > 1:
-            self._rows = packed.theta.new_empty(network.points, len(packed.theta))
+        self._rows = packed.theta.new_empty(network.points, len(packed.theta))
         self.together = network.points > 1
         self._ignored = ground.problem.ignored_label(ground.metrics)
         # target -> each metric's weights; None where they are not known
@@ -121,13 +117,14 @@ class NetworkOfClasses(Networked):
             return
         for start in range(0, len(spots), len(self._rows)):
             group = spots[start : start + len(self._rows)]
-            for spot, row in zip(group if not stay else (), self._rows, strict=False):
-                self._moving.move(spot)
-                if self.together:
-                    row.copy_(self._theta)
-            offsets = [self._ground.directions.along(s.offsets) for s in group]
             rows = self._rows[: len(group)]
-            found, finite = self._classifying.losses(rows, offsets, inputs, labels)
+            if len(group) == 1:  # what moved last is true, whoever used it since
+                rows = self._theta[None]
+            for spot, row in zip(group if not stay else (), rows, strict=False):
+                self._moving.move(spot)
+                if len(group) > 1:
+                    row.copy_(self._theta)
+            found, finite = self._classifying.losses(rows, inputs, labels)
             for spot, fine, loss, hits in zip(group, finite.tolist(), *found, strict=True):
                 if fine:
                     yield {m: Sampled(loss if m == "loss" else hits, w) for m, w in weights.items()}

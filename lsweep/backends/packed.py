@@ -6,7 +6,7 @@ origin + Σ offset·direction, so it is applied to the rows once and never to a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 ALIGNMENT = 64  # bytes: where every tensor begins, as vector loads like it
 KEPT = 2  # sets of directions that are kept packed
 Tensors = Mapping[str, Tensor]
+Write = Callable[[Tensor], object]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,45 @@ class Spot:
 
     offsets: tuple[float, ...]
     step: int = -1
+
+
+class Made(Mapping[str, Tensor]):
+    """Tensors of which some are written where they are wanted: large ones are never there twice.
+
+    Args:
+        like: name -> the tensor itself, or one of its shape, dtype and memory order,
+        writers: for those that are made from it: name -> writes it.
+
+    >>> made = Made({"a": torch.ones(2)}, {"a": lambda out: out.fill_(3)})
+    >>> made["a"]
+    tensor([3., 3.])
+    """
+
+    def __init__(self, like: Tensors, writers: Mapping[str, Write]) -> None:
+        self.like, self._writers = like, writers
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._writers:
+            return self.like[name]
+        out = torch.empty_like(self.like[name])
+        self._writers[name](out)
+        return out
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.like)
+
+    def __len__(self) -> int:
+        return len(self.like)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.like
+
+    def write(self, name: str, out: Tensor) -> None:
+        """Write one of them."""
+        if name in self._writers:
+            self._writers[name](out)
+        else:
+            out.copy_(self.like[name].detach())
 
 
 class Packed:
@@ -38,6 +78,8 @@ class Packed:
         device: where the rows are kept.
         dtype: of all rows.
         relaid: a direction -> what its row holds, where the rows have another layout.
+        scratch: of other rows the weights at their present point, whose memory these share: who
+            moves the one has moved the other away.
 
     Attributes:
         views: name -> view into the weights at the present point; move and load change it in place.
@@ -56,10 +98,11 @@ class Packed:
         device: torch.device,
         dtype: torch.dtype,
         relaid: Callable[[Tensors], Tensors] = dict,
+        scratch: Tensor | None = None,
     ) -> None:
         self._layout: dict[str, tuple[int, torch.Size, tuple[int, ...]]] = {}
         step, size = ALIGNMENT // dtype.itemsize, 0
-        for name, t in origin.items():
+        for name, t in (origin.like if isinstance(origin, Made) else origin).items():
             # A tensor that is expanded, or has gaps, has no memory order worth keeping.
             like = torch.empty_like(t, device="meta", memory_format=torch.preserve_format)
             self._layout[name] = (size, t.shape, like.stride())
@@ -68,7 +111,11 @@ class Packed:
         self.origin = self.row(origin)
         self.axes = self._rows(directions)
         self._turned: dict[Hashable, list[Tensor]] = {}
-        self.theta = self.origin.clone()
+        fits = scratch is not None and scratch.dtype == dtype and len(scratch) >= size
+        self.theta = (
+            torch.empty_like(self.origin) if scratch is None or not fits else scratch[:size]
+        )
+        self.theta.copy_(self.origin)
         self.views = self.views_of(self.theta)
 
     def views_of(self, row: Tensor) -> dict[str, Tensor]:
@@ -101,7 +148,9 @@ class Packed:
         """Return tensors as one vector; 0 where a name is missing."""
         flat = torch.zeros(self._size, dtype=self._dtype, device=self._device)
         for name, view in self.views_of(flat).items():
-            if name in tensors:
+            if isinstance(tensors, Made) and name in tensors:
+                tensors.write(name, view)
+            elif name in tensors:
                 view.copy_(tensors[name].detach())
         return flat
 

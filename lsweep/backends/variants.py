@@ -35,17 +35,18 @@ class ChannelsLast(Eager):
     Args:
         ground: what to evaluate.
         seat: the network's tensors.
+        scratch: as in `Packed`.
     """
 
     name = "channels_last"
 
-    def __init__(self, ground: Ground, seat: Seat) -> None:
+    def __init__(self, ground: Ground, seat: Seat, scratch: Tensor) -> None:
         images, order = image_weights(ground.problem.model), torch.channels_last
         state = {
             n: t.contiguous(memory_format=order) if n in images and t.dim() == 4 else t
             for n, t in ground.state.items()
         }
-        packed = Packed(state, ground.moves, ground.device, ground.dtype)
+        packed = Packed(state, ground.moves, ground.device, ground.dtype, scratch=scratch)
         super().__init__(ground, seat, packed)
 
 

@@ -112,6 +112,16 @@ def _at_least(least: int) -> Callable[[str], int]:
     return number
 
 
+def _plane(text: str) -> float | None:
+    name, _, value = text.partition("=")
+    try:
+        if name != "z":
+            raise ValueError
+        return None if value == "all" else float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not z=NUMBER or z=all") from None
+
+
 def _duration(text: str) -> float:
     value = float(text)
     if not 0.01 <= value <= 86400:
@@ -294,9 +304,13 @@ def _add_render(p: argparse.ArgumentParser) -> None:
                    "against their gap")  # fmt: skip
     _takes_l2(p)
     p.add_argument("--metric", help="such as train_loss or test_accuracy")
-    p.add_argument("--log", action="store_true", help="logarithmic scale")
+    p.add_argument("--log", action=argparse.BooleanOptionalAction, default=None,
+                   help="logarithmic scale (default: beyond two decades)")  # fmt: skip
     p.add_argument("--vmin", type=float, help="lowest value of the scale")
     p.add_argument("--vmax", type=float, help="highest; above it is hatched")
+    p.add_argument("--at", type=_plane, action="append", default=[], metavar="z=Z",
+                   help="of three axes, the plane with the nearest z (default: the middle); "
+                   "several stand side by side, z=all is each")  # fmt: skip
     p.add_argument("--points", action="store_true", help="show which points were evaluated")
     p.add_argument("--dpi", type=_at_least(1), default=150, help="dots per inch (default: 150)")
 

@@ -21,8 +21,10 @@ from lsweep.storage.folder import RunFolder
 if TYPE_CHECKING:
     from lsweep.comparison.comparing import Comparison, Question
     from lsweep.measures.measures import Report
+    from lsweep.surfaces.surface import Surface
 
 MOST_DPI = 1200
+MOST_PLANES = 24
 
 
 def do_status(options: Namespace) -> int:
@@ -68,9 +70,10 @@ def do_merge(options: Namespace) -> int:
     surface.save(folder.surface)
     print(f"wrote {folder.surface}")
     if options.picture and report.missing < report.points:
+        from lsweep.pictures.cells import which_plane
         from lsweep.pictures.drawing import draw_run
 
-        print(f"wrote {draw_run(surface, folder)}")
+        print(f"wrote {draw_run(surface, folder)}{which_plane(surface)}")
     return 0 if report.clean else INCOMPLETE
 
 
@@ -107,6 +110,7 @@ def do_prune(options: Namespace) -> int:
 def do_render(options: Namespace) -> int:
     """Draw runs or surfaces, or what was measured of them, into one file."""
     from lsweep.merging.opening import open_surface
+    from lsweep.pictures.cells import which_plane
     from lsweep.pictures.drawing import KINDS, render
     from lsweep.pictures.figures import FIGURES, Options, figure_of
     from lsweep.plans.study import runs
@@ -119,7 +123,7 @@ def do_render(options: Namespace) -> int:
     sources = [p for given in options.source for p in runs(given)]
     if options.kind in FIGURES:
         _refuse_scale(options)
-        figure_of(sources, options.kind, options.output, Options(options.metric, options.log),
+        figure_of(sources, options.kind, options.output, Options(options.metric, bool(options.log)),
                   options.dpi)  # fmt: skip
         print(f"wrote {options.output}")
         return 0
@@ -130,14 +134,26 @@ def do_render(options: Namespace) -> int:
     labels = [p.stem for p in sources] if len(surfaces) > 1 else None
     render(surfaces, options.output, name=options.metric, kind=options.kind, log=options.log,
            vmin=options.vmin, vmax=options.vmax, labels=labels, dpi=options.dpi,
-           points=options.points)  # fmt: skip
-    print(f"wrote {options.output}")
+           points=options.points, z=_planes(surfaces, options.at))  # fmt: skip
+    which = "" if options.at else which_plane(surfaces[0])
+    print(f"wrote {options.output}{which}")
     return 0
+
+
+def _planes(surfaces: Sequence[Surface], asked: Sequence[float | None]) -> list[float]:
+    """Return the z of each plane that is asked for, in their order; None is every z."""
+    each = [float(z) for s in surfaces if None in asked and "z" in s.axes for z in s.z]
+    most = max((len(s.z) for s in surfaces if "z" in s.axes), default=0)
+    if None in asked and not 0 < most <= MOST_PLANES:
+        why = f"{most} planes, at most {MOST_PLANES}: name some" if most else "there is no axis z"
+        raise LsweepError(f"--at z=all: {why}")
+    return sorted({*each, *(z for z in asked if z is not None)})
 
 
 def _refuse_scale(options: Namespace) -> None:
     """Refuse what a picture of a measure does not take, rather than ignore it."""
-    given = {"--vmin": options.vmin, "--vmax": options.vmax, "--points": options.points or None}
+    given = {"--vmin": options.vmin, "--vmax": options.vmax, "--points": options.points or None,
+             "--at": options.at or None}  # fmt: skip
     for name, value in {**given, "--l2": options.l2}.items():
         if value is not None:
             raise LsweepError(f"--kind {options.kind} takes no {name}: leave it out")

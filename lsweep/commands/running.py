@@ -303,9 +303,10 @@ def _merge_and_show(folder: RunFolder, look: Look) -> int:
     with stage("removing leases", sys.stderr):
         forget_leases(folder)
     if look.draw:
+        from lsweep.pictures.cells import which_plane
         from lsweep.pictures.drawing import draw_run
 
         with stage("drawing", sys.stderr):
             picture = draw_run(surface, folder)
-        print(f"wrote {picture}")
+        print(f"wrote {picture}{which_plane(surface)}")
     return 0 if report.clean else INCOMPLETE

@@ -123,13 +123,16 @@ def networks(runs: Sequence[RunMeasures]) -> list[Network]:
     axes, held = sort_options(every)
     if len({json.dumps([o.get(k) for k in (*axes, *held)]) for o in every}) == len(every):
         varying = [*axes, *held]  # which checkpoint that is says no more
+    each = [{k: o[k] for k in varying if k in o} for o in every]
+    names = [label(shown) if shown else "" for shown in each]
+    if not all(names) or len(set(names)) < len(names):  # one rule for all: else what was given
+        names = [planes[0].name for planes in groups.values()]
     out = []
-    for planes in groups.values():
+    for name, planes in zip(names, groups.values(), strict=True):
         first = planes[0]
-        shown = {k: first.options[k] for k in varying if k in first.options}
         out.append(
             Network(
-                label(shown) if shown else first.name,
+                name,
                 first.options,
                 tuple(p.name for p in planes),
                 first.center.get("train_loss", (math.nan, math.nan))[0],

@@ -28,13 +28,13 @@ from lsweep.evaluating.choice import (
     reason_of,
 )
 from lsweep.evaluating.evaluate import Evaluator
-from lsweep.hosts.device import is_out_of_memory, timed
+from lsweep.hosts.device import Spent, is_out_of_memory, timed
 
 USUAL_SAMPLES = 512  # tell how large a value usually is
 ONE = 50.0  # times a mean's tolerance for one sample, whose rounding errors do not cancel
 
 
-def centre_of(evaluator: Evaluator) -> tuple[list[Samples], float]:
+def centre_of(evaluator: Evaluator) -> tuple[list[Samples], Spent]:
     """Return each variable's samples at the centre over all slices, and the seconds that took."""
     slices: list[list[Samples]] = []
     seconds = timed(
@@ -48,8 +48,8 @@ def taken(
     evaluator: Evaluator,
     choice: Choice,
     spots: Sequence[Spot],
-    centre: tuple[list[Samples], float],
-) -> tuple[Choice, list[Samples], float]:
+    centre: tuple[list[Samples], Spent],
+) -> tuple[Choice, list[Samples], Spent]:
     """Take a choice into use, where its centre is eager's; otherwise eager stays.
 
     Args:
@@ -102,10 +102,8 @@ class _Reference:
     def __init__(
         self, evaluator: Evaluator, precision: str, samples: list[Samples], spots: Sequence[Spot]
     ) -> None:
-        self._evaluator, self._samples = evaluator, samples
+        self._evaluator, self._samples, self._spots = evaluator, samples, spots
         self._most = ONE * TOLERANCE.get(precision, REDUCED_TOLERANCE / ONE)
-        usual = evaluator.samples(spots, limit=USUAL_SAMPLES)
-        self._usual = [_usual([at[v] for at in usual]) for v in range(len(samples))]
 
     def require(self, found: list[Samples]) -> None:
         """Compare sample by sample; only losses, for one sample may well be a tie of a metric.
@@ -113,9 +111,11 @@ class _Reference:
         Raises:
             LsweepError: they disagree.
         """
+        ev = self._evaluator  # it uses the other by now, so that eager goes piece by piece
+        usual = ev.samples(self._spots, limit=USUAL_SAMPLES, backend=ev.plain)
         for v, (f, r) in enumerate(zip(found, self._samples, strict=True)):
             if self._evaluator.metrics[v % len(self._evaluator.metrics)] == "loss":
-                error, at = apart(f, r, self._usual[v])
+                error, at = apart(f, r, _usual([at[v] for at in usual]))
                 if error > self._most:
                     raise LsweepError(f"it {DISAGREES} by {error:.2g} on sample {at}")
 

@@ -25,6 +25,7 @@ from lsweep.backends.summing import Reference, Samples, stacked
 from lsweep.errors import LsweepError
 from lsweep.evaluating.evaluate import Evaluator
 from lsweep.hosts.device import is_out_of_memory, timed
+from lsweep.hosts.machine import trim_memory
 from lsweep.problems.data import Batch, samples_in
 from lsweep.problems.factory import describe
 
@@ -32,6 +33,7 @@ WORTH = 2.0  # seconds of a sweep with eager, below which nothing is tried
 SHARE = 0.2  # of them may be spent on trials: the best are three to four times faster than eager
 LONG = 30.0  # seconds of set-up, which are spent only where there is none of these,
 GRAPHS = ("fused", "native")  # made from a trace of the network
+LARGE = 2**21  # weights of a network whose rows are not made once more for a slower backend
 SHORTER = GRAPHS  # and so is time on the others in a better precision than asked for
 LEAST = 4  # passes over one batch at each spot: below, nothing can be told
 PASSES = 32  # over the samples of a trial: two a backend and batch size, and more rounds
@@ -57,7 +59,7 @@ class Trial:
         backend: its name.
         precision: in which it computes.
         batch_sizes: split -> samples.
-        seconds: of one point, extrapolated; None when it was not timed.
+        seconds: of one point, busy, extrapolated; None when it was not timed.
         set_up: seconds to build it and run it the first time.
         error: largest relative difference of a mean to float32 (or float64) eager.
         why_not: why it was not taken; "" for those that could have been.
@@ -107,7 +109,7 @@ def choose(evaluator: Evaluator, spots: Sequence[Spot], seconds: float, points: 
     Args:
         evaluator: at its default batch sizes, with eager.
         spots: where to time and compare: the centre and far out.
-        seconds: of one point with eager.
+        seconds: of one point with eager, as `timed` has them busy.
         points: how many this worker would evaluate, about.
 
     Returns:
@@ -158,6 +160,7 @@ class _Trials:
         self._split = evaluator.splits[0]
         counts = [len(s.values) for s in evaluator.centre()[:: len(evaluator.metrics)]]
         self._all = sum(counts) * evaluator.slices  # about: of all splits
+        self._numbers = sum(t.numel() for t in evaluator.ground.state.values())
         self._opaque = any(s.opaque for s in evaluator.centre())
         self._default = dict(evaluator.batch_sizes)
         # Four default batches, but so few samples that the budget has room for all the passes.
@@ -227,16 +230,23 @@ class _Trials:
         except Exception as e:
             trial.set_up = time.perf_counter() - start
             trial.why_not = reason_of(e)
-        near = self.fastest(len(self._built))
-        for far in self._built.keys() - {self._done[0].kind, *near}:  # they hold rows and buffers
+        self._keep([self._done[0].kind, *self.fastest(len(self._built))])
+        return trial
+
+    def _keep(self, kinds: Sequence[Kind]) -> None:
+        """Let go of all other backends: they hold rows and buffers."""
+        for far in self._built.keys() - set(kinds):
             del self._built[far]
             self._builder.built.pop(far, None)
-        return trial
+        self._builder.seat.take(self._builder.packed)  # it would hold the rows of the last
+        trim_memory()
 
     def is_spare(self, kind: Kind) -> bool:
         """Whether a kind is tried last, and only where none of `SHORTER` can be had."""
         name, precision = kind
         better = precision != self._evaluator.ground.precisions[0]
+        if name == "channels_last" and self._numbers > LARGE:  # it has rows of its own
+            return True
         return catalogue.KINDS[name].set_up >= LONG or (better and name not in SHORTER)
 
     def sizes(self, kind: Kind) -> None:
@@ -275,6 +285,7 @@ class _Trials:
                 self._time(trial)
         except Exception as e:
             trial.why_not = reason_of(e)
+        trim_memory()  # larger batches take more, which would add up
         return self._best(kind) is trial
 
     def _compare(self, trial: Trial) -> None:
@@ -317,7 +328,7 @@ class _Trials:
                         stacked(references, ev.metrics, found)
 
         times = self._times.setdefault(id(trial), [])
-        times.append(timed(ev.device, once) / len(self._spots) / samples * self._all)
+        times.append(timed(ev.device, once).busy / len(self._spots) / samples * self._all)
         trial.seconds = statistics.median(times)
 
     # -- which ----------------------------------------------------------------------------------
@@ -347,6 +358,7 @@ class _Trials:
                 if self._left > 0:
                     self._time(trial)
         sound = [t for t in self._sound() if asked in ("auto", t.backend)]
+        self._keep([sound[0].kind])
         return Choice(*sound[0].kind, dict(sound[0].batch_sizes), tuple(self._done))
 
 

@@ -50,6 +50,7 @@ class Evaluator:
         directions: what to move along.
         device: where to evaluate.
         batch_sizes: split name -> batch size, where it is free.
+        own: nobody else needs the network, so that it is not kept to be given back.
     """
 
     def __init__(
@@ -59,8 +60,9 @@ class Evaluator:
         directions: Directions,
         device: torch.device,
         batch_sizes: Mapping[str, int] | None = None,
+        own: bool = False,
     ) -> None:
-        self.problem, self.device, self.directions = problem, device, directions
+        self.problem, self.device, self.directions, self._own = problem, device, directions, own
         self.splits: tuple[str, ...] = tuple(settings["splits"])
         asked: tuple[str, ...] = tuple(settings["metrics"])
         self.pointwise = tuple(m for m in asked if m in POINTWISE)
@@ -105,7 +107,8 @@ class Evaluator:
             self._stack.enter_context(numerics(self.device))
             self._stack.enter_context(products(tf32=self.settings["precision"] == "tf32"))
             self._stack.enter_context(generators_kept())
-            self._stack.enter_context(model_kept(self.problem.model))
+            if not self._own:
+                self._stack.enter_context(model_kept(self.problem.model))
             self.problem.model.eval()
             self._take_over()
         except BaseException:
@@ -121,7 +124,7 @@ class Evaluator:
         """Move the network to the device, and all that may move into packed rows."""
         model = self.problem.model
         for p in model.parameters():
-            p.data = moved(p.data, self.device, self.dtype)
+            p.data, p.grad = moved(p.data, self.device, self.dtype), None
             p.requires_grad_(p.requires_grad and self.problem.grad)
         clones: dict[int, Tensor] = {}  # by identity: a shared buffer stays shared
         for module in model.modules():
@@ -140,14 +143,8 @@ class Evaluator:
                 old = axis.get(name)
                 if old is not None and (old.dtype, old.device) == (view.dtype, view.device):
                     axis[name] = view  # the same numbers: a copy of each direction less
-        self.ground = Ground(
-            self.problem,
-            self.settings,
-            self.directions,
-            self.device,
-            self.dtype,
-            packed.views_of(packed.origin),
-        )
+        here = self.device, self.dtype, packed.views_of(packed.origin)
+        self.ground = Ground(self.problem, self.settings, self.directions, *here)
         self.seat.take(packed)
         self._packed = packed
         self.eager = Eager(self.ground, self.seat, packed)

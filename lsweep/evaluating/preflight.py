@@ -18,10 +18,10 @@ from lsweep.backends.packed import Spot
 from lsweep.backends.summing import Samples
 from lsweep.errors import DamagedFile, LsweepError
 from lsweep.evaluating.acceptance import centre_of, taken
-from lsweep.evaluating.choice import Choice, choose
+from lsweep.evaluating.choice import Choice, choose, reason_of
 from lsweep.evaluating.evaluate import Evaluator
 from lsweep.hosts import machine
-from lsweep.hosts.device import device_class, human, memory_used
+from lsweep.hosts.device import Spent, device_class, human, memory_used
 from lsweep.outcomes.frozen import of_this_version
 from lsweep.plans.plan import Plan
 from lsweep.problems import batchnorm
@@ -62,6 +62,7 @@ def preflight(
     spots: Sequence[Spot] = (),
     points: float = 0.0,
     over_all: Mapping[str, float] | None = None,
+    before: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Check the problem at the centre and publish the device class, or return what is there.
 
@@ -79,6 +80,7 @@ def preflight(
         spots: where backends are compared.
         points: how many one worker would evaluate, about.
         over_all: values at the centre over all data, where the plan takes a subset.
+        before: how the class computed what is committed, where its file was lost: it stays so.
 
     Raises:
         LsweepError: with the reason: a loader that shuffles, a dropout left on, another loss.
@@ -97,11 +99,15 @@ def preflight(
     check_expected(centre, expected)
     changes = _batch_norm_check(evaluator)
     choice = Choice("eager", plan.evaluate["precision"], dict(evaluator.batch_sizes))
-    if evaluator.stored:
+    if before is not None:
+        choice = Choice(**before)
+        first, seconds = _as_before(evaluator, choice)
+    elif evaluator.stored:
         everywhere = [evaluator.origin, *spots]
-        choice = choose(evaluator, everywhere, seconds, points)
+        choice = choose(evaluator, everywhere, seconds.busy, points)
         choice, first, seconds = taken(evaluator, choice, everywhere, (first, seconds))
-        centre = {v: s.mean for v, s in zip(evaluator.names, first, strict=True)}
+    centre = {v: s.mean for v, s in zip(evaluator.names, first, strict=True)}
+    evaluator.eager.move(evaluator.origin)
     value = {
         "plan": plan.digest,
         "class": name,
@@ -121,7 +127,7 @@ def preflight(
             s: len(first[i * len(evaluator.metrics)].values) for i, s in enumerate(evaluator.splits)
         },
         "data": data,
-        "seconds_per_point": seconds,
+        "seconds_per_point": seconds.wall,
         "memory": memory_used(evaluator.device),
         "batch_norm": changes,
         "pointwise": list(evaluator.pointwise),
@@ -134,8 +140,21 @@ def preflight(
     return there
 
 
+def _as_before(evaluator: Evaluator, choice: Choice) -> tuple[list[Samples], Spent]:
+    """Return the centre, computed as what is committed was, or not at all."""
+    try:
+        evaluator.use(choice.backend, choice.batch_sizes, choice.precision)
+        return centre_of(evaluator)
+    except Exception as e:
+        raise LsweepError(
+            f"this run's parts of this device class were computed by {choice.backend!r} in "
+            f"{choice.precision}, and so must be the rest, but: {reason_of(e)}"
+        ) from e
+
+
 def _check_batch(evaluator: Evaluator, split: str) -> None:
     """Check on one batch that the loss is the mean it says, and that inputs are left alone."""
+    evaluator.eager.move(evaluator.origin)
     batch = map_tensors(next(iter(evaluator.batches(split))), torch.clone)
     before = [t._version for t in tensors_of(batch)]
     with evaluator.ground.context():

@@ -210,7 +210,8 @@ def _minimum(surface: Surface, name: str) -> list[Measured]:
     at = ", ".join(f"{axis} = {offset:.4g}" for axis, offset in where.items())
     guess = guessed(surface, name, where)
     kind = f", {guess}" if guess else ""
-    return [Measured("minimum", least, context={"at": where}, note=f"at {at}{kind}")]
+    same = ", constant to rounding" if surface.constant(name) else ""
+    return [Measured("minimum", least, context={"at": where}, note=f"at {at}{kind}{same}")]
 
 
 def _convexity(surface: Surface, name: str) -> list[Measured]:

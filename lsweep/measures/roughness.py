@@ -2,7 +2,8 @@
 
 On T = log(1 + L), so that the decades of a rim do not hide the rest (where L < 0, the asinh scale):
 
-    variation along a ray:   Σ_k |T_{k+1} - T_k| / (max T - min T)     1 where T is monotone
+    variation along a ray:   Σ_k |T_{k+1} - T_k| / (max T - min T)     1 where T is monotone,
+                                                                       none where T is constant
     plane Lipschitz:         max ‖∇T‖, its 95 % quantile, max ‖∇²T‖₂    central differences
 
 All of it grows with resolution where there is structure below the grid: the step h is part of the
@@ -21,13 +22,17 @@ from lsweep.measures.field import Field, FloatArray
 from lsweep.measures.rays import rays
 from lsweep.surfaces.surface import Surface
 
+ROUNDING = 1e-14
+"""Of a value: what interpolating along a ray adds to equal ones."""
+
 
 @dataclass(frozen=True)
 class Roughness:
     """How rough a line or a plane is.
 
     Attributes:
-        variation: mean over rays of total variation / (max - min); NaN without a centre.
+        variation: mean over rays of total variation / (max - min); NaN without a centre, and where
+            all values are equal but for rounding.
         largest_variation: the largest of them.
         gradient: max ‖∇T‖ over interior points, per offset.
         gradient_95: its 95 % quantile.
@@ -63,8 +68,11 @@ def roughness(surface: Surface, name: str = "train_loss") -> Roughness:
     field = Field.of(surface, name, least=3)
     t, scale = field.drawn()
     notes = list(field.notes)
-    ratios = _variations(field, t)
-    if not len(ratios):
+    flat = surface.constant(name)
+    ratios = np.empty(0) if flat else _variations(field, t)
+    if flat:
+        notes.append("no variation along rays: the surface is constant to rounding")
+    elif not len(ratios):
         notes.append("no variation along rays: the centre (offset 0) has no value")
     slope, bend = _derivatives(field, t)
     if not np.isfinite(slope).any():
@@ -87,7 +95,7 @@ def _variations(field: Field, t: FloatArray) -> FloatArray:
         return np.empty(0)
     found = []
     for _, value, _ in rays(field, t):
-        if len(value) > 2 and np.ptp(value) > 0:
+        if len(value) > 2 and np.ptp(value) > ROUNDING * np.abs(value).max():
             found.append(np.abs(np.diff(value)).sum() / np.ptp(value))
     return np.array(found)
 

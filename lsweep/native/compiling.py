@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
-import platform
+import shlex
 import shutil
-import stat
 import subprocess
 import tempfile
-from importlib import resources
 from pathlib import Path
 
 from lsweep.backends.tracing import Unsupported
@@ -31,26 +30,29 @@ def compiled(source: str) -> ctypes.CDLL:
     Raises:
         Unsupported: there is no compiler, it fails, or the cache is not private.
     """
-    named = os.environ.get("CXX", "c++")
-    compiler = shutil.which(named)
-    if compiler is None:
-        told = f"CXX is {named!r}" if "CXX" in os.environ else "c++; CXX may name another"
-        raise Unsupported(f"{HERE}there is no C++ compiler ({told})")
-    source = source.replace(
-        '#include "native.h"', (resources.files("lsweep.native") / "native.h").read_text()
-    )
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    parts = [source.encode(), version, _processor(), *map(str.encode, FLAGS)]
-    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lsweep" / "native"
-    library = cache / f"{key}.so"
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    if shutil.which(compiler[0]) is None:
+        raise Unsupported(f"{HERE}there is no C++ compiler {compiler[0]!r}; CXX may name another")
+    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    cache = (home if home.is_absolute() else Path.home() / ".cache") / "lsweep" / "native"
     try:
         for folder in (cache.parent, cache):  # who may write the outer one may replace the inner
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _private(folder, stat.S_IFDIR)
-        if not library.exists():
-            _compile(compiler, source, library)
-        _private(library, stat.S_IFREG)
+            _require_private(folder)
+        # The macros that it defines tell its version, and what the processor can.
+        key = source + _run([*compiler, *FLAGS, "-dM", "-E"], "")
+        library = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
+        if library.exists():
+            _require_private(library)
+            with contextlib.suppress(OSError):  # a damaged one is compiled again
+                return ctypes.CDLL(str(library))
+        with tempfile.TemporaryDirectory(dir=cache) as name:
+            built = Path(name, "network.so")
+            _run([*compiler, *FLAGS, "-o", str(built)], source)
+            built.chmod(0o600)
+            with built.open("rb") as f:
+                os.fsync(f.fileno())
+            built.replace(library)  # in one moment: another process may compile it, too
         return ctypes.CDLL(str(library))
     except OSError as e:
         raise Unsupported(
@@ -61,31 +63,19 @@ def compiled(source: str) -> ctypes.CDLL:
         raise Unsupported(f"{HERE}compiling it takes more than {SECONDS:.0f} s") from None
 
 
-def _compile(compiler: str, source: str, library: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=library.parent) as name:
-        built = Path(name, "network.so")
-        command = [compiler, *FLAGS, "-o", str(built), "-x", "c++", "-"]
-        done = subprocess.run(
-            command, input=source, capture_output=True, text=True, timeout=SECONDS, check=False
-        )
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if "error" in line]
-            raise Unsupported(f"{compiler} failed: {(errors or ['?'])[0][:160]}")
-        built.chmod(0o600)
-        built.replace(library)
+def _run(command: list[str], source: str) -> str:
+    command = [*command, "-x", "c++", "-"]
+    done = subprocess.run(
+        command, input=source, capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+    if done.returncode:
+        told = done.stderr.splitlines() or [f"exit code {done.returncode}"]
+        error = next((line for line in told if "error" in line), told[-1])
+        raise Unsupported(f"{command[0]} failed: {error[:160]}")
+    return done.stdout
 
 
-def _private(path: Path, kind: int) -> None:
-    found = path.lstat()
-    ours = found.st_uid == os.geteuid() and not found.st_mode & 0o022
-    if not ours or stat.S_IFMT(found.st_mode) != kind:
+def _require_private(path: Path) -> None:
+    found = path.lstat()  # of a link itself, which counts as what others may write
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
         raise Unsupported(f"{HERE}others could have written {path}: remove it")
-
-
-def _processor() -> bytes:
-    """Return what -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor().encode()
-    return "\n".join(sorted({x for x in lines if x.startswith(("model name", "flags"))})).encode()

@@ -1,8 +1,8 @@
 // Kernels over samples in SIMD lanes: a `vec` holds one number of L samples, a weight is a scalar.
 //
 // An activation is laid out [...][L], so every operation is a loop of scalar weight times vector,
-// of any shape, and never a shuffle. Shapes are template parameters or literals of the source.
-// Float32 as written: no reassociation, NaN and infinity come through.
+// of any shape, and never a shuffle. Float32 as written but that a product and a sum are rounded
+// once: no reassociation, NaN comes through.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -17,7 +17,7 @@ constexpr int L = 16;
 #elif defined(__AVX2__)
 constexpr int L = 8;
 #else
-#error the processor has no AVX2
+#error native code is for x86-64 with AVX2
 #endif
 constexpr int UNITS = 12;  // sums at once: as many as hide the latency of an addition
 typedef float vec __attribute__((vector_size(4 * L)));
@@ -43,12 +43,6 @@ static INLINE vec vexp(vec x) {  // 2^n e^r with |r| <= log(2)/2; the polynomial
   ivec i = __builtin_convertvector(n, ivec), half = i >> 1;  // 2^n may be beyond a float
   return p * (vec)((half + 127) << 23) * (vec)((i - half + 127) << 23);
 }
-static INLINE vec vlog(vec x) {  // of 1 or more: 2^n m with m from sqrt(1/2), 2 atanh((m-1)/(m+1))
-  ivec i = (ivec)x - 0x3f3504f3;
-  vec m = (vec)((i & 0x7fffff) + 0x3f3504f3), s = (m - 1) / (m + 1), z = s * s;
-  vec n = __builtin_convertvector(i >> 23, vec);
-  return n * .693147181f + 2 * s * poly({1, 1 / 3.f, 1 / 5.f, 1 / 7.f, 1 / 9.f}, z);
-}
 static INLINE vec vtanh(vec x) {
   vec a = vabs(x), z = x * x, big = 1 - 2 / (vexp(2 * a) + 1);
   vec small = x * poly({1, -.333333293f, .133331678f, -.0539428569f, .0216817469f, -.00813400324f,
@@ -66,19 +60,18 @@ template <int N, int B, class F> static INLINE void blocks(F f) {
 }
 // Calls end(m, j, value) for value = sum over c, y, x of a[m][c, y, x] b[j][c][y][x], for all m < M
 // and j < n, at the strides A* and B*: a linear layer, or a row of a convolution. A weight is read
-// from memory as it is multiplied, which costs nothing. Where AM is 0, the weights of each block of
-// units are [c, y, x][m].
-template <int M, int C, int H, int W, int AM, int BC, int BH, int BW, class F>
+// from memory as it is multiplied, which costs nothing.
+template <int M, int C, int H, int W, int AM, int AK, int BC, int BH, int BW, class F>
 static INLINE void product(const float* a, const vec* b, int n, int step, F end) {
   blocks<M, UNITS>([&](int m0, auto units) {
     for (int j = 0; j < n; j++) {
       vec sums[units()] = {};
-      const float* w = a + m0 * (AM ? AM : C * H * W);
+      const float* w = a + m0 * AM;
       for (int c = 0; c < C; c++)
         for (int y = 0; y < H; y++)
-          for (int x = 0; x < W; x++, w += AM ? 1 : units()) {
+          for (int x = 0; x < W; x++, w += AK) {
             vec v = b[j * step + c * BC + y * BH + x * BW];
-            UNROLL for (int m = 0; m < units(); m++) sums[m] += w[m * (AM ? AM : 1)] * v;
+            UNROLL for (int m = 0; m < units(); m++) sums[m] += w[m * AM] * v;
           }
       UNROLL for (int m = 0; m < units(); m++) end(m0 + m, j, sums[m]);
     }
@@ -87,181 +80,136 @@ static INLINE void product(const float* a, const vec* b, int n, int step, F end)
 
 // ---- Winograd F(4x4, 3x3): Y = A'[(G w G') * (B' d B)]A (Lavin, Gray 2015, arXiv:1509.09308) ---
 
-// G w G' of every filter, [36] times as `product` wants them.
+// The six points are 0, infinity, 1, -1, 2, -2. Numbers are read s apart and written t apart.
+static INLINE void by_G(const vec* w, int s, vec* u, int t) {  // of 3, 6
+  vec a = (w[0] + w[2 * s]) * (-1 / 6.f), b = w[s] * (-1 / 6.f);
+  vec c = w[0] * (1 / 24.f) + w[2 * s] * (1 / 6.f), d = w[s] * (1 / 12.f);
+  u[0] = w[0] * .25f, u[t] = w[2 * s];
+  u[2 * t] = a + b, u[3 * t] = a - b, u[4 * t] = c + d, u[5 * t] = c - d;
+}
+static INLINE void by_B(const vec* d, int s, vec* v, int t) {  // of 6, 6
+  vec a = d[4 * s] - 4 * d[2 * s], b = d[3 * s] - 4 * d[s];
+  vec c = d[4 * s] - d[2 * s], e = d[3 * s] - d[s];
+  v[0] = 4 * d[0] - 5 * d[2 * s] + d[4 * s], v[t] = 4 * d[s] - 5 * d[3 * s] + d[5 * s];
+  v[2 * t] = a + b, v[3 * t] = a - b, v[4 * t] = c + 2 * e, v[5 * t] = c - 2 * e;
+}
+static INLINE void by_A(const vec* m, int s, vec* y, int t) {  // of 6, 4
+  vec p = m[2 * s] + m[3 * s], q = m[2 * s] - m[3 * s];
+  vec u = m[4 * s] + m[5 * s], w = m[4 * s] - m[5 * s];
+  y[0] = m[0] + p + u, y[t] = q + 2 * w, y[2 * t] = p + 4 * u, y[3 * t] = q + 8 * w + m[s];
+}
+// Transforms N x N numbers to M x M: so many rows at a time as stay in registers, as what is not
+// used is not computed.
+template <int N, int M, int ROWS, void line(const vec*, int, vec*, int)>
+static INLINE void both(const vec* in, int row, int column, vec* out, int step) {
+  UNROLL for (int i = 0; i < M; i += ROWS) {
+    vec half[N][M];
+    UNROLL for (int j = 0; j < N; j++) line(in + j * column, row, half[j], 1);
+    UNROLL for (int r = i; r < i + ROWS; r++) line(&half[0][r], M, out + r * M * step, step);
+  }
+}
+// G w G' of every filter: [36][CI][CO].
 template <int CI, int CO> static void winograd_weights(const float* w, float* u) {
-  const float G[6][3] = {{1 / 4.f, 0, 0}, {-1 / 6.f, -1 / 6.f, -1 / 6.f},
-                         {-1 / 6.f, 1 / 6.f, -1 / 6.f}, {1 / 24.f, 1 / 12.f, 1 / 6.f},
-                         {1 / 24.f, -1 / 12.f, 1 / 6.f}, {0, 0, 1}};
   constexpr int N = CI * CO;
   for (int i = 0; i < N; i += L) {
-    vec f[9] = {}, t[6][3], g[36];
+    vec f[9] = {}, g[36];
     for (int l = 0; l < L && i + l < N; l++)
       for (int j = 0; j < 9; j++) f[j][l] = w[(i + l) * 9 + j];
-    UNROLL for (int j = 0; j < 6; j++) UNROLL for (int k = 0; k < 3; k++)
-      t[j][k] = G[j][0] * f[k] + G[j][1] * f[3 + k] + G[j][2] * f[6 + k];
-    UNROLL for (int j = 0; j < 6; j++) UNROLL for (int k = 0; k < 6; k++)
-      g[6 * j + k] = t[j][0] * G[k][0] + t[j][1] * G[k][1] + t[j][2] * G[k][2];
-    for (int l = 0; l < L && i + l < N; l++) {
-      int o = (i + l) / CI, first = o / UNITS * UNITS, units = std::min(CO - first, UNITS);
-      float* to = u + first * CI + (i + l) % CI * units + o % UNITS;
-      for (int k = 0; k < 36; k++) to[k * N] = g[k][l];
-    }
+    both<3, 6, 6, by_G>(f, 3, 1, g, 1);
+    for (int l = 0; l < L && i + l < N; l++)
+      for (int k = 0; k < 36; k++) u[k * N + (i + l) % CI * CO + (i + l) / CI] = g[k][l];
   }
 }
-// Rows P and 5 - P, or 1 and 2, or 3 and 4, of B' d: two at a time, so that they stay in registers.
-template <int P> static INLINE void two(const vec* d, int s, vec* f, vec* g) {
-  if (P == 0) {
-    *f = 4 * d[0] - 5 * d[2 * s] + d[4 * s], *g = 4 * d[s] - 5 * d[3 * s] + d[5 * s];
-  } else {
-    constexpr float q = P == 1 ? 4 : 1, r = P == 1 ? 1 : 2;
-    vec a = d[4 * s] - q * d[2 * s], b = d[3 * s] - q * d[s];
-    *f = a + r * b, *g = a - r * b;
-  }
-}
-template <int P> static INLINE void into_winograd(const vec* d, int s, vec* v, int step) {
-  vec f[2][6];
-  UNROLL for (int j = 0; j < 6; j++) two<P>(d + j, s, f[0] + j, f[1] + j);
-  UNROLL for (int r = 0; r < 2; r++) {
-    vec* row = v + (P ? 2 * P - 1 + r : 5 * r) * 6 * step;
-    two<0>(f[r], 1, row, row + 5 * step);
-    two<1>(f[r], 1, row + step, row + 2 * step), two<2>(f[r], 1, row + 3 * step, row + 4 * step);
-  }
-}
-static INLINE void out_of(const vec* m, int s, vec* y, int step) {  // six times A
-  vec p = m[s] + m[2 * s], q = m[s] - m[2 * s], u = m[3 * s] + m[4 * s], w = m[3 * s] - m[4 * s];
-  y[0] = m[0] + p + u, y[step] = q + 2 * w, y[2 * step] = p + 4 * u;
-  y[3 * step] = q + 8 * w + m[5 * s];
-}
-// The input has its rim, so that tiles are whole. end(channel, row, column, value).
-template <int CI, int CO, int OH, int OW, int CHANNEL, int ROW, class F>
+// Calls end(channel, row, column, value) for an image with margins PY and PX of zeros around it.
+template <int CI, int CO, int H, int W, int PY, int PX, int CHANNEL, int ROW, int COLUMN, class F>
 static INLINE void winograd(const float* u, const vec* in, vec* scratch, F end) {
-  constexpr int TX = (OW + 3) / 4, T = (OH + 3) / 4 * TX, VS = CI | 1, PS = CO | 1;  // odd: not all
+  constexpr int OH = H + 2 * PY - 2, OW = W + 2 * PX - 2, TX = (OW + 3) / 4, T = (OH + 3) / 4 * TX;
+  constexpr int VS = CI | 1, PS = CO | 1;  // odd: not all in one set of the cache
   constexpr int B = CI * CO > 4096 && T > 3 ? 4 : 1;  // so many tiles share the weights in a cache
-  for (int t0 = 0; t0 < T; t0 += B) {                 // in one set of the cache
+  for (int t0 = 0; t0 < T; t0 += B) {
     int n = t0 + B < T ? B : T - t0;
     vec *v = scratch, *p = scratch + 36 * VS * B;
-    for (int t = 0; t < n; t++)
+    for (int t = 0; t < n; t++) {
+      int y = (t0 + t) / TX * 4 - PY, x = (t0 + t) % TX * 4 - PX;
+      bool inner = y >= 0 && x >= 0 && y + 6 <= H && x + 6 <= W;
       for (int c = 0; c < CI; c++) {
-        const vec* d = in + c * CHANNEL + ((t0 + t) / TX * ROW + (t0 + t) % TX) * 4;
-        vec* to = v + 36 * VS * t + c;
-        into_winograd<0>(d, ROW, to, VS), into_winograd<1>(d, ROW, to, VS);
-        into_winograd<2>(d, ROW, to, VS);
+        const vec* d = in + c * CHANNEL + y * ROW + x * COLUMN;
+        vec edge[36], *to = v + 36 * VS * t + c;
+        if (inner) {
+          both<6, 6, 2, by_B>(d, ROW, COLUMN, to, VS);
+          continue;
+        }
+        UNROLL for (int i = 0; i < 36; i++) {
+          bool there = unsigned(y + i / 6) < H && unsigned(x + i % 6) < W;
+          edge[i] = there ? d[i / 6 * ROW + i % 6 * COLUMN] : vec{};
+        }
+        both<6, 6, 2, by_B>(edge, 6, 1, to, VS);
       }
+    }
     for (int k = 0; k < 36; k++)
-      product<CO, CI, 1, 1, 0, 1, 0, 0>(
+      product<CO, CI, 1, 1, 1, CO, 1, 0, 0>(
           u + k * (long)(CO * CI), v + k * VS, n, 36 * VS,
           [&](int o, int t, vec sum) { p[(36 * t + k) * PS + o] = sum; });
     for (int t = 0; t < n; t++)
       for (int o = 0; o < CO; o++) {
         int y = (t0 + t) / TX * 4, x = (t0 + t) % TX * 4;
-        vec h[24], r[16], *q = p + 36 * PS * t + o;
-        UNROLL for (int j = 0; j < 6; j++) out_of(q + j * PS, 6 * PS, h + j, 6);
-        UNROLL for (int i = 0; i < 4; i++) out_of(h + 6 * i, 1, r + 4 * i, 1);
-        UNROLL for (int i = 0; i < 4; i++) UNROLL for (int j = 0; j < 4; j++)
-          if ((OH % 4 == 0 || y + i < OH) && (OW % 4 == 0 || x + j < OW))
-            end(o, y + i, x + j, r[4 * i + j]);
+        vec r[16];
+        both<6, 4, 4, by_A>(p + 36 * PS * t + o, 6 * PS, PS, r, 1);
+        UNROLL for (int i = 0; i < 16; i++)
+          if ((OH % 4 == 0 || y + i / 4 < OH) && (OW % 4 == 0 || x + i % 4 < OW))
+            end(o, y + i / 4, x + i % 4, r[i]);
       }
   }
 }
 
-// ---- samples to lanes and back ------------------------------------------------------------------
+// ---- samples, points and threads ----------------------------------------------------------------
 
-// L samples from `first` on; lanes that are too many repeat the last of n.
-static INLINE void load(const float* in, vec* out, int size, long first, long n) {
-  for (long l = 0; l < L; l++) {
-    const float* row = in + (first + l < n ? first + l : n - 1) * size;
-    for (int i = 0; i < size; i++) ((float*)(out + i))[l] = row[i];
-  }
-}
-static INLINE void store(const vec* x, float* out, int size, long first, long n) {
-  for (long l = 0; l < L && first + l < n; l++)
-    for (int i = 0; i < size; i++) out[(first + l) * size + i] = x[i][l];
-}
-static INLINE bool finite(const vec* x, int size) {
-  ivec bad = {};
-  for (int i = 0; i < size; i++) bad |= x[i] - x[i] != 0;
-  for (int l = 0; l < L; l++)
-    if (bad[l]) return false;
-  return true;
-}
 // log(sum exp z) - z[label], and 100 where the first largest is the label; 0 where it is no class.
-static INLINE void cross_entropy(const vec* z, int classes, const long* labels, float* loss,
-                                 float* hits, long first, long n) {
+static void cross_entropy(const vec* z, const long* labels, float* loss, float* hits, long n) {
   vec top = z[0], best = {}, sum = {};
-  for (int c = 1; c < classes; c++) best = z[c] > top ? all(c) : best, top = vmax(top, z[c]);
-  for (int c = 0; c < classes; c++) sum += vexp(z[c] - top);
-  vec rest = vlog(sum) + top;
-  for (long l = 0, i = first; l < L && i < n; l++, i++) {
-    bool known = labels[i] >= 0 && labels[i] < classes;
-    loss[i] = known ? rest[l] - z[labels[i]][l] : 0;
-    hits[i] = known && best[l] == labels[i] ? 100 : 0;
+  for (int c = 1; c < SIZE; c++) best = z[c] > top ? all(c) : best, top = vmax(top, z[c]);
+  for (int c = 0; c < SIZE; c++) sum += vexp(z[c] - top);
+  for (long l = 0; l < n; l++) {
+    bool known = labels[l] >= 0 && labels[l] < SIZE;
+    loss[l] = known ? std::log(sum[l]) - (z[labels[l]][l] - top[l]) : 0;
+    hits[l] = known && best[l] == labels[l] ? 100 : 0;
   }
 }
-
-// ---- points and threads -------------------------------------------------------------------------
-
-// What network.py fills in, as numbers of eight bytes.
-struct Call {
-  const float *const *inputs, *const *constants;
-  const float* weights;  // [points][stride]
-  float* packed;         // [points][N::packed]: weights in Winograd's domain
-  vec* first;            // [rows][tiles][N::mixed]: what the first layer makes of each row
-  const float* offsets;  // [points][rows]: how much of it is in a point
-  const long* labels;    // null where not losses are wanted, but the output
-  float* out;            // [points][samples]: losses, then as many hits; or the output
-  char* finite;          // [points]
-  vec* memory;           // [threads][N::memory]
-  long samples, points, stride, rows, moved, threads;
-};
 // The threads of torch, which wait awake for such work: to begin others takes longer than a call.
 extern "C" void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned) __attribute__((weak));
 // Calls work(i, thread) for all i < n.
 template <class F> static void share(long n, long threads, F work) {
-  struct Shared {
-    F& work;
-    long n;
-    std::atomic<long> next, thread;
-  } shared{work, n, {0}, {0}};
-  auto run = [](void* given) {
-    auto& s = *(Shared*)given;
-    long thread = s.thread++;
-    for (long i; (i = s.next++) < s.n;) s.work(i, thread);
+  std::atomic<long> next{0}, thread{0};
+  auto run = [&] {
+    long mine = thread++;
+    for (long i; (i = next++) < n;) work(i, mine);
   };
-  if (threads > 1 && n > 1 && GOMP_parallel) GOMP_parallel(run, &shared, threads, 0);
-  else run(&shared);
+  auto start = [](void* given) { (*(decltype(run)*)given)(); };
+  if (threads > 1 && n > 1 && GOMP_parallel) GOMP_parallel(start, &run, threads, 0);
+  else run();
 }
-// The first layer of the samples at the row of weights that has the number `points`.
-template <class N> static void first_layer(const Call& call) {
-  long tiles = (call.samples + L - 1) / L;
-  share(tiles, call.threads, [&](long t, long thread) {
-    vec *memory = call.memory + thread * N::memory, *row = call.first + call.points * tiles * N::mixed;
-    N::first(call, call.weights, t * L, memory, row + t * N::mixed);
+// What is generated: weights in Winograd's domain, and the output of a tile of L samples.
+static void prepare(const float* w, float* u);
+static const vec* network(const vec* const* inputs, long tile, const float* w, const float* u,
+                          vec* m);
+extern "C" const int lanes = L;
+
+// At each row of weights: the losses of all samples, then all hits; without labels, the output.
+extern "C" void forward(const vec* const* inputs, const float* weights, const long* labels,
+                        float* out, float* prepared, vec* memory, long samples, long points,
+                        long stride, long threads) {
+  share(points, threads, [&](long p, long) {
+    prepare(weights + p * stride, prepared + p * PREPARED);
   });
-}
-// The network at all points.
-template <class N> static void forward(const Call& call) {
-  long n = call.samples, tiles = (n + L - 1) / L;
-  if (N::packed && call.moved)
-    share(call.points, call.threads, [&](long p, long) {
-      N::prepare(call, call.weights + p * call.stride, call.packed + p * N::packed);
-    });
-  share(tiles, call.threads, [&](long t, long thread) {
-    vec mixed[N::mixed + 1], *memory = call.memory + thread * N::memory;
-    for (long p = 0; p < call.points; p++) {
-      for (int i = 0; i < N::mixed; i++) {
-        const vec* row = call.first + t * N::mixed + i;
-        mixed[i] = vec{};
-        for (long r = 0; r < call.rows; r++)
-          mixed[i] += call.offsets[p * call.rows + r] * row[r * tiles * N::mixed];
-      }
-      const float *w = call.weights + p * call.stride, *packed = call.packed + p * N::packed;
-      const vec* out = N::rest(call, w, t * L, memory, packed, mixed);
-      if (!finite(out, N::size)) call.finite[p] = 0;
-      float *to = call.out + p * n * N::size, *loss = call.out + p * n;
-      if (call.labels)
-        cross_entropy(out, N::size, call.labels, loss, loss + call.points * n, t * L, n);
+  share((samples + L - 1) / L, threads, [&](long tile, long thread) {
+    long at = tile * L, n = std::min<long>(L, samples - at);
+    for (long p = 0; p < points; p++) {
+      const float *w = weights + p * stride, *u = prepared + p * PREPARED;
+      const vec* z = network(inputs, tile, w, u, memory + thread * MEMORY);
+      float *loss = out + p * samples + at, *to = out + (p * samples + at) * SIZE;
+      if (labels) cross_entropy(z, labels + at, loss, loss + points * samples, n);
       else
-        store(out, to, N::size, t * L, n);
+        for (long i = 0; i < n * SIZE; i++) to[i] = z[i % SIZE][i / SIZE];
     }
   });
 }

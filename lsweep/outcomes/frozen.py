@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,29 @@ KEPT = (
     "device", "backend", "precision", "error", "tried", "batch_sizes", "threads", "versions",
     "samples", "centre", "batch_norm", "seconds_per_point", "derivatives",
 )  # fmt: skip
+CHOSEN = ("backend", "precision", "batch_sizes")  # what bits depend on within a class
+
+
+def as_header(known: Mapping[str, Any]) -> str:
+    """Return what a part says of how its rows are computed, for `as_before`."""
+    return json.dumps({key: known[key] for key in CHOSEN}, sort_keys=True)
+
+
+def as_before(headers: Iterable[Mapping[str, str]], name: str) -> dict[str, Any] | None:
+    """Return how a device class computed what is committed; None where no part tells.
+
+    A choice is made by timing: made again it may be another, and other bits beside the old ones.
+
+    Args:
+        headers: of the parts of a run.
+        name: of the class.
+
+    >>> known = {"backend": "fused", "precision": "float32", "batch_sizes": {"train": 8}}
+    >>> as_before([{"device_class": "a", "chosen": as_header(known)}], "a") == known
+    True
+    """
+    told = Counter(h["chosen"] for h in headers if h.get("device_class") == name and "chosen" in h)
+    return json.loads(told.most_common(1)[0][0]) if told else None
 
 
 def of_this_version(value: Mapping[str, Any], plan: Plan) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 
 from lsweep.measures.convexity import THRESHOLD, convexity_ratio
 from lsweep.measures.from_children import Finished
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BANDS = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+_PLAIN: dict[str, Any] = {"edgecolor": "#303030", "linewidth": 0.5}
 NORM = BoundaryNorm(BANDS, matplotlib.colormaps[COLORS].N)
 
 
@@ -85,14 +87,19 @@ def _map(
             one = np.ma.masked_where(~mask, np.ones(ratio.shape))
             ax.pcolormesh(x, y, one, cmap=ListedColormap([color]), **options)
             count = f"{text} ({int(mask.sum())} of {mask.size})"
-            entries.append(Patch(facecolor=color, edgecolor="#303030", lw=0.5, label=count))
+            entries.append(Patch(facecolor=color, label=count, **_PLAIN))
+    if border:
+        entries.append(Patch(facecolor="white", label="border: no second difference", **_PLAIN))
     for limits, c in ((ax.set_xlim, surface.x), (ax.set_ylim, surface.y)):
         limits(edges(c)[0], edges(c)[-1])
     equal_aspect(surface, ax)
     ax.tick_params(labelsize=SMALL + 1)
     ax.locator_params(nbins=5)
     label_axes(surface, ax)
-    ax.plot([0.0], [0.0], "+", color="black", ms=12, mew=1.2, zorder=5)
+    if x[0] <= 0 <= x[-1] and y[0] <= 0 <= y[-1]:
+        halo = [withStroke(linewidth=3.2, foreground="white")]
+        style: dict[str, Any] = {"color": "black", "ms": 12, "mew": 1.2, "path_effects": halo}
+        entries[:0] = ax.plot([0.0], [0.0], "+", zorder=5, label="centre", **style)
     put_legend(ax, entries, letters=44)
 
 
@@ -102,9 +109,8 @@ def add_bands(axes: Sequence[Axes]) -> None:
         ends = np.array([getattr(ax, bounds)() for ax in axes])
         for ax in axes:
             getattr(ax, limits)(ends[:, 0].min(), ends[:, 1].max())
-    bar = axes[-1].figure.colorbar(
-        ScalarMappable(NORM, COLORS), ax=list(axes), spacing="uniform", pad=0.02, aspect=22
-    )
+    place = axes[-1].inset_axes((1.04, 0.0, 0.045, 1.0))  # as high as the map
+    bar = axes[-1].figure.colorbar(ScalarMappable(NORM, COLORS), cax=place, spacing="uniform")
     bar.set_ticks(list(BANDS), labels=[f"{b:g}" for b in BANDS])
     bar.ax.tick_params(labelsize=SMALL + 1)
     bar.ax.set_ylabel("|λmin / λmax|, 0 where λmin > 0")

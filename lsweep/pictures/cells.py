@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +31,7 @@ def drawn_values(surface: Surface, name: str) -> FloatArray:
 
 
 def as_plane(surface: Surface) -> Surface:
-    """Return the plane that a picture shows: of three axes the slice in the middle of z.
+    """Return the plane that a picture shows: of three axes the one in the middle of z.
 
     The title then says which z; the trajectory, whose steps lie at other z, is left out.
 
@@ -43,16 +44,54 @@ def as_plane(surface: Surface) -> Surface:
     """
     if len(surface.axes) == 1:
         raise LsweepError("a surface with one axis has no map: draw it with kind = 'line'")
-    if len(surface.axes) == 2:
-        return surface
-    middle = len(surface.z) // 2
+    return surface if len(surface.axes) == 2 else _plane(surface, len(surface.z) // 2)
+
+
+def plane_at(surface: Surface, z: float) -> Surface:
+    """Return the plane of three axes whose z is nearest, of those with an evaluated point.
+
+    Raises:
+        LsweepError: the surface has no axis z, or z is outside of it.
+
+    >>> box = Surface({a: np.arange(3.0) for a in "xyz"}, {"a": np.arange(27.0).reshape(3, 3, 3)})
+    >>> plane_at(box, 1.8).title
+    'loss landscape, z = 2'
+    """
+    if len(surface.axes) < 3:
+        raise LsweepError(f"z = {z:g}: this surface has the axes {', '.join(surface.axes)} only")
+    if not surface.z.min() <= z <= surface.z.max():
+        raise LsweepError(
+            f"z = {z:g}: z goes from {surface.z.min():g} to {surface.z.max():g}: give one within"
+        )
+    known: Mask = np.asarray(surface.evaluated.any(axis=(1, 2)))
+    there = known if known.any() else ~known
+    return _plane(surface, int(np.argmin(np.where(there, np.abs(surface.z - z), np.inf))))
+
+
+def which_plane(surface: Surface) -> str:
+    """Return what to say of the plane that a picture shows by itself: "" unless there are others.
+
+    >>> box = Surface({a: np.arange(3.0) for a in "xyz"}, {"a": np.zeros((3, 3, 3))})
+    >>> which_plane(box)
+    ": the plane z = 1 of 3; 'lsweep render --at z=VALUE' draws another, '--at z=all' each"
+    """
+    if len(surface.axes) < 3:
+        return ""
+    z = number(float(surface.z[len(surface.z) // 2]))
+    others = "'lsweep render --at z=VALUE' draws another, '--at z=all' each"
+    return f": the plane z = {z} of {len(surface.z)}; {others}"
+
+
+def _plane(surface: Surface, index: int) -> Surface:
+    z = float(surface.z[index])
     return replace(
         surface,
         axes={"x": surface.x, "y": surface.y},
-        values={n: v[middle] for n, v in surface.values.items()},
-        status=surface.status[middle],
+        values={n: v[index] for n, v in surface.values.items()},
+        status=surface.status[index],
+        attributes={**surface.attributes, "z": {"at": repr(z)}},
         trajectory=None,
-        title=f"{surface.title}, z = {number(float(surface.z[middle]))}",
+        title=f"{surface.title}, z = {number(z)}",
     )
 
 
@@ -60,21 +99,37 @@ def pooled_scale(
     surfaces: Sequence[Surface],
     name: str,
     *,
-    log: bool = False,
+    log: bool | None = None,
     vmin: float | None = None,
     vmax: float | None = None,
+    whole: bool = False,
 ) -> Scale:
     """Return one `Scale` for a variable of several surfaces; L0 is their least value at a centre.
+
+    With ``log`` None it is logarithmic where it spans over two decades and is not in per cent.
+    If ``whole``, a log scale reaches up to the greatest value, for there that takes few colours.
 
     >>> s = Surface({"x": np.zeros(2)}, {"a": np.array([1.0, 2.0])})
     >>> pooled_scale([s], "a", vmax=5.0).levels(3)
     array([1., 3., 5.])
     """
     values = [drawn_values(s, name) for s in surfaces]
+    if len(surfaces) == 1 and surfaces[0].constant(name):
+        values = [values[0][np.isfinite(values[0])][:1]]  # rounding has no colours
     centers = np.array([s.center(name) for s in surfaces])
     centers = centers[np.isfinite(centers)]
     center = float(centers.min()) if len(centers) else float("nan")
-    return Scale.of(values, log=log, center=center, vmin=vmin, vmax=vmax)
+    if log is None and all(_in_per_cent(s, name) for s in surfaces):
+        log = False
+    scaled = partial(Scale.of, values, center=center, vmin=vmin, vmax=vmax)
+    scale = scaled(log=log)
+    if whole and scale.transform.name != "linear":
+        return scaled(log=True, quantile=1.0)
+    return scale
+
+
+def _in_per_cent(surface: Surface, name: str) -> bool:
+    return surface.attributes.get(name, {}).get("units") == "%" or name.endswith("_accuracy")
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lsweep.errors import LsweepError, nearest
-from lsweep.pictures.cells import as_plane, pooled_scale
+from lsweep.pictures.cells import as_plane, plane_at, pooled_scale
 from lsweep.pictures.lines import line, line_scale
 from lsweep.pictures.maps import add_bar, contour, filled, heat
 from lsweep.pictures.marks import (
@@ -61,23 +62,27 @@ def draw(
     *,
     kind: str = "auto",
     ax: Axes | None = None,
-    log: bool = False,
+    log: bool | None = None,
     vmin: float | None = None,
     vmax: float | None = None,
     points: bool = False,
+    z: float | None = None,
 ) -> Axes:
     """Draw one surface into one Axes and return it.
 
     Args:
-        surface: one axis (a line), two (a map), or three (the map in the middle of z).
+        surface: one axis (a line), two (a map), or three (the map at ``z``).
         name: the variable; None for ``train_loss`` or the first metric. A line then shows the
             loss and the accuracy of every split.
         kind: ``line``, ``contour``, ``filled``, ``heat``, ``3d``; ``auto`` is line or filled.
         ax: where; None makes a figure of its own, with the caption.
-        log: ln, or asinh where a value is not positive (`lsweep.surfaces.scales.log_scale`).
+        log: ln, or asinh where a value is not positive (`lsweep.surfaces.scales.log_scale`); None:
+            where the scale spans more than two decades.
         vmin: lowest level; None for the minimum.
-        vmax: highest level; None for the 98 % quantile. What is beyond is hatched.
+        vmax: highest level; None for the 98 % quantile, or all of a log scale in 3d. What is
+            beyond is hatched.
         points: show which points were evaluated; the others are interpolated or pending.
+        z: of three axes, which plane, the nearest; None for the middle.
 
     An unknown kind or variable, a kind that does not fit the axes, and vmin above vmax are each
     an `LsweepError`.
@@ -88,6 +93,7 @@ def draw(
     'loss landscape'
     """
     kind = _kind([surface], kind, points)
+    surface = surface if z is None else plane_at(surface, z)
     figure = None
     if ax is None:
         figure, axes = _page([surface], kind)
@@ -114,12 +120,13 @@ def render(
     *,
     name: str | None = None,
     kind: str = "auto",
-    log: bool = False,
+    log: bool | None = None,
     vmin: float | None = None,
     vmax: float | None = None,
     labels: Sequence[str] | None = None,
     dpi: float = 150,
     points: bool = False,
+    z: Sequence[float] = (),
 ) -> Figure:
     """Draw surfaces on one scale, write the caption below them, and save the figure.
 
@@ -136,6 +143,7 @@ def render(
         labels: one per surface; None for their titles.
         dpi: dots per inch of a PNG, and of what is stored as dots in the others.
         points: as in `draw`.
+        z: of three axes, which planes, each with a picture of its own; none for the middle.
 
     Raises:
         LsweepError: as `draw`; also a suffix that is not known, or labels that do not match.
@@ -147,7 +155,7 @@ def render(
     """
     if path is not None:
         _format(Path(path))
-    given: list[Surface | str | os.PathLike[str]]
+    given: Sequence[Surface | str | os.PathLike[str]]
     given = [surfaces] if isinstance(surfaces, Surface | str | os.PathLike) else list(surfaces)
     if not given:
         raise LsweepError("no surface to render")
@@ -155,6 +163,11 @@ def render(
     kind = _kind(shown, kind, points)
     if labels is not None and len(labels) != len(shown):
         raise LsweepError(f"{len(labels)} labels for {len(shown)} surfaces: give one for each")
+    if z:
+        given = shown = [plane_at(s, at) for s in shown for at in z]
+        if labels is not None:
+            ends = [s.title.rpartition(", ")[2] for s in shown]
+            labels = [f"{t}, {e}" for t, e in zip(np.repeat(labels, len(z)), ends, strict=True)]
     texts = list(labels) if labels is not None else _titles(given, shown, kind)
     scale = _scale(shown, name, kind, log=log, vmin=vmin, vmax=vmax)
     figure, axes = _page(shown, kind)
@@ -238,7 +251,8 @@ def _scale(surfaces: Sequence[Surface], name: str | None, kind: str, **options: 
     if kind == "line":
         return line_scale(surfaces, name, **options)
     variable = default_name(surfaces[0]) if name is None else name
-    return pooled_scale([as_plane(s) for s in surfaces], variable, **options)
+    planes = [as_plane(s) for s in surfaces]
+    return pooled_scale(planes, variable, whole=kind == "3d", **options)
 
 
 def _titles(given: Sequence[Any], shown: Sequence[Surface], kind: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 _TWIN = "lsweep accuracy"
 _STYLE = "#505050"  # of lines in the legend that explain a style, whatever the run
+_LOSSES, _ACCURACIES = (BLUE, "#56B4E9"), (VERMILLION, "#E69F00")  # of splits in turn: their bands
 _GREY, _BAD = "#DDDDDD", "not finite or failed"
 
 
@@ -59,7 +61,7 @@ def line_scale(
     surfaces: Sequence[Surface],
     name: str | None = None,
     *,
-    log: bool = False,
+    log: bool | None = None,
     vmin: float | None = None,
     vmax: float | None = None,
 ) -> Scale:
@@ -70,9 +72,13 @@ def line_scale(
     2.0
     """
     shown = [(s, loss) for s in surfaces for loss, _ in _family(s, name)]
-    values = [part for s, n in shown for part in _with_band(s, n, log)]
     centers = [c for c in (s.center(n) for s, n in shown) if np.isfinite(c)]
     center = min(centers, default=float("nan"))
+    if log is None:
+        plain = [drawn_values(s, n) for s, n in shown]
+        found = Scale.of(plain, log=None, center=center, quantile=1.0)
+        log = found.transform.name != "linear"
+    values = [part for s, n in shown for part in _with_band(s, n, log)]
     return Scale.of(values, log=log, center=center, vmin=vmin, vmax=vmax, quantile=1.0)
 
 
@@ -119,7 +125,8 @@ def line(
             losses and their accuracies.
         ax: where; it is also returned. Called again, it draws a further run into the same axes.
         scale: range and transform of the left axis; None for linear and all values.
-        color: of all lines of this run; None for blue (loss) and vermillion (accuracy).
+        color: of all lines of this run; None for blues (loss) and oranges (accuracy), a hue for
+            each split.
         label: of this run, when several share the axes.
 
     Raises:
@@ -145,7 +152,7 @@ def line(
                 continue
             thick = axes is ax or not several
             style: dict[str, Any] = {"ls": dash, "lw": 1.6 if thick else 0.9}
-            style["color"] = color or (BLUE if axes is ax else VERMILLION)
+            style["color"] = color or (_LOSSES if axes is ax else _ACCURACIES)[i % 2]
             text = describe(surface, variable)
             if several:
                 first = i == 0 and axes is ax
@@ -249,12 +256,14 @@ def _mark(surface: Surface, name: str, ax: Axes, color: str, several: bool) -> N
         ax.axvline(0.0, color="#808080", lw=0.8, ls=(0, (1, 2)), zorder=0, label="centre")
     finite = np.isfinite(value)
     if finite.any():
-        i = int(np.argmin(np.where(finite, value, np.inf)))
-        guess = guessed(surface, name, {surface.dimensions[0]: float(x[i])})
-        text = f"minimum {number(value[i])} at {number(x[i])}" + (f" ({guess})" if guess else "")
+        shown = replace(surface, values={**surface.values, name: value})
+        where, least = shown.minimum(name)
+        guess = guessed(surface, name, where)
+        text = f"minimum {number(least)} at {number(where['x'])}" + (f" ({guess})" if guess else "")
+        text = f"constant {number(least)}" if shown.constant(name) else text
         text = "minimum" if several else text
         star: dict[str, Any] = {"marker": "*", "ms": 10, "mfc": color, "mec": "white", "mew": 0.7}
-        ax.plot([x[i]], [value[i]], ls="none", label=text, zorder=6, **star)
+        ax.plot([where["x"]], [least], ls="none", label=text, zorder=6, **star)
     pending = surface.status == Status.PENDING
     bad = ~finite & ~pending
     edge = edges(x)
@@ -287,6 +296,8 @@ def _put_legend(ax: Axes, twin: Axes | None) -> None:
             text = str(artist.get_label())
             if not text.startswith("_"):
                 entries.setdefault(text, artist)
+    for text in [t for t in entries if t.startswith("±")]:  # bands have their lines' colours
+        entries[text] = Patch(color=_STYLE, alpha=0.2, lw=0, label=text)
     if _BAD in entries:
         entries[_BAD] = Patch(color=_GREY, label=_BAD)
     put_legend(ax, sorted(entries.values(), key=_rank), letters=92)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PolyCollection
-from matplotlib.colors import BoundaryNorm, ListedColormap, Normalize
+from matplotlib.colors import BoundaryNorm, FuncNorm, ListedColormap, Normalize
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
@@ -84,7 +85,8 @@ def heat(
         surface: two axes (of three: the middle of z); ``values[j, i]`` is the cell at x[i], y[j].
         name: the variable; None for the default.
         ax: where; it is also returned.
-        scale: range and transform; None for linear from the minimum to the 98 % quantile.
+        scale: range and transform; None for the minimum to the 98 % quantile, linear up to two
+            decades.
         bar: add a colour bar.
 
     >>> from matplotlib.figure import Figure
@@ -95,7 +97,7 @@ def heat(
     """
     surface, name, scale = given(surface, name, scale)
     cells = Cells.of(surface, name, scale)
-    _paint(ax, cells, scale, Normalize(*scale.limits))
+    _paint(ax, cells, scale, shades(scale))
     ax.set_xlim(cells.x_edges[0], cells.x_edges[-1])
     ax.set_ylim(cells.y_edges[0], cells.y_edges[-1])
     return finish(surface, name, ax, scale, cells, bar, "heat")
@@ -123,7 +125,7 @@ def filled(
     norm = _bands(scale)
     _paint(ax, cells.quarters(surface), scale, norm)
     if cells.squares().any():
-        at = np.linspace(*scale.limits, len(scale.levels()))
+        at = scale.drawn_levels()
         options: dict[str, Any] = {"levels": at, "norm": norm, "cmap": COLORS, "zorder": 1}
         data = np.ma.masked_invalid(cells.t)
         with np.errstate(over="ignore"):  # matplotlib's level beyond the last, 1e250, over a range
@@ -155,11 +157,11 @@ def contour(
     if min(surface.shape) < 2:
         return heat(surface, name, ax, scale=scale, bar=bar)
     cells = Cells.of(surface, name, scale)
-    norm = Normalize(*scale.limits)
+    norm = shades(scale)
     _paint(ax, cells.quarters(surface, alone=True), scale, norm)
     data = np.ma.masked_invalid(cells.t)
     if cells.squares().any():
-        level = np.linspace(*scale.limits, len(scale.levels()))
+        level = scale.drawn_levels()
         level = level[(level > data.min()) & (level < data.max())]
         if len(level):
             options: dict[str, Any] = {"norm": norm, "cmap": COLORS, "zorder": 1}
@@ -172,12 +174,41 @@ def contour(
 
 
 def _label_contours(ax: Axes, lines: Any, level: FloatArray, scale: Scale) -> None:
-    texts = [number(float(v)) for v in scale.transform.inverse(level)]
-    written = dict(zip(lines.levels, texts, strict=True))
-    for text in ax.clabel(
-        lines, lines.levels[::-2], fmt=written, fontsize=SMALL - 0.5, colors="black", inline=False
-    ):
-        text.set_path_effects([withStroke(linewidth=2.0, foreground="white")])
+    """Label every second level at its roomiest place; one without room is told by its colour."""
+    words = [number(float(v)) for v in scale.transform.inverse(level)]
+    page = np.array(ax.bbox.size) * 72 / ax.figure.dpi  # in points
+    start = np.array([ax.get_xlim()[0], ax.get_ylim()[0]])
+    span = np.array([np.ptp(ax.get_xlim()), np.ptp(ax.get_ylim())])
+    paths = [p.vertices for p in lines.get_paths()]
+    places = [(p - start) / span * page.min() for p in paths]
+    taken: list[tuple[FloatArray, float]] = []
+    for k in reversed(range(len(level) - 1, -1, -2)):
+        half = 0.3 * (SMALL - 0.5) * len(words[k])
+        at = places[k]
+        others = np.concatenate([np.empty((0, 2)), *(p for i, p in enumerate(places) if i != k)])
+        room = np.min([at, page.min() - at], axis=(0, 2)) - half
+        for other, length in taken:
+            room = np.minimum(room, np.hypot(*(at - other).T) - half - length)
+        gap = _nearest(at, others)
+        room = np.where((room > 3.0) & (gap > 0.8 * SMALL), np.minimum(room, 6 * gap), 0.0)
+        if not len(room) or not room.max() > 0:
+            continue
+        best = int(np.argmax(room))
+        taken.append((at[best], half))
+        for text in lines.clabel(
+            [lines.levels[k]], fmt={lines.levels[k]: words[k]}, fontsize=SMALL - 0.5,
+            colors="black", inline=False, manual=[tuple(paths[k][best])],
+        ):  # fmt: skip
+            text.set_path_effects([withStroke(linewidth=2.0, foreground="white")])
+
+
+def _nearest(at: FloatArray, others: FloatArray) -> FloatArray:
+    """Return the distance of each of (n, 2) places to the nearest of (m, 2) others."""
+    far = np.full(len(at), np.inf)
+    for part in np.array_split(others, len(others) // 256 + 1):
+        if len(part):
+            far = np.minimum(far, np.hypot(*(at[:, None] - part).T).min(0))
+    return far
 
 
 def _hatch(surface: Surface, ax: Axes, data: Any, scale: Scale) -> None:
@@ -207,7 +238,7 @@ def add_bar(axes: Sequence[Axes], scale: Scale, text: str, kind: str) -> None:
     'loss'
     """
     last = axes[-1]
-    norm = _bands(scale) if kind == "filled" else Normalize(*scale.limits)
+    norm = _bands(scale) if kind == "filled" else shades(scale)
     grid = last.get_subplotspec()
     place: dict[str, Any]
     if len(axes) > 1 and grid is not None and grid.get_gridspec().nrows > 1:
@@ -216,27 +247,44 @@ def add_bar(axes: Sequence[Axes], scale: Scale, text: str, kind: str) -> None:
         box = (1.12, 0.2, 0.035, 0.55) if kind == "3d" else (1.04, 0.0, 0.045, 1.0)
         place = {"cax": last.inset_axes(box)}
     bar = last.figure.colorbar(
-        ScalarMappable(norm, COLORS), extend=scale.extend, spacing="proportional", **place
+        ScalarMappable(norm, COLORS),
+        extend=scale.extend,
+        **place,
+        spacing="uniform" if scale.cuts else "proportional",
     )
     tick, written = scale.ticks()
     bar.set_ticks(list(scale.transform.forward(tick)), labels=written)
     bar.ax.minorticks_off()
     bar.ax.tick_params(labelsize=SMALL + 1)
     text += {"ln": ", log scale", "asinh": ", asinh scale"}.get(scale.transform.name, "")
+    text += ", uneven levels" if scale.cuts else ""
     bar.ax.set_ylabel(textwrap.fill(text, 44), parse_math=False)
 
 
+def shades(scale: Scale) -> Normalize:
+    """Return what makes a place on the colour map of T: as much of it from level to level."""
+    if not scale.cuts:
+        return Normalize(*scale.limits)
+    low, high = scale.limits
+    at = np.array([2 * low - high, *scale.cuts, 2 * high - low])
+    place = np.array([-1.0, *np.linspace(0.0, 1.0, len(scale.cuts)), 2.0])
+    both = partial(np.interp, xp=at, fp=place), partial(np.interp, xp=place, fp=at)
+    return FuncNorm(both, low, high)
+
+
 def _bands(scale: Scale) -> BoundaryNorm:
-    levels = np.linspace(*scale.limits, len(scale.levels()))
+    levels = scale.drawn_levels()
     return BoundaryNorm(levels, matplotlib.colormaps[COLORS].N, extend=scale.extend)
 
 
-def given(surface: Surface, name: str | None, scale: Scale | None) -> tuple[Surface, str, Scale]:
+def given(
+    surface: Surface, name: str | None, scale: Scale | None, *, whole: bool = False
+) -> tuple[Surface, str, Scale]:
     """Return the plane, with pending values blanked, the variable's name and the scale."""
     plane = as_plane(surface)
     name = default_name(plane) if name is None else name
     plane = replace(plane, values={**plane.values, name: drawn_values(plane, name)})
-    return plane, name, scale or pooled_scale([plane], name)
+    return plane, name, scale or pooled_scale([plane], name, whole=whole)
 
 
 def _frame(

@@ -131,15 +131,18 @@ def mark_points(
     entries: list[Artist] = []
     if name.endswith(("_error", "_se")):
         return entries
-    x, y = surface.x, surface.y
+    x, y, constant = surface.x, surface.y, surface.constant(name)
     if x.min() <= 0 <= x.max() and y.min() <= 0 <= y.max():
         value = surface.center(name)
-        text = f"centre {number(value)}" if math.isfinite(value) else "centre"
+        lifted = float(surface.attributes.get("z", {}).get("at", "0")) != 0.0
+        text = "x = y = 0:" if lifted else "centre"
+        text += f" {number(value)}" if math.isfinite(value) else ""
+        text += ", constant" if constant else ""
         halo = [withStroke(linewidth=3.2, foreground="white")]
         style: dict[str, Any] = {"marker": "+", "ms": 13, "mec": "black", "path_effects": halo}
         style["mew"] = 1.3
         entries += _marker(ax, 0.0, 0.0, height, label=text, **style)
-    if np.isfinite(surface[name]).any():
+    if np.isfinite(surface[name]).any() and not (constant and entries):
         where, value = surface.minimum(name)
         at = f"({number(where['x'])}, {number(where['y'])})"
         style = {"marker": "*", "ms": 8.5, "mfc": "white", "mec": "black"}

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import to_rgba
 from matplotlib.ticker import MaxNLocator
 from mpl_toolkits.mplot3d import Axes3D
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 from lsweep.errors import LsweepError
-from lsweep.pictures.cells import Cells
-from lsweep.pictures.maps import COLORS, FAILED, NONFINITE, finish, given
+from lsweep.pictures.cells import Cells, Mask
+from lsweep.pictures.maps import COLORS, FAILED, NONFINITE, finish, given, shades
 from lsweep.pictures.marks import SMALL, Height, lengths
-from lsweep.surfaces.scales import FloatArray, Scale
+from lsweep.surfaces.scales import FloatArray, Scale, round_ticks
 from lsweep.surfaces.surface import Surface
 
 if TYPE_CHECKING:
@@ -33,8 +33,10 @@ def relief(
 ) -> Axes:
     """Draw the plane in three dimensions, heights and colours in T; arguments as in `heat`.
 
-    What is above the scale is a plateau, drawn as a dark net; points of incomplete squares are
-    dots; cells that are not finite lie grey on the floor.
+    A facet has the colour of its highest corner. What is above the scale is a plateau, drawn as a
+    dark net; a log scale reaches up to the greatest value. Facets with a corner that is not finite
+    are grey and join the surface: infinite corners are at the top, what has no value is on the
+    floor. Points of incomplete squares are dots, or grey cells on the floor.
 
     Raises:
         LsweepError: ``ax`` is not three-dimensional.
@@ -46,16 +48,17 @@ def relief(
     """
     if not isinstance(ax, Axes3D):
         raise LsweepError("a relief needs ax = figure.add_subplot(projection='3d')")
-    surface, name, scale = given(surface, name, scale)
+    surface, name, scale = given(surface, name, scale, whole=True)
     cells = Cells.of(surface, name, scale)
     low, high = scale.limits
     t = np.clip(cells.t, low, high)
     ax.computed_zorder = False  # marks stay visible: in a bowl the wall would hide the minimum
-    _net(surface, ax, t, cells, scale)
+    heights = np.where(cells.bad, np.where(np.isposinf(surface[name]), high, low), t)
+    joined = _net(surface, ax, heights, cells, scale)
     single = min(surface.shape) < 2
     ends = [e if single else c for e, c in ((cells.x_edges, surface.x), (cells.y_edges, surface.y))]
     for mask, color in ((cells.bad & ~cells.failed, NONFINITE), (cells.failed, FAILED)):
-        flat = cells.rectangles(mask)
+        flat = cells.rectangles(mask & ~joined)
         flat = np.clip(flat, [e[0] for e in ends], [e[-1] for e in ends])
         floor = np.concatenate([flat, np.full((*flat.shape[:2], 1), low)], 2)
         if len(floor):
@@ -66,7 +69,7 @@ def relief(
     sides = np.array(lengths(surface) or (1.0, 1.0))
     ax.set_box_aspect((*(sides / sides.max()), 0.62), zoom=1.0)
     ax.view_init(elev=32, azim=-58)
-    tick, text = scale.ticks(6)
+    tick, text = round_ticks(scale.low, scale.high, scale.transform, 6)
     ax.set_zticks(scale.transform.forward(tick), text)
     ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.yaxis.set_major_locator(MaxNLocator(4, prune="lower"))  # the corner belongs to x
@@ -76,37 +79,45 @@ def relief(
     return finish(surface, name, ax, scale, cells, bar, height=_height(surface, t))
 
 
-def _net(surface: Surface, ax: Axes3D, t: FloatArray, cells: Cells, scale: Scale) -> None:
-    """Add a quadrilateral for every complete square, and a dot for every point without one."""
-    full = cells.squares()
+def _net(surface: Surface, ax: Axes3D, z: FloatArray, cells: Cells, scale: Scale) -> Mask:
+    """Add a facet for every square without a pending corner, and dots; return who has a facet."""
     y, x = np.meshgrid(surface.y, surface.x, indexing="ij")
-    points = np.stack([x, y, t], -1)
-    around = np.stack([points[:-1, :-1], points[:-1, 1:], points[1:, 1:], points[1:, :-1]], 2)
-    corners = around[full]  # (n, 4, 3)
-    low, high = scale.limits
-    paint = ScalarMappable(Normalize(low, high), COLORS)
+    there, paint, high = ~np.isnan(z), ScalarMappable(shades(scale), COLORS), scale.limits[1]
+    full = _corners(there).all(-1)
+    corners = np.stack([_corners(c)[full] for c in (x, y, z)], -1)  # (n, 4, 3)
     if len(corners):
-        flat = (corners[..., 2] >= high).all(1)
-        face = paint.to_rgba(corners[..., 2].mean(1))
+        bad, failed, above = (
+            _corners(mask)[full].any(1) for mask in (cells.bad, cells.failed, cells.t > high)
+        )
+        face = paint.to_rgba(corners[..., 2].max(1))
+        face[bad], face[failed] = to_rgba(NONFINITE), to_rgba(FAILED)
         edge = face.copy()
         edge[:, :3] *= 0.8
-        edge[flat] = (0.19, 0.19, 0.19, 1.0)
+        above &= ~bad
+        edge[above] = (0.19, 0.19, 0.19, 1.0)
         ax.add_collection3d(
             Poly3DCollection(
                 list(corners),
                 facecolors=face,
                 edgecolors=edge,
-                linewidths=np.where(flat, 0.6, 0.25),
+                linewidths=np.where(above, 0.6, 0.25),
                 shade=False,
                 zorder=2,
             )
         )
-    alone = np.isfinite(t) & ~cells.covered()
+    alone = np.isfinite(cells.t) & ~cells.covered()
     if alone.any():
         ax.scatter(
-            x[alone], y[alone], t[alone],
-            c=paint.to_rgba(t[alone]), s=14, depthshade=False, zorder=3,
+            x[alone], y[alone], z[alone],
+            c=paint.to_rgba(z[alone]), s=14, depthshade=False, zorder=3,
         )  # fmt: skip
+    held = np.pad(full, 1)
+    return np.asarray(held[1:, 1:] | held[1:, :-1] | held[:-1, 1:] | held[:-1, :-1])
+
+
+def _corners(at: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """(ny - 1, nx - 1, 4) corners of every square, in turn around it."""
+    return np.stack([at[:-1, :-1], at[:-1, 1:], at[1:, 1:], at[1:, :-1]], -1)
 
 
 def _height(surface: Surface, t: FloatArray) -> Height:

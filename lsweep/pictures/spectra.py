@@ -55,20 +55,23 @@ def spectra(
         floors.append(0.3 * one)  # just below the peak of a single eigenvalue
         peaks.append(float(phi.value.max()))
         edge = max(edge, tau)
-        share = _text(negative_mass(places, weights))
+        mass = negative_mass(places, weights)
+        share = _text(mass)
         (line,) = ax.plot(at, phi.value, color=color, lw=1.2, zorder=3, label=label)
         if len(children) == 1:
             # Of the negative ones their own density: the peak at 0 is wider than what it stands
             # for, and its left flank would be coloured as if it were negative.
             below = density(places, np.where(places < -tau, weights, 0.0), at, sigma).value
-            entries += _filled(ax, at, phi.value, BLUE, 0.25, "density")
-            entries += _filled(ax, at, below, VERMILLION, 0.75, f"negative: {share} of all")
+            entries += _filled(ax, at, phi.value, BLUE, 0.12, "density")
+            if float(mass.value) > 0:
+                entries += _filled(ax, at, below, VERMILLION, 0.75, f"negative: {share} of all")
         else:
             line.set_label(f"{label}, negative share {share}")
             entries.append(line)
         if np.isfinite(phi.se).all():
             low, high = np.maximum(phi.value - Z * phi.se, one / 100), phi.value + Z * phi.se
-            ax.fill_between(at, low, high, color=color, alpha=0.25, lw=0, label="_")
+            band = _filled(ax, at, high, color, 0.4, f"±{Z} s.e. over start vectors", low)
+            entries += band if k == 0 else []
         ritz = places[weights > 0]
         ticks = ax.plot(
             ritz, np.full(len(ritz), 0.012 + 0.024 * k), "|", color=color, ms=5, mew=0.6, alpha=0.7,
@@ -77,7 +80,8 @@ def spectra(
         entries += ticks if k == 0 else []
         told.append(
             f"{len(places)} of {len(there)} start vectors, Gaussians of standard deviation "
-            f"{number(sigma)}, negative below {number(-tau)} (1 % of the largest |λ|)."
+            f"{number(sigma)}, negative below {number(-tau)} (1 % of the largest |λ|)"
+            + ("." if float(mass.value) > 0 else ": none is.")
         )
     ax.axvline(0.0, color="#808080", lw=0.8, ls=(0, (1, 2)), zorder=0)
     ax.set_yscale("log")
@@ -88,7 +92,7 @@ def spectra(
     ax.set_xlabel("eigenvalue λ of the Hessian")
     ax.set_ylabel("density φ(λ), log scale")
     ax.tick_params(labelsize=SMALL + 1)
-    put_title(ax, f"spectral density (±{Z} s.e. over start vectors)")
+    put_title(ax, "spectral density")
     put_legend(ax, entries, letters=92)
     return told
 
@@ -99,7 +103,13 @@ def _text(mass: Estimate) -> str:
 
 
 def _filled(
-    ax: Axes, at: FloatArray, height: FloatArray, color: str, alpha: float, text: str
+    ax: Axes,
+    at: FloatArray,
+    height: FloatArray,
+    color: str,
+    alpha: float,
+    text: str,
+    low: FloatArray | float = 0.0,
 ) -> list[Artist]:
-    ax.fill_between(at, 0, height, color=color, alpha=alpha, lw=0, label=text)
+    ax.fill_between(at, low, height, color=color, alpha=alpha, lw=0, label=text)
     return [Patch(color=color, alpha=alpha, label=text)]

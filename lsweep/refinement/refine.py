@@ -17,6 +17,7 @@ border of such a region is told; what is left of it, and a cell of which every e
 nonfinite, is NaN.
 
 Everything here is a function of the evaluated points as a set, so every process decides the same.
+(Only `lsweep.refinement.refining` looks at seconds: whether to decide at all.)
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Refining: the round after one that is complete, decided from what is committed.
 
-Whoever finds the last round complete decides. The values and the plan alone say what is asked, so
-all who do come to the same; the first to publish has said it, and the published file is the truth.
+Whoever finds the last round complete decides. The values and the plan alone say which points are
+asked; that the rest of the grid costs less than deciding hangs on the seconds of a point, too, and
+so on which device classes are there by then. The first to publish has said it, and the published
+file is the truth: who comes later finds a round more than it decided on, and publishes nothing.
 """
 
 from __future__ import annotations
@@ -96,7 +98,7 @@ def _dense(rounds: Rounds, goal: Refining, error: float | None, why: str) -> Ask
 
 
 def _seconds(folder: RunFolder) -> float:
-    """Seconds of a point, as the fastest device class has frozen them."""
+    """Seconds of a point, waiting included, as the fastest device class has frozen them."""
     known = readable(folder.all_devices())
     return min((float(d["seconds_per_point"]) for d in known), default=math.inf)
 

@@ -22,6 +22,12 @@ FloatArray = npt.NDArray[np.float64]
 BANDS = 12
 """Bands between the lowest and the highest level of a contour picture."""
 
+WIDE = 100.0
+"""Two decades: what spans more is drawn on a log scale, unless its reader says otherwise."""
+
+_CROWDED = 1 / 3  # share of the distinct values in one band, beyond which levels follow the values
+_DISTINCT = 1e-4  # of the range: values that are nearer to each other than this are drawn as one
+
 _HUGE = 1e300  # beyond it a difference of two values is no longer a float64
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -104,6 +110,7 @@ class Scale:
         low, high: the lowest and the highest level; low < high.
         least, greatest: the extremes of the finite values, which may lie outside.
         transform: value -> drawn quantity.
+        cuts: the levels in T, rising, where they are not even; (): evenly spaced.
 
     >>> s = Scale.of([np.array([1.0, 10.0, 100.0])], log=True, vmax=10.0)
     >>> s.levels(3).round(9), s.extend
@@ -115,13 +122,14 @@ class Scale:
     least: float
     greatest: float
     transform: Transform = LINEAR
+    cuts: tuple[float, ...] = ()
 
     @classmethod
     def of(
         cls,
         values: Iterable[FloatArray],
         *,
-        log: bool = False,
+        log: bool | None = False,
         center: float = math.nan,
         vmin: float | None = None,
         vmax: float | None = None,
@@ -129,9 +137,13 @@ class Scale:
     ) -> Scale:
         """Return the scale from the minimum to a quantile of all finite values together.
 
+        Levels are even in T. Where one band would then hold more than a third of the distinct
+        values they are even in ½F + ½T/range, F the share of these below: half of the bands for
+        where the values are, half for how far they reach.
+
         Args:
             values: arrays of any shape; several pictures on one scale give several.
-            log: use `log_scale` instead of the identity.
+            log: use `log_scale` instead of the identity; None: where they span over two decades.
             center: L0 of `log_scale`.
             vmin: lowest level instead of the minimum.
             vmax: highest level instead of the quantile.
@@ -143,9 +155,13 @@ class Scale:
         >>> s = Scale.of([np.arange(101.0), np.array([np.nan, np.inf])])
         >>> s.low, s.high, s.greatest
         (0.0, 98.0, 100.0)
+        >>> Scale.of([np.array([1.0, 3.0, 300.0])], log=None).transform.name
+        'ln'
         """
         pooled = np.concatenate([np.ravel(v) for v in values] or [np.empty(0)])
         finite = _identity(pooled[np.isfinite(pooled)])
+        if log is None:
+            log = _is_wide(finite, center, vmin, vmax, quantile)
         transform = log_scale(finite, center=center) if log else LINEAR
         if not len(finite):
             finite = np.array([1.0 if vmin is None else vmin])
@@ -164,7 +180,8 @@ class Scale:
             if vmin is not None and vmax is not None:
                 raise LsweepError(f"vmin = {vmin:g} is not below vmax = {vmax:g}")
             low, high = _around(transform, vmin, vmax, low)
-        return cls(low, high, least, greatest, transform)
+        cuts = _cuts(transform.forward(finite), *transform.forward([low, high]))
+        return cls(low, high, least, greatest, transform, cuts)
 
     @property
     def above(self) -> bool:
@@ -184,10 +201,16 @@ class Scale:
         return "min" if self.below else "neither"
 
     def levels(self, count: int = BANDS + 1) -> FloatArray:
-        """Return (count,) levels from ``low`` to ``high``, evenly spaced in T."""
-        level = self.transform.inverse(np.linspace(*self.limits, count))
+        """Return (count,) levels from ``low`` to ``high``, evenly spaced in T or as `cuts` say."""
+        level = self.transform.inverse(self.drawn_levels(count))
         level[[0, -1]] = self.low, self.high
         return level
+
+    def drawn_levels(self, count: int = BANDS + 1) -> FloatArray:
+        """Return the same levels in T."""
+        cuts = np.array(self.cuts or self.limits)
+        places = np.linspace(0.0, len(cuts) - 1.0, count)
+        return np.asarray(np.interp(places, np.arange(len(cuts)), cuts))
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -195,12 +218,46 @@ class Scale:
         return float(self.transform.forward(self.low)), float(self.transform.forward(self.high))
 
     def ticks(self, most: int = 7) -> tuple[FloatArray, list[str]]:
-        """Return at most ``most`` round values within the range, and how they are written.
+        """Return at most ``most`` values within the range, and how they are written.
+
+        They are round, or every second level where levels are uneven.
 
         >>> Scale(0.1, 1000.0, 0.1, 1000.0, log_scale([1.0])).ticks()[1]
         ['0.1', '1', '10', '100', '1000']
         """
+        if self.cuts:
+            tick = self.levels()[:: math.ceil(BANDS / (most - 1))]
+            short = [number(float(v)) for v in tick]
+            return tick, short if len({*short}) == len(short) else numbers(tick)
         return round_ticks(self.low, self.high, self.transform, most)
+
+
+def _is_wide(
+    finite: FloatArray, center: float, vmin: float | None, vmax: float | None, quantile: float
+) -> bool:
+    """Whether linear levels would hide most of a range: over two decades of it, or of asinh."""
+    if not len(finite):
+        return False
+    low = float(finite.min()) if vmin is None else vmin
+    high = float(np.quantile(finite, quantile)) if vmax is None else vmax
+    transform = log_scale(finite, center=center)
+    if transform.name == "ln":
+        return high > WIDE * low > 0
+    low, high = (float(transform.forward(v)) for v in (low, high))
+    return high - low > math.asinh(WIDE)
+
+
+def _cuts(t: FloatArray, low: float, high: float) -> tuple[float, ...]:
+    """Return uneven levels in T for crowded values, see `Scale.of`; () where even ones do."""
+    place = np.unique(np.round((t - low) / (high - low) / _DISTINCT)) * _DISTINCT
+    place = place[(place >= 0) & (place <= 1)]
+    held, _ = np.histogram(place, BANDS, (0.0, 1.0))
+    if len(place) <= BANDS or held.max() <= _CROWDED * len(place):
+        return ()
+    share = np.unique([0.0, *place, 1.0])
+    both = (np.linspace(0.0, 1.0, len(share)) + share) / 2
+    at = low + (high - low) * np.interp(np.linspace(0.0, 1.0, BANDS + 1), both, share)
+    return (low, *at[1:-1].tolist(), high)
 
 
 def _apart(transform: Transform, low: float, high: float) -> bool:
@@ -212,12 +269,16 @@ def _apart(transform: Transform, low: float, high: float) -> bool:
 def _around(
     transform: Transform, vmin: float | None, vmax: float | None, value: float
 ) -> tuple[float, float]:
-    """Return a range for values that are all equal, or all beyond the one bound that was given."""
+    """Return a range for values that are all equal, or all beyond the one bound that was given.
+
+    The value is in the middle of a band: rounding, or rounding's last bit, must not draw an edge.
+    """
+    more = 2 * BANDS / (BANDS - 1) - 1
     if transform.name == "ln":
-        low, high = value / 1.1, value * 1.1
+        low, high = value / 1.1, value * 1.1**more
     else:
         margin = 0.1 * abs(value) or 1.0
-        low, high = value - margin, value + margin
+        low, high = value - margin, value + more * margin
     if vmin is not None:
         return vmin, high
     if vmax is not None:

@@ -10,7 +10,6 @@ This module imports neither torch nor matplotlib, so that looking at a result st
 from __future__ import annotations
 
 import enum
-import hashlib
 import importlib
 import io
 import json
@@ -26,6 +25,7 @@ import numpy.typing as npt
 
 from lsweep.errors import DamagedFile, LsweepError, nearest
 from lsweep.storage.files import write_whole
+from lsweep.surfaces.attributes import TEXTS, as_string, as_text, content_digest, write_attributes
 
 if TYPE_CHECKING:
     import xarray
@@ -152,7 +152,8 @@ class Surface:
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the swept quantities, ``train_loss`` first, without their errors."""
-        return tuple(n for n in self.values if "metric" in self.attributes.get(n, {"metric": ""}))
+        described = {n: self.attributes.get(n) for n in self.values}
+        return tuple(n for n, about in described.items() if not about or "metric" in about)
 
     @property
     def evaluated(self) -> npt.NDArray[np.bool_]:
@@ -176,6 +177,22 @@ class Surface:
     def complete(self) -> bool:
         """True when no point is pending."""
         return bool((self.status != Status.PENDING).all())
+
+    def __repr__(self) -> str:
+        """Return its axes, how many points were evaluated, its variables, centre and minimum."""
+        axes = ", ".join(
+            f"{a} {c[0]:.6g} to {c[-1]:.6g} ({len(c)})" for a, c in self.axes.items() if len(c)
+        )
+        counts = f"{int(self.evaluated.sum())} of {self.status.size} points evaluated"
+        lines = [f"<Surface {self.title!r}: {axes}; {counts}", ", ".join(self.values)]
+        for name in self.metrics[:1]:
+            if np.isfinite(self[name]).any():
+                where, least = self.minimum(name)
+                at = ", ".join(f"{a} = {offset:.6g}" for a, offset in where.items())
+                same = "constant, " if self.constant(name) else ""
+                center = f"{self.center(name):.6g} at the centre, "
+                lines.append(f"{name}: {same}{center}minimum {least:.6g} at {at}")
+        return "\n  ".join(lines) + ">"
 
     def __getitem__(self, name: str) -> FloatArray:
         if name not in self.values:
@@ -211,6 +228,9 @@ class Surface:
     def minimum(self, name: str) -> tuple[dict[str, float], float]:
         """Return the offsets and the value of the least finite value of ``name``.
 
+        Of several that are equal the one nearest to the centre, each axis by its own range; where
+        the surface is constant they are all equal.
+
         Raises:
             LsweepError: no value of ``name`` is finite.
 
@@ -218,13 +238,31 @@ class Surface:
         ({'x': 1.0}, 1.0)
         """
         value = self[name]
-        if not np.isfinite(value).any():
+        good = np.isfinite(value)
+        if not good.any():
             raise LsweepError(f"no value of {name} is finite")
-        index = np.unravel_index(
-            np.nanargmin(np.where(np.isfinite(value), value, np.nan)), value.shape
-        )
+        if not self.constant(name):
+            good &= value == value[good].min()
+        sizes = [np.abs(self.axes[d]) for d in self.dimensions]
+        each = np.meshgrid(*(s / (s.max() or 1.0) for s in sizes), indexing="ij")
+        far = np.where(good, np.sum(np.square(each), axis=0), np.inf)
+        index = np.unravel_index(int(np.argmin(far)), value.shape)
         where = {d: float(self.axes[d][i]) for d, i in zip(self.dimensions, index, strict=True)}
         return dict(sorted(where.items())), float(value[index])
+
+    def constant(self, name: str) -> bool:
+        """Return whether two or more finite values of ``name`` are equal, but for rounding.
+
+        Rounding is that of float32 where the network was run in less than float64.
+
+        >>> Surface({"x": np.arange(2.0)}, {"a": np.array([1.0, 1.0 + 1e-15])}).constant("a")
+        True
+        """
+        value = self[name][np.isfinite(self[name])]
+        numerics = self.provenance.get("numerics") or self.provenance.get("plan", {})
+        precise = numerics.get("evaluate", numerics).get("precision", "float64") == "float64"
+        unit = 16 * np.finfo(np.float64).eps if precise else np.finfo(np.float32).eps
+        return len(value) > 1 and bool(np.ptp(value / 2) <= unit * np.abs(value / 2).max())
 
     def center(self, name: str) -> float:
         """Return the value at offset 0, or NaN where the lattice does not contain it.
@@ -265,18 +303,18 @@ class Surface:
         image = io.BytesIO()  # HDF5 does not survive a full disk; a write of finished bytes does
         with h5py.File(image, "w", libver=("v108", "v108")) as f:
             self._write(f)
-            f.attrs["lsweep_sha256"] = np.bytes_(_content_digest(f))
+            f.attrs["lsweep_sha256"] = np.bytes_(content_digest(f))
         write_whole(path, image.getvalue())
 
     def _write(self, f: h5py.File) -> None:
         f.attrs["Conventions"] = np.bytes_("CF-1.10")
         f.attrs["lsweep_schema"] = np.int64(SCHEMA)
-        f.attrs["title"] = _text(self.title)
-        f.attrs["history"] = _text(self.history)
+        f.attrs["title"] = as_text(self.title)
+        f.attrs["history"] = as_text(self.history)
         for name, coordinates in self.axes.items():
             d = f.create_dataset(name, data=coordinates, fletcher32=True)
             d.make_scale(name)
-            _attributes(d, self._axis_attributes(name))
+            write_attributes(d, self._axis_attributes(name))
         flags = {
             "long_name": "outcome of the point",
             "flag_meanings": " ".join(s.name.lower() for s in Status),
@@ -285,13 +323,13 @@ class Surface:
             d = f.create_dataset(name, data=value, fletcher32=True)
             for i, dim in enumerate(self.dimensions):
                 d.dims[i].attach_scale(f[dim])
-            _attributes(d, flags if name == "status" else self.attributes.get(name, {}))
+            write_attributes(d, flags if name == "status" else self.attributes.get(name, {}))
             if name == "status":
                 d.attrs["flag_values"] = np.arange(len(Status), dtype=np.uint8)
         if self.trajectory is not None:
             t = self.trajectory
             g = f.create_group("trajectory")
-            g.attrs["labels"] = _text(json.dumps(t.labels))
+            g.attrs["labels"] = as_text(json.dumps(t.labels))
             for name, value in {
                 "offset": t.offsets,
                 "residual": t.residual,
@@ -301,7 +339,7 @@ class Surface:
                 g.create_dataset(name, data=value, fletcher32=True)
         g = f.create_group("provenance")
         for key, item in sorted(self.provenance.items()):
-            g.attrs[key] = _text(json.dumps(item, sort_keys=True))
+            g.attrs[key] = as_text(json.dumps(item, sort_keys=True))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Surface:
@@ -335,7 +373,7 @@ class Surface:
             raise LsweepError(
                 f"{path} has schema {schema}, this lsweep reads up to {SCHEMA}: update lsweep"
             )
-        if _string(f.attrs["lsweep_sha256"]) != _content_digest(f):
+        if as_string(f.attrs["lsweep_sha256"]) != content_digest(f):
             raise DamagedFile(f"{path} is damaged: its content does not match its checksum")
         names = [n for n in f if isinstance(f[n], h5py.Dataset)]
         axes = {n: f[n][()] for n in ("x", "y", "z") if n in names}
@@ -343,7 +381,7 @@ class Surface:
         # Not attrs.items(): the references of dimension scales lie in an unchecked heap, on which
         # a damaged file may keep HDF5 for ever.
         attributes = {
-            n: {k: _string(f[n].attrs[k]) for k in _TEXTS if k in f[n].attrs} for n in names
+            n: {k: as_string(f[n].attrs[k]) for k in TEXTS if k in f[n].attrs} for n in names
         }
         trajectory = None
         if "trajectory" in f:
@@ -354,9 +392,9 @@ class Surface:
                 g["residual"][()],
                 g["in_plane"][()],
                 {n: g[n][()] for n in sorted(g, key=_variable_order) if n not in fixed},
-                tuple(json.loads(_string(g.attrs["labels"]))),
+                tuple(json.loads(as_string(g.attrs["labels"]))),
             )
-        provenance = {k: json.loads(_string(v)) for k, v in f["provenance"].attrs.items()}
+        provenance = {k: json.loads(as_string(v)) for k, v in f["provenance"].attrs.items()}
         return cls(
             axes,
             values,
@@ -364,50 +402,11 @@ class Surface:
             attributes,
             trajectory,
             provenance,
-            _string(f.attrs["title"]),
-            _string(f.attrs["history"]),
+            as_string(f.attrs["title"]),
+            as_string(f.attrs["history"]),
         )
 
 
 def _variable_order(name: str) -> tuple[bool, bool, bool, str]:
     by_the_way = name.endswith(("_se", "_error")) or name in ("weight_sq", "device_class")
     return by_the_way, "loss" not in name, not name.startswith("train"), name
-
-
-def _text(value: str) -> np.bytes_:
-    # Fixed length: variable-length strings live in HDF5's global heap, which has no checksum.
-    return np.bytes_(value.encode() or b" ")
-
-
-def _string(value: Any) -> str:
-    return (value.decode() if isinstance(value, bytes) else str(value)).strip()
-
-
-def _attributes(dataset: h5py.Dataset, attributes: Mapping[str, str]) -> None:
-    for key, value in sorted(attributes.items()):
-        dataset.attrs[key] = _text(value)
-
-
-_TEXTS: tuple[str, ...] = ("long_name", "units", "split", "metric", "direction", "replicate")
-_TEXTS += ("norm", "samples", "estimator", "kind", "layers", "moved")
-_UNHASHED = {"lsweep_sha256", "CLASS", "NAME", "DIMENSION_LIST", "REFERENCE_LIST", "_Netcdf4Dimid"}
-
-
-def _content_digest(f: h5py.File) -> str:
-    """sha256 over every name, attribute and array: HDF5's own B-trees carry no checksum."""
-    h = hashlib.sha256()
-
-    def add(name: str, node: h5py.Group | h5py.Dataset) -> None:
-        h.update(f"\0{name}\0".encode())
-        for key in sorted(node.attrs):
-            if key not in _UNHASHED:
-                h.update(f"\0{key}\0{np.asarray(node.attrs[key]).tolist()!r}".encode())
-        if isinstance(node, h5py.Dataset):
-            h.update(f"{node.shape}{node.dtype.str}".encode())
-            h.update(np.ascontiguousarray(node[()]).tobytes())
-        else:
-            for child in sorted(node):
-                add(f"{name}/{child}", node[child])
-
-    add("", f)
-    return h.hexdigest()

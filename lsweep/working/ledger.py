@@ -12,6 +12,7 @@ import numpy as np
 
 from lsweep.errors import LsweepError, SickDevice
 from lsweep.evaluating.evaluate import Evaluator
+from lsweep.outcomes.frozen import as_header
 from lsweep.plans.plan import Plan
 from lsweep.storage.files import writing
 from lsweep.storage.folder import RunFolder
@@ -38,6 +39,7 @@ class Ledger:
         self._class, self._evaluator = known["class"], ev
         self._opaque = " ".join(known["opaque"])
         self._anchor = json.dumps(known.get("anchor", {}), sort_keys=True)
+        self._chosen = as_header(known)
         self._code = device_code(self._class)
         self._part: PartWriter | None = None
         self._count = 0
@@ -99,6 +101,7 @@ class Ledger:
             "device_class": self._class,
             "opaque": self._opaque,
             "anchor": self._anchor,
+            "chosen": self._chosen,
             "batch_sizes": " ".join(f"{s}={n}" for s, n in sorted(sizes.items())),
         }
 

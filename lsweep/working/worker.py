@@ -24,8 +24,9 @@ from lsweep.hosts import machine
 from lsweep.hosts.device import check_precision, choose_device, device_class, is_out_of_memory
 from lsweep.hosts.startup import turn
 from lsweep.hosts.stopping import Stop, Stopped
+from lsweep.outcomes.frozen import as_before
 from lsweep.plans.plan import Plan
-from lsweep.plans.rounds import Round, Rounds
+from lsweep.plans.rounds import Round
 from lsweep.preparing.restoring import load_problem
 from lsweep.problems.factory import describe
 from lsweep.problems.problem import Problem
@@ -85,11 +86,12 @@ def _work(folder: RunFolder, role: Role, problem: Problem | None, stop: Stop) ->
     live = problem is not None
     with turn(plan.digest):
         problem, directions = load_problem(folder, plan, problem, role.trust)
+    machine.trim_memory()  # of what made the data and the directions
     class_ = device_class(device)
     known = frozen_class(folder, plan, class_)
     with (
         resident(problem, plan, 1 if live else role.of) as problem,
-        Evaluator(problem, plan.evaluate, directions, device) as evaluator,
+        Evaluator(problem, plan.evaluate, directions, device, own=not live) as evaluator,
     ):
         if known is None:
             # Its choice takes time: others of the class wait for it instead of choosing too.
@@ -97,11 +99,10 @@ def _work(folder: RunFolder, role: Role, problem: Problem | None, stop: Stop) ->
                 known = frozen_class(folder, plan, class_)
                 if known is None:
                     over_all = anchored(problem, plan.evaluate, device)
-                    known = _preflight(
-                        folder, plan, evaluator, shift.rounds, role.of, name, over_all
-                    )
+                    known = _preflight(folder, plan, evaluator, shift, role.of, name, over_all)
         let_go(problem)
         _use(evaluator, known)
+        machine.trim_memory()  # of what was tried
         _require_same_centre(evaluator, plan.slices, known)
         with Ledger(folder, plan, name, known, role, evaluator) as ledger:
             bench = _Bench(plan, shift, evaluator, ledger, stop)
@@ -130,17 +131,21 @@ def _preflight(
     folder: RunFolder,
     plan: Plan,
     evaluator: Evaluator,
-    rounds: Rounds,
+    shift: Shift,
     workers: int,
     name: str,
     over_all: dict[str, float],
 ) -> dict[str, Any]:
     """Run the pre-flight: the first place where memory is too small, or the user's code fails."""
+    rounds, class_ = shift.rounds, device_class(evaluator.device)
     axes = rounds.last.lattice.axes.values()
     corners = [Spot(tuple(float(a[end]) for a in axes)) for end in (0, -1)]
     points, expected = rounds.foreseen / workers, rounds.last.expected
+    before = as_before((reader.header for reader in shift.committed.readers), class_)
     return evaluator.fitted(
-        lambda: preflight(folder, plan, evaluator, expected, name, corners, points, over_all),
+        lambda: preflight(
+            folder, plan, evaluator, expected, name, corners, points, over_all, before
+        ),
         "the problem fails at its own weights, before any is moved",
     )
 
