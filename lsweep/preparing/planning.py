@@ -250,7 +250,7 @@ def plan_run(
             try:
                 plan = plan.freeze(folder)  # first: who is refused must not touch the rest
                 stack.enter_context(held(folder.plan))
-                plan = plan.freeze(folder)  # held from here on, and not replaced before
+                Plan.read(folder).require_same(plan, folder)  # not replaced before it was held
             except PlanChanged:
                 if existing is not None:
                     raise
