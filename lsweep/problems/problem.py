@@ -195,7 +195,8 @@ class Problem:
         with torch.set_grad_enabled(self.grad), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Using a target size")  # it is refused, below
             output = full(call(self.model, inputs))
-            found = self._functions["loss"](output, target)
+            with torch.autocast(_device_type(batch), enabled=False):
+                found = self._functions["loss"](output, target)
             if is_broadcast(self._functions["loss"], found, output, target):
                 raise LsweepError(
                     f"loss: outputs {tuple(output.shape)} and targets {tuple(target.shape)} would "
