@@ -602,6 +602,37 @@ def test_wrong_keywords_of_sweep_are_refused(tmp_path):
         sweep(problem, x=(0, 1, 2), run=tmp_path / "a.run")
 
 
+def regression(output, loss=None):
+    x = torch.ones(4, 2)
+    return Problem(nn.Linear(2, output), {"train": (x, x[:, 0])}, loss=loss or nn.MSELoss())
+
+
+def spoiled():
+    problem = regression(1)
+    problem.model.weight.data[0, 1] = torch.nan
+    return problem
+
+
+def narrower():
+    return Problem(nn.Linear(3, 2), regression(1).data, loss=nn.MSELoss())
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (spoiled, "the network's weight has 1 NaN (of 2 numbers): its checkpoint is broken"),
+        (lambda: regression(1, "ce"), "loss = 'ce' cannot be called: give a function or a module"),
+        (lambda: regression(1), "loss: outputs (4, 1) and targets (4,) would be broadcast"),
+        (lambda: regression(1, lambda o, t: (o - t) ** 2), "would be broadcast, each compared"),
+        (narrower, "shapes cannot be multiplied (4x2 and 3x2); its train batch is (4, 2) float32,"),
+    ],
+)
+def test_a_wrong_problem_is_refused_in_one_line(make, words):
+    with pytest.raises(LsweepError) as refused:
+        sweep(make(), x=(-1, 1, 3))
+    assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
 # -- tracebacks ------------------------------------------------------------------------------------
 
 

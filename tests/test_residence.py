@@ -268,16 +268,15 @@ def test_workers_that_begin_together_write_it_once(tmp_path, folder_of_the_node)
     assert in_child(left, folder_of_the_node) == []
 
 
-def test_a_start_leaves_nothing_for_ever_in_the_nodes_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_a_start_leaves_nothing_for_ever_in_the_nodes_folder(folder_of_the_node, monkeypatch):
     with pytest.raises(ValueError), startup.turn("a"):
         raise ValueError
-    assert not list(tmp_path.iterdir())
+    assert not list(folder_of_the_node.iterdir())
     here = os.getpid()
     for parent, start in ((2**22 + 1, "1"), (here, start_time(here))):  # the first is gone
         monkeypatch.setattr(startup, "PARENT", parent)
         monkeypatch.setattr(startup, "START_OF_PARENT", start)
         assert startup.first_of_siblings("b")
     assert not startup.first_of_siblings("b")
-    (once,) = tmp_path.iterdir()
+    (once,) = folder_of_the_node.iterdir()
     assert str(here) in once.name

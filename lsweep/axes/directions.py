@@ -260,7 +260,8 @@ def _refuse_degenerate(directions: Directions) -> None:
                 f"the direction {axis} is zero: all that it could move is ignored or has norm zero"
             )
         if not math.isfinite(direction.norm):
-            raise LsweepError(f"the direction {axis} is not finite")
+            broken = weights.not_finite(direction.tensors) or "its norm overflows"
+            raise LsweepError(f"the direction {axis} is not finite: {broken}")
     cosines = directions.cosines()
     for i, a in enumerate(names):
         for j in range(i):

@@ -41,10 +41,20 @@ class Origin:
 
     @classmethod
     def of(cls, model: nn.Module) -> Origin:
-        """Read a model; its tensors are shared, not copied."""
+        """Read a model; its tensors are shared, not copied.
+
+        Raises:
+            LsweepError: a weight is not finite.
+        """
+        parameters = {n: p.detach().cpu() for n, p in weights.parameters_of(model).items()}
+        buffers = {n: b.detach().cpu() for n, b in weights.buffers_of(model).items()}
+        spoiled = {n: b for n, b in buffers.items() if bool(b.isnan().any())}  # a mask may be Inf
+        broken = weights.not_finite({**parameters, **spoiled})
+        if broken:
+            raise LsweepError(f"the network's {broken}: its checkpoint is broken")
         return cls(
-            {n: p.detach().cpu() for n, p in weights.parameters_of(model).items()},
-            {n: b.detach().cpu() for n, b in weights.buffers_of(model).items()},
+            parameters,
+            buffers,
             weights.owners_of(model),
             tuple(weights.canonical_name(n) for n in model.state_dict()),
         )

@@ -21,16 +21,18 @@ from lsweep.evaluating.acceptance import centre_of, taken
 from lsweep.evaluating.choice import Choice, choose, reason_of
 from lsweep.evaluating.evaluate import Evaluator
 from lsweep.hosts import machine
-from lsweep.hosts.device import Spent, device_class, human, memory_used
+from lsweep.hosts.device import Spent, device_class, human, is_out_of_memory, memory_used
 from lsweep.outcomes.frozen import of_this_version
 from lsweep.plans.plan import Plan
 from lsweep.problems import batchnorm
 from lsweep.problems.data import map_tensors, tensors_of
+from lsweep.problems.factory import describe
 from lsweep.problems.problem import Problem
 from lsweep.storage.files import publish, read_json, sealed
 from lsweep.storage.folder import RunFolder
 from lsweep.storage.insist import there
 
+FAILS = "the problem fails at its own weights, before any is moved"
 PROBE_SAMPLES = 4
 REPEATED_SAMPLES = 512  # are evaluated twice: what is random shows on few
 RECALIBRATED_SAMPLES = 256  # tell what recalibrated statistics would change
@@ -88,7 +90,16 @@ def preflight(
     name = device_class(evaluator.device)
     data = {s: _check_data(evaluator, s) for s in evaluator.splits}
     for split in evaluator.splits:
-        _check_batch(evaluator, split)
+        try:
+            _check_batch(evaluator, split)
+        except LsweepError:
+            raise
+        except Exception as e:
+            if is_out_of_memory(e):
+                raise  # smaller batches are tried
+            batch = tensors_of(next(iter(evaluator.batches(split))))
+            shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype)[6:]}" for t in batch)
+            raise LsweepError(f"{FAILS}: {describe(e)}; its {split} batch is {shapes}") from e
     first, seconds = centre_of(evaluator)
     again = evaluator.samples([evaluator.origin], limit=REPEATED_SAMPLES)[0]
     _check_repeat(evaluator, evaluator.centre(0), again)

@@ -343,6 +343,8 @@ def _aligned(t: Tensor) -> Tensor:
 
 def _bytes(t: Tensor) -> bytes:
     t = t.detach().cpu().contiguous().flatten()
+    if t.numel() == 1:  # of any stride: contiguous as it is, but not for a view as bytes
+        t = t.clone(memory_format=torch.contiguous_format)
     return t.view(torch.uint8).numpy().tobytes() if t.numel() else b""
 
 

@@ -111,8 +111,9 @@ def describe(error: BaseException) -> str:
     """
     text = " ".join(str(error).split())[:300]
     stack = traceback.extract_tb(error.__traceback__)
-    frames = [f for f in stack if not f.filename.startswith(("<", str(Path(__file__).parent)))]
-    users = [f for f in frames if "site-packages" not in f.filename] or frames
+    own = str(Path(__file__).parent.parent)
+    frames = [f for f in stack if not f.filename.startswith(("<", own))]
+    users = [f for f in frames if "site-packages" not in f.filename]
     at = f" ({Path(users[-1].filename).name}:{users[-1].lineno})" if users else ""
     return f"{type(error).__name__}{': ' if text else ''}{text}{at}"
 

@@ -162,6 +162,26 @@ def flatten(values: Tensor, weights: Tensor | None) -> Values:
     return mean, total
 
 
+def is_broadcast(function: Callable[..., Any], found: Values, output: Any, target: Any) -> bool:
+    """Whether a per-sample loss compared every output with every target, which is never meant.
+
+    >>> f, x, y = per_sample(nn.MSELoss()), torch.zeros(3, 1), torch.zeros(3)
+    >>> is_broadcast(f, f(x, y), x, y), is_broadcast(f, f(x[:, 0], y), x[:, 0], y)
+    (True, False)
+    """
+    if not isinstance(output, Tensor) or not isinstance(target, Tensor):
+        return False
+    try:
+        shape = torch.broadcast_shapes(output.shape, target.shape)  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        return False
+    if shape.numel() <= max(output.numel(), target.numel()):
+        return False
+    if isinstance(function, functools.partial) and function.func is _element_loss:
+        return isinstance(found, tuple) and int(found[1].sum()) == shape.numel()
+    return isinstance(found, Tensor) and found.shape == shape
+
+
 def accuracy(output: Tensor, target: Tensor) -> Values:
     """Return 0 or 100 per sample: per cent correct; labels that are no class have no weight.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from lsweep.problems.losses import (
     accuracy,
     flatten,
     ignored_label,
+    is_broadcast,
     per_sample,
     whole,
 )
@@ -47,7 +49,8 @@ class Problem:
         data: split name -> tensors ``(x, y)``, a dict of tensors, a `Dataset`, or a re-iterable
             of batches. The same samples in the same order every time, without augmentation.
         loss: ``loss(output, target)``: a torch loss, or a callable that returns per-sample values
-            [B], ``(values, weights)``, or an opaque scalar mean.
+            [B], ``(values, weights)``, or an opaque scalar mean; of values [B, …] a sample has the
+            mean.
         metrics: further ``name -> f(output, target)``, each per sample.
         forward: ``forward(model, batch) -> {metric: values or (values, weights)}`` instead of
             ``loss`` and ``metrics``; see `classifier` and `causal_lm`.
@@ -83,6 +86,12 @@ class Problem:
             raise LsweepError(
                 "with forward=… its returned dict holds all metrics: leave out metrics="
             )
+        for name, f in {"loss": self.loss, **self.metrics, "forward": self.forward}.items():
+            if f is not None and not callable(f):
+                raise LsweepError(
+                    f"{name} = {f!r} cannot be called: give a function or a module, such as "
+                    "nn.CrossEntropyLoss()"
+                )
         if "loss" in self.metrics:
             raise LsweepError("metrics must not contain 'loss': that is loss=…")
         splits = {n: d if isinstance(d, Split) else Split(n, d) for n, d in self.data.items()}
@@ -176,18 +185,29 @@ class Problem:
         """Check on one batch that per-sample values average to the loss as it was given.
 
         Raises:
-            LsweepError: they do not, so Σwv/Σw would be another number than the user's loss.
+            LsweepError: they do not, so Σwv/Σw would be another number than the user's loss; or
+                output and target are broadcast to more than either.
         """
-        reduction = getattr(self.loss, "reduction", None)
-        if self.loss is None or (reduction is None and self._functions["loss"] is self.loss):
-            return
-        if reduction == "none":
+        if self.loss is None:
             return
         inputs, target = split_batch(batch)
-        with torch.set_grad_enabled(self.grad):
+        reduction = getattr(self.loss, "reduction", None)
+        with torch.set_grad_enabled(self.grad), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Using a target size")  # it is refused, below
             output = full(call(self.model, inputs))
+            with torch.autocast(_device_type(batch), enabled=False):
+                found = self._functions["loss"](output, target)
+            if is_broadcast(self._functions["loss"], found, output, target):
+                raise LsweepError(
+                    f"loss: outputs {tuple(output.shape)} and targets {tuple(target.shape)} would "
+                    "be broadcast, each compared with all: give both one shape, as by "
+                    "output.squeeze(1) or target[:, None]"
+                )
+            own = reduction is None and self._functions["loss"] is self.loss
+            if own or reduction == "none":
+                return
             wanted = float(whole(self.loss, output, target))
-            s = _sampled(self._functions["loss"](output, target), samples_in(batch), "loss")
+            s = _sampled(found, samples_in(batch), "loss")
         found = float((s.weights.double() * s.values.double()).sum() / s.weights.double().sum())
         if wanted == wanted and abs(found - wanted) > 1e-4 * max(1.0, abs(wanted)):
             raise LsweepError(

@@ -70,6 +70,20 @@ def owners_of(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def not_finite(state: Mapping[str, Tensor]) -> str:
+    """Return which tensor first has a number that is none, as a clause; "" where all are finite.
+
+    >>> not_finite({"a": torch.ones(2), "b": torch.tensor([1.0, float("nan")])})
+    'b has 1 NaN (of 2 numbers)'
+    """
+    for name, t in state.items():
+        if t.is_floating_point() and not bool(torch.isfinite(t).all()):
+            nans, infinite = int(t.isnan().sum()), int(t.isinf().sum())
+            found = f"{nans} NaN" if nans else f"{infinite} Inf"
+            return f"{name} has {found} (of {t.numel()} numbers)"
+    return ""
+
+
 def fingerprint(state: Mapping[str, Tensor]) -> str:
     """Return the sha256 over names, shapes and float32 or float64 bytes, sorted by name.
 

@@ -19,7 +19,7 @@ from lsweep.errors import LsweepError, PlanChanged, SickDevice
 from lsweep.evaluating.anchor import anchored, let_go
 from lsweep.evaluating.evaluate import Evaluator
 from lsweep.evaluating.picking import Picker
-from lsweep.evaluating.preflight import frozen_class, preflight
+from lsweep.evaluating.preflight import FAILS, frozen_class, preflight
 from lsweep.hosts import machine
 from lsweep.hosts.device import check_precision, choose_device, device_class, is_out_of_memory
 from lsweep.hosts.startup import turn
@@ -153,7 +153,7 @@ def _preflight(
         lambda: preflight(
             folder, plan, evaluator, expected, name, corners, points, over_all, before
         ),
-        "the problem fails at its own weights, before any is moved",
+        FAILS,
     )
 
 
