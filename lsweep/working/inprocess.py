@@ -125,7 +125,7 @@ def sweep(
                     raise LsweepError(outcome.events[-1])
             else:
                 role = Role(device=device, threads=0, beat=1.0, plan=plan)
-                work(folder, role, problem, own=True)
+                work(folder, role, problem, as_it_is=True)
         surface, _ = merge(folder)
         if run:
             surface.save(folder.surface)

@@ -53,7 +53,7 @@ def work(
     role: Role,
     problem: Problem | None = None,
     stop: Stop | None = None,
-    own: bool = False,
+    as_it_is: bool = False,
 ) -> int:
     """Be one worker, until nothing of the run is left for it to do.
 
@@ -62,7 +62,7 @@ def work(
         role: how to take part.
         problem: a live problem; otherwise the run's factory is called.
         stop: asked before every unit whether it may begin.
-        own: the live problem is as it is, whatever its factory would make.
+        as_it_is: the live problem counts, whatever its factory would make.
 
     Returns:
         How many points it evaluated.
@@ -73,10 +73,12 @@ def work(
         Stopped: it was told to end, or its time is over; all that it committed is kept.
     """
     with held(folder.plan):
-        return _work(folder, role, problem, stop or Stop())
+        return _work(folder, role, problem, stop or Stop(), as_it_is)
 
 
-def _work(folder: RunFolder, role: Role, problem: Problem | None, stop: Stop) -> int:
+def _work(
+    folder: RunFolder, role: Role, problem: Problem | None, stop: Stop, as_it_is: bool
+) -> int:
     plan = Plan.read(folder)
     if role.plan not in ("", plan.digest):
         raise PlanChanged(f"{folder.root}: another command replaced its plan meanwhile", "plan")
@@ -89,7 +91,7 @@ def _work(folder: RunFolder, role: Role, problem: Problem | None, stop: Stop) ->
     if not shift.open():
         return 0
     live = problem is not None
-    if problem is not None and not own and role.of == 1:
+    if problem is not None and not as_it_is and role.of == 1:
         require_repeatable(folder, plan, problem, role.trust)
     with turn(plan.digest):
         problem, directions = load_problem(folder, plan, problem, role.trust)
