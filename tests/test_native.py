@@ -64,6 +64,8 @@ class Windows(nn.Module):
             nn.AvgPool2d(2, 1, 1), nn.Tanh(), nn.AdaptiveAvgPool2d((5, 1)), nn.Flatten(),
             nn.Linear(70, 7), nn.LeakyReLU(0.1),
         )  # fmt: skip
+        del self.layers[0].weight  # a shift without a factor
+        self.layers[0].weight = None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x * torch.tensor([1.0, -2.0, 0.5]).view(3, 1, 1))
@@ -108,6 +110,18 @@ def test_it_computes_what_the_network_computes(make):
                 assert found.shape == truth[:n].shape
                 assert (found - truth[:n]).abs().max() <= allowed
                 assert torch.equal(found, both(x[:n])) and torch.equal(found, network(x[:n]))
+
+
+@builds
+def test_winograd_of_wide_layers_takes_several_tiles_at_once_and_loses_few_digits():
+    torch.manual_seed(3)
+    layers = nn.Conv2d(3, 65, 3, 1, 1), nn.ReLU(), nn.Conv2d(65, 70, 3, 1, 1), nn.ReLU()
+    x = torch.randn(20, 3, 9, 10)
+    graph, packed = graph_of(nn.Sequential(*layers), x)
+    found = NativeNetwork(graph, packed, 2)(x)
+    with torch.no_grad():
+        truth = graph.module.double()(*(packed.views[n].double() for n in graph.names), x.double())
+    assert (found - truth).abs().max() < 2e-5 * truth.abs().max()
 
 
 @builds
@@ -190,6 +204,7 @@ class Mixes(nn.Module):
      (Mixes(lambda x: torch.cat([x, x]).reshape(x.size(0), 8).relu()), "mixes"),
      (nn.Sequential(Mixes(lambda x: x.reshape(-1, 2)), nn.Linear(2, 2)), "mixes"),
      (nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 1, 3, padding="same")), "by name"),
+     (Mixes(lambda x: F.pad(x, (2, -1)).relu()), "cuts where it pads"),
      (Mixes(lambda x: x.double().relu()), "not float32"),
      (nn.Sequential(nn.Linear(4, 4), nn.Softmax(0)), "aten.softmax")],
 )  # fmt: skip

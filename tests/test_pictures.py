@@ -160,7 +160,10 @@ def test_what_spans_over_two_decades_is_logarithmic_unless_its_reader_says_other
     assert color_bar(draw(s, "test_accuracy")).get_ylabel() == "test accuracy"
     assert color_bar(draw(bowl())).get_ylabel() == "train loss"
     lines = [Surface({"x": x}, {"train_loss": 10.0 ** (k * x)}) for k in (0.5, 1.5)]
-    assert [draw(s).get_yscale() for s in lines] == ["linear", "log"]
+    lines.append(Surface({"x": x}, {"test_accuracy": np.where(x < 0, 76.0, 0.1)}))
+    drawn = [draw(lines[0]), draw(lines[1]), draw(lines[2], "test_accuracy")]
+    assert [ax.get_yscale() for ax in drawn] == ["linear", "log", "linear"]
+    assert draw(lines[1], vmin=0.0).get_yscale() == "linear"  # which has no logarithm
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,8 @@ def planned(options: Namespace) -> tuple[RunFolder, Problem | None, str]:
     if options.sweep.is_dir() or (folder.exists and not options.sweep.exists()):
         if options.overrides:
             raise LsweepError(f"--set changes a sweep.toml; {options.sweep} is a run, frozen")
+        if getattr(options, "kept_code", False):
+            raise LsweepError(f"--kept-code: {options.sweep} is a run, which uses its copy anyway")
         plan = Plan.read(folder)
     else:
         from lsweep.plans.settings import Settings

@@ -179,6 +179,8 @@ class Lowering:
 
     def _padded(self, node: fx.Node, x: Array, pad: Sequence[int], fill: float) -> Array:
         """Return an array with so many numbers more before and after its last dimensions."""
+        if min(pad) < 0:
+            raise Unsupported(f"{node.name} cuts where it pads")
         shape = list(x.lies.shape)
         for d, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True), 1):
             shape[-d] += before + after
@@ -228,11 +230,11 @@ class Lowering:
         return out
 
     def _on_batch_norm(self, node: fx.Node, given: Given, shape: Shape) -> Array:
-        known = [given[k] for k in ("running_mean", "running_var", "weight", "bias") if given[k]]
+        does = {k: sign for k, sign in (("weight", "*"), ("bias", "+")) if given[k]}
+        known = (_per_channel(given[k], shape) for k in ("running_mean", "running_var", *does))
         value = f"({{0}} - {{1}}) / sqrtf({{2}} + {_literal(given['eps'])})"
-        value += "".join([" * {3}", " + {4}"][: len(known) - 2])
-        per_channel = (_per_channel(a, shape) for a in known)
-        return self._pointwise(node, value, [given["input"], *per_channel], shape)
+        value += "".join(f" {sign} {{{k}}}" for k, sign in enumerate(does.values(), 3))
+        return self._pointwise(node, value, [given["input"], *known], shape)
 
     def _on_mean(self, node: fx.Node, given: Given, shape: Shape) -> Array:
         x = given["self"]

@@ -2,7 +2,8 @@
 //
 // An activation is laid out [...][L], so every operation is a loop of scalar weight times vector,
 // of any shape, and never a shuffle. Float32 as written but that a product and a sum are rounded
-// once: no reassociation, NaN comes through.
+// once, and for Winograd's convolutions, which spread the rounding of a large number over its tile.
+// NaN comes through.
 #include <algorithm>
 #include <atomic>
 #include <cmath>

@@ -119,7 +119,7 @@ def pooled_scale(
     centers = np.array([s.center(name) for s in surfaces])
     centers = centers[np.isfinite(centers)]
     center = float(centers.min()) if len(centers) else float("nan")
-    if log is None and all(_in_per_cent(s, name) for s in surfaces):
+    if log is None and all(in_per_cent(s, name) for s in surfaces):
         log = False
     scaled = partial(Scale.of, values, center=center, vmin=vmin, vmax=vmax)
     scale = scaled(log=log)
@@ -128,7 +128,8 @@ def pooled_scale(
     return scale
 
 
-def _in_per_cent(surface: Surface, name: str) -> bool:
+def in_per_cent(surface: Surface, name: str) -> bool:
+    """Whether a variable is a share in per cent, of which no log scale is made by itself."""
     return surface.attributes.get(name, {}).get("units") == "%" or name.endswith("_accuracy")
 
 

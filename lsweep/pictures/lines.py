@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from lsweep.errors import LsweepError
 from lsweep.measures.from_surface import guessed
-from lsweep.pictures.cells import drawn_values, edges
+from lsweep.pictures.cells import drawn_values, edges, in_per_cent
 from lsweep.pictures.marks import (
     BLUE,
     SMALL,
@@ -74,10 +74,10 @@ def line_scale(
     shown = [(s, loss) for s in surfaces for loss, _ in _family(s, name)]
     centers = [c for c in (s.center(n) for s, n in shown) if np.isfinite(c)]
     center = min(centers, default=float("nan"))
-    if log is None:
-        plain = [drawn_values(s, n) for s, n in shown]
-        found = Scale.of(plain, log=None, center=center, quantile=1.0)
-        log = found.transform.name != "linear"
+    if log is None:  # decided by what is drawn: bands would reach far above and below
+        plain = [drawn_values(s, n) for s, n in shown if not in_per_cent(s, n)]
+        found = Scale.of(plain, log=None, center=center, vmin=vmin, vmax=vmax, quantile=1.0)
+        log = bool(plain) and found.transform.name != "linear"
     values = [part for s, n in shown for part in _with_band(s, n, log)]
     return Scale.of(values, log=log, center=center, vmin=vmin, vmax=vmax, quantile=1.0)
 

@@ -26,6 +26,7 @@ from lsweep.storage.folder import RunFolder
 from lsweep.storage.insist import there
 from lsweep.storage.tables import build
 
+QUICK = 5.0  # seconds in which a factory loads nothing large
 _RESTORE = "restore it, or plan a new run"
 _OTHER = (
     "the factory makes another network each time it is called (set a seed or load a checkpoint), "
@@ -119,13 +120,13 @@ def require_repeatable(folder: RunFolder, plan: Plan, problem: Problem, trust: b
     """Call a factory once more, for a process that both plans and works compares with nobody.
 
     Where something is committed, whoever planned or came later has compared; a child's origin is
-    that of its parent.
+    that of its parent. What takes long to load is large, and is not loaded twice.
 
     Raises:
         PlanChanged: it makes another network each time.
     """
     child = RunFolder(folder.root.parent.parent).measures == folder.root.parent
-    if problem.source is None or child or folder.all_parts():
+    if problem.source is None or problem.seconds > QUICK or child or folder.all_parts():
         return
     again = make_problem(problem.source, base_of(folder), kept_code(folder, plan), trust)
     models = (problem.model, again.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -56,6 +57,7 @@ class Problem:
             ``loss`` and ``metrics``; see `classifier` and `causal_lm`.
         grad: True where computing the loss needs autograd inside (physics-informed networks).
         source: where it came from; `from_factory` fills it in.
+        seconds: that its factory took; `from_factory` fills it in.
 
     Raises:
         LsweepError: data is empty or of an unknown kind, or neither loss nor forward is given.
@@ -74,6 +76,7 @@ class Problem:
     forward: Forward | None = None
     grad: bool = False
     source: ProblemSource | None = None
+    seconds: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
@@ -224,13 +227,14 @@ def make_problem(
     Raises:
         LsweepError: the factory is missing, raises, or returns something else than a Problem.
     """
+    start = time.perf_counter()
     problem = call_factory(source, base, code, trust)
     if not isinstance(problem, Problem):
         raise LsweepError(
             f"the factory {source.factory} returned an object of type "
             f"{type(problem).__name__}, not an lsweep.Problem"
         )
-    return replace(problem, source=source)
+    return replace(problem, source=source, seconds=time.perf_counter() - start)
 
 
 def split_batch(batch: Batch) -> tuple[Any, Any]:
