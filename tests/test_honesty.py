@@ -344,20 +344,16 @@ def test_a_planner_that_is_refused_touches_nothing(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path / "sweep.run")
     before = contents(folder.root)
     other = write_sweep(tmp_path / "elsewhere", problem=PROBLEM.replace("Tanh", "ReLU"))
-    monkeypatch.setattr(RunFolder, "exists", property(lambda self: False))
-    with monkeypatch.context() as blind:
-        blind.setattr(Plan, "read", _unguarded(Plan.read))
-        assert run_command("plan", other, "--run", folder.root) == 1
-    assert contents(folder.root) == before
+    exists, freeze, late = RunFolder.exists.fget, Plan.freeze, []
 
+    def freezing(plan, where):
+        late.append(plan)
+        return freeze(plan, where)
 
-def _unguarded(read):
-    def seeing(folder):
-        with pytest.MonkeyPatch.context() as m:
-            m.setattr(RunFolder, "exists", property(lambda self: self.plan.is_file()))
-            return read(folder)
-
-    return seeing
+    monkeypatch.setattr(Plan, "freeze", freezing)
+    monkeypatch.setattr(RunFolder, "exists", property(lambda self: bool(late) and exists(self)))
+    assert run_command("plan", other, "--run", folder.root) == 1
+    assert len(late) == 1 and contents(folder.root) == before
 
 
 def test_to_xarray_is_what_the_file_opens_as(tmp_path):
