@@ -132,7 +132,8 @@ def diagnose(folder: Path) -> Diagnosis:
 def remove(place: Path) -> None:
     """Remove what probes wrote, as far as the file system lets."""
     for _ in range(3):  # a node may list late what it holds
-        shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(OSError):  # which rmtree does not ignore of its own looks
+            shutil.rmtree(place, ignore_errors=True)
         with contextlib.suppress(OSError):
             if not there(place):
                 return
