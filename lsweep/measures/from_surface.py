@@ -138,15 +138,9 @@ def rows_of_plane(surface: Surface, name: str) -> tuple[list[Measured], list[str
             continue
         rows += [row for row in found if not math.isnan(row.value)]
         refused += [f"{r.name}: {r.note or 'no value'}" for r in found if math.isnan(r.value)]
-    rest = on_interpolated(surface, name)
-    return [
-        dataclasses.replace(
-            row,
-            context={**context, **row.context},
-            note="; ".join(filter(None, [row.note, rest])),
-        )
-        for row in rows
-    ], refused
+    if rest := on_interpolated(surface, name):
+        context["values"] = rest
+    return [dataclasses.replace(r, context={**context, **r.context}) for r in rows], refused
 
 
 def on_interpolated(surface: Surface, name: str) -> str:
@@ -154,7 +148,8 @@ def on_interpolated(surface: Surface, name: str) -> str:
     if not (surface.status == Status.INTERPOLATED).any():
         return ""
     error = surface.values.get(f"{name}_error")
-    words = f"from interpolated values: {int(surface.evaluated.sum())} points evaluated"
+    evaluated = int(surface.evaluated.sum())
+    words = f"from interpolated values: {evaluated} of {surface.status.size} points evaluated"
     if error is not None:
         of = "of the log range" if name.endswith("_loss") else "of the range"
         words += f", {stated_error(float(np.nanmax(error)), of)}"
