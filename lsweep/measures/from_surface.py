@@ -94,14 +94,17 @@ def rows_at_centre(surface: Surface) -> list[Measured]:
             continue  # it stands beside what it is of
         errors = surface.values.get(f"{name}_se")
         se = None if errors is None else surface.center(f"{name}_se")
-        known = se is not None and math.isfinite(se)
+        sampling = surface.provenance.get("sampling", {}).get(name, {})
+        anchored = sampling.get("shift") is not None  # its value here is that of all samples
+        known = se is not None and math.isfinite(se) and not anchored
+        of = f", over all {sampling['of']} samples" if anchored else ""
         units = surface.attributes.get(name, {}).get("units", "1")
         context = context_of(surface, split) | ({"units": units} if units != "1" else {})
         if f"{name}{RESIDUAL}" in surface.metrics:
             context["residual"] = centre_of(surface, f"{name}{RESIDUAL}")
         out.append(
             Measured(name, value, se if known else None, "samples" if known else "", context,
-                     "at the trained weights")
+                     f"at the trained weights{of}")
         )  # fmt: skip
     square = surface.center("weight_sq") if "weight_sq" in surface.values else math.nan
     plan = surface.provenance.get("plan")

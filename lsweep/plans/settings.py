@@ -80,6 +80,9 @@ class Evaluation:
             for name in names:
                 if not re.fullmatch(r"[A-Za-z]\w*", name):
                     raise LsweepError(f"{what}: {name!r} must be letters, digits and _")
+        # Whatever looks at one metric, be it check or picture, takes the first: the loss.
+        loss_first = tuple(sorted(self.metrics, key=lambda name: name != "loss"))
+        object.__setattr__(self, "metrics", loss_first)
         self._check_pointwise()
         for name, value in self.expected.items():
             if not math.isfinite(value):
