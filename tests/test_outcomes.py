@@ -328,15 +328,18 @@ def test_a_worker_refuses_weights_or_data_that_are_not_the_planned_ones(tmp_path
         assert worked(folder) == 5
 
 
-def test_one_worker_refuses_a_factory_that_makes_another_network_each_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("drawn", "what"),
+    [("nn.init.uniform_(net.a.weight)", "another network"), ("s.uniform_()", "other train data")],
+)
+def test_one_worker_refuses_a_factory_that_makes_another_problem_each_time(
+    tmp_path: Path, drawn: str, what: str
+) -> None:
     toml = sweep_file(tmp_path)
-    text = FACTORY.replace(
-        "    spoiled = []\n",
-        "    spoiled = []\n    torch.seed(), nn.init.uniform_(net.a.weight)\n",
-    )
+    text = FACTORY.replace("    spoiled = []\n", f"    spoiled = []\n    torch.seed(), {drawn}\n")
     (tmp_path / "problem.py").write_text(text)
     code, said, _ = run(toml, "--on", "inline")
-    assert (code, "the factory makes another network each time" in said) == (1, True), said
+    assert (code, f"the factory makes {what} each time" in said) == (1, True), said
     assert not RunFolder(tmp_path / "sweep.run").all_parts()
 
 

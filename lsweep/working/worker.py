@@ -117,7 +117,7 @@ def _work(
             bench = _Bench(plan, shift, evaluator, ledger, stop)
             picker = Picker(evaluator, plan, stop)
             try:
-                for round_, number, lease in shift.leases(picker):
+                for round_, number, lease in shift.leases(picker, known["seconds_per_point"]):
                     bench.do(round_, number, lease)
             except Stopped as e:
                 e.points = ledger.points
