@@ -39,6 +39,7 @@ from lsweep.evaluating.choice import Choice, Trial, choose
 from lsweep.evaluating.disagreement import disagreement
 from lsweep.evaluating.evaluate import Evaluator
 from lsweep.hosts import machine
+from lsweep.hosts.device import device_class
 from lsweep.measures.from_surface import context_of
 from lsweep.merging.merge import merge
 from lsweep.outcomes.audits import Audits, audit_lines, compared
@@ -632,6 +633,17 @@ def test_workers_of_a_class_obey_its_first(tmp_path, monkeypatch):
     refused = worked(folder)
     assert isinstance(refused, Raised) and refused.kind == "LsweepError"
     assert "cannot build the backend 'cudagraph'" in refused.text
+
+
+@COMPILES
+def test_what_decides_bits_on_a_cpu_tells_device_classes_apart(monkeypatch):
+    """The compiler that native code is made with, its options, and what libraries are told."""
+    monkeypatch.setattr(machine, "compiler", machine.compiler.__wrapped__)  # asked each time
+    names = [device_class(torch.device("cpu"))]
+    for key, value in (("CXX", "c++"), ("CXX", "c++ -O1"), ("ATEN_CPU_CAPABILITY", "default")):
+        monkeypatch.setenv(key, value)
+        names.append(device_class(torch.device("cpu")))
+    assert names[0] == names[1] and len(set(names)) == 3
 
 
 # -- memory --------------------------------------------------------------------------------------

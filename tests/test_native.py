@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lsweep.backends import simplifying
 from lsweep.backends.graph import Graph, traced
 from lsweep.backends.packed import Packed
 from lsweep.backends.tracing import Unsupported
@@ -76,6 +77,17 @@ def flat() -> nn.Module:
                          nn.Linear(17, 5, bias=False), nn.ReLU6())  # fmt: skip
 
 
+class Squeezed(nn.Module):
+    """Ends in a squeeze of all dimensions of length 1, of which the batch may be one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(3, 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(self.head(x), 1).squeeze()
+
+
 def graph_of(model: nn.Module, x: Tensor) -> tuple[Graph, Packed]:
     """Return a network as a graph and its packed rows, with one direction."""
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -86,7 +98,7 @@ def graph_of(model: nn.Module, x: Tensor) -> tuple[Graph, Packed]:
 
 
 @builds
-@pytest.mark.parametrize("make", [Residual, Windows, flat])
+@pytest.mark.parametrize("make", [Residual, Windows, flat, Squeezed])
 def test_it_computes_what_the_network_computes(make):
     torch.manual_seed(1)
     model = make().eval()
@@ -211,6 +223,13 @@ class Mixes(nn.Module):
 def test_what_it_cannot_take_is_named(model, why):
     graph, _ = graph_of(model.eval(), torch.randn(3, 4))
     with pytest.raises(Unsupported, match=why):
+        Lowering(graph, dict.fromkeys(graph.names, 0))
+
+
+def test_a_view_that_takes_the_samples_for_a_dimension_of_one_is_refused(monkeypatch):
+    monkeypatch.setattr(simplifying, "RESHAPES", ())  # else a squeeze is one
+    graph, _ = graph_of(Squeezed().eval(), torch.randn(3, 3, 5, 5))
+    with pytest.raises(Unsupported, match="drops the samples"):
         Lowering(graph, dict.fromkeys(graph.names, 0))
 
 
