@@ -139,7 +139,8 @@ def test_winograd_of_wide_layers_takes_several_tiles_at_once_and_loses_few_digit
 @builds
 def test_what_is_not_finite_comes_through_as_from_the_network():
     torch.manual_seed(2)
-    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 1)).eval()
+    layers = nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2, 1), nn.Conv2d(8, 1, 1)
+    model = nn.Sequential(*layers).eval()
     x = torch.randn(20, 8, 8, 8)
     graph, packed = graph_of(model, x)
     network, views = NativeNetwork(graph, packed, 1), packed.views
@@ -205,6 +206,14 @@ class Mixes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.how(x)
+
+
+@builds
+def test_exponentials_have_their_digits_wherever_float32_has():
+    layer, x = nn.Linear(1, 1), torch.linspace(-87, 88.7, 700)[:, None]
+    nn.init.ones_(layer.weight), nn.init.zeros_(layer.bias)
+    found = NativeNetwork(*graph_of(nn.Sequential(layer, Mixes(torch.exp)), x), 1)(x)
+    torch.testing.assert_close(found.double(), x.double().exp(), rtol=3e-7, atol=0)
 
 
 @pytest.mark.parametrize(
