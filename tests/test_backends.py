@@ -12,6 +12,7 @@ import contextlib
 import functools
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -324,6 +325,28 @@ def test_a_point_has_its_bits_alone_and_among_others(backend, threads, monkeypat
         assert other.tobytes() == streamed.tobytes()
 
 
+@COMPILES
+def test_what_overflows_only_in_native_code_is_computed_as_by_eager():
+    """Inputs of 1e38: Winograd's transforms overflow, the convolution itself does not."""
+
+    def large():
+        net = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.Flatten(), nn.Linear(512, 3, bias=False))
+        fixed(net, scale=1e-3)[2].weight.data.mul_(1e-33)
+        data = (1e38 * numbers(9, 8, 8, 8).sign().float(), labels(9, 3))
+        return lsweep.Problem(net, {"train": data}, loss=nn.CrossEntropyLoss())
+
+    spots, still = [Spot((0.0, 0.0)), Spot((0.1, 0.0))], {}
+    for name, p in large().model.named_parameters():
+        still[name] = 0.1 * p.detach()
+    axes = {a: SimpleNamespace(tensors=still) for a in "xy"}
+    found, truth = (
+        sums(large, b, spots, directions=Directions(axes, (), {}))[..., 2]
+        for b in ("native", "eager")
+    )
+    assert np.isfinite(truth).all()
+    np.testing.assert_allclose(found, truth, rtol=1e-5)
+
+
 # -- what is not for a problem -------------------------------------------------------------------
 
 
@@ -390,11 +413,10 @@ def test_a_short_sweep_is_eager_untried():
 
 def test_a_short_sweep_takes_less_than_float32_only_where_that_is_faster(monkeypatch):
     for asked in ("auto", "eager"):
-        found = chosen(cnn(), points=1, precision="bfloat16", asked=asked)
-        assert (found.backend, found.precision) == ("eager", "float32")  # no product is large here
-        monkeypatch.setattr(choice, "NEAR", 0.0)
-        assert chosen(cnn(), points=1, precision="bfloat16", asked=asked).precision == "bfloat16"
-        monkeypatch.undo()
+        for near, precision in ((math.inf, "float32"), (0.0, "bfloat16")):  # whatever it takes
+            monkeypatch.setattr(choice, "NEAR", near)
+            found = chosen(cnn(), points=1, precision="bfloat16", asked=asked)
+            assert (found.backend, found.precision) == ("eager", precision)
 
 
 def test_what_agrees_is_timed_and_what_does_not_says_why(monkeypatch):
