@@ -311,6 +311,33 @@ def test_a_batch_norm_that_moves_stays_an_operation():
         graph.pack_direction({"a.1.weight": torch.ones(12)})
 
 
+class Twice(nn.Module):
+    """A batch norm behind another, and two sets of statistics of one module on one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norms = nn.Linear(6, 6), nn.Sequential(*[nn.BatchNorm1d(6)] * 2)
+        self.kept = nn.Module()
+        for name in ("mean_a", "mean_b", "var"):
+            self.kept.register_buffer(name, torch.rand(6) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        means = self.kept.mean_a, self.kept.mean_b
+        both = [F.batch_norm(self.layer(x), mean, self.kept.var) for mean in means]
+        return self.norms(y) + both[0] * both[1]
+
+
+@torch.no_grad()
+def test_what_cannot_be_folded_beside_another_stays_an_operation():
+    net, x = Twice().eval(), torch.randn(5, 6)
+    net.norms[0].running_mean.normal_()
+    graph = traced(net, x, matrices(net))
+    assert targets(graph).count(aten.batch_norm.default) == 2 and len(graph.folds) == 2
+    found = graph.module(*graph.pack(state_of(net)).values(), x)
+    torch.testing.assert_close(found, net(x), rtol=1e-5, atol=1e-5)
+
+
 def test_overflow_is_never_hidden():
     """oneDNN's own relu would give 0 for NaN, and so a finite loss at a diverged point."""
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))

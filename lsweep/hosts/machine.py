@@ -13,6 +13,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -142,15 +143,18 @@ def cpu_model() -> str:
 
 @functools.cache
 def compiler() -> str:
-    """Return the first line that the C++ compiler says of itself, or "" where there is none."""
-    for name in ("c++", "g++", "clang++"):
-        path = shutil.which(name)
-        if path:
+    """Return what the C++ compiler says of itself, with its options, or "" where there is none.
+
+    ``CXX`` names it, with options of its own, as for what is compiled here.
+    """
+    own = shlex.split(os.environ.get("CXX", ""))
+    for command in [own] if own else [["c++"], ["g++"], ["clang++"]]:
+        if shutil.which(command[0]):
             with contextlib.suppress(OSError, subprocess.SubprocessError):
                 done = subprocess.run(
-                    [path, "--version"], capture_output=True, text=True, timeout=20, check=True
+                    [*command, "--version"], capture_output=True, text=True, timeout=20, check=True
                 )
-                return done.stdout.partition("\n")[0].strip()
+                return " ".join([done.stdout.partition("\n")[0].strip(), *command[1:]])
     return ""
 
 
