@@ -12,6 +12,7 @@ import contextlib
 import functools
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -370,6 +371,7 @@ def test_a_short_sweep_takes_less_than_float32_only_where_that_is_faster(monkeyp
 def test_what_agrees_is_timed_and_what_does_not_says_why(monkeypatch):
     liar = catalogue.Kind(Lying, lambda ground: None)
     monkeypatch.setitem(catalogue.KINDS, "channels_last", liar)
+    monkeypatch.setattr(choice, "ENOUGH", math.inf)
     found = chosen(cnn(), points=400)
     tried = {t.backend: t for t in found.tried}
     assert "disagrees with eager by 0.001" in tried["channels_last"].why_not
@@ -380,6 +382,18 @@ def test_what_agrees_is_timed_and_what_does_not_says_why(monkeypatch):
     assert json.loads(json.dumps(found.record()))["backend"] == found.backend
     with pytest.raises(LsweepError, match='backend = "channels_last": disagrees'):
         chosen(cnn(), points=1, asked="channels_last")
+
+
+@COMPILES
+def test_beside_native_code_that_is_fast_enough_only_less_than_float32_is_tried(monkeypatch):
+    """What is not tried takes neither time nor memory; eager, the reference, is there anyway."""
+    monkeypatch.setattr(choice, "ENOUGH", 0.0)
+    found = chosen(cnn(), points=400, precision="bfloat16")
+    timed_ = {t.kind for t in found.tried if t.seconds}
+    reduced = {(b, "bfloat16") for b in ("eager", "channels_last", "fused")}
+    assert timed_ == {("native", "float32"), *reduced}
+    why_not = {t.kind: t.why_not for t in found.tried}
+    assert "not tried: native is " in why_not["fused", "float32"]
 
 
 def test_an_error_at_a_minimum_near_zero_is_not_measured_by_the_rim():
@@ -393,8 +407,9 @@ def test_an_error_at_a_minimum_near_zero_is_not_measured_by_the_rim():
     assert disagreement([(signs[1], signs[0])], steps=False)[0] < 1e-6
 
 
-def test_where_less_is_allowed_float32_competes():
+def test_where_less_is_allowed_float32_competes(monkeypatch):
     """By name, too; and it is float32 to the last bit, not something between."""
+    monkeypatch.setattr(choice, "ENOUGH", math.inf)
     for asked in ("auto", "fused"):
         found = chosen(cnn(), points=400, precision="bfloat16", asked=asked)
         fused = {t.precision: t for t in found.tried if t.backend == "fused" and not t.why_not}
@@ -469,6 +484,7 @@ def test_what_is_wrong_on_later_data_only_is_not_taken(make, precision, why, mon
 
 def test_a_graph_that_is_wrong_in_float32_is_not_taken_in_less(monkeypatch):
     monkeypatch.setitem(catalogue.KINDS, "fused", catalogue.Kind(Lying, lambda ground: None))
+    monkeypatch.setattr(choice, "ENOUGH", math.inf)
     found = chosen(cnn(), points=400, precision="bfloat16")
     reasons = [t.why_not for t in found.tried if t.backend == "fused"]
     assert len(reasons) == 2 and all("disagrees with eager by 0.001" in r for r in reasons)
