@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -675,6 +676,8 @@ asked = {"metrics": ["loss"], "splits": ["train"], "slices": 1, "batch_size": 32
 axes = {a: {n: torch.randn_like(p) for n, p in net.named_parameters() if p.dim() > 1} for a in "xy"}
 made = Directions({a: SimpleNamespace(tensors=t) for a, t in axes.items()}, (), {})
 del axes
+problem.check_mean(data["train"])
+assert "sympy" not in sys.modules  # 36 MiB, of which torch imports all where shapes are broadcast
 before, weights = peak(), sum(p.numel() for p in net.parameters()) * 4 / 1024
 with Evaluator(problem, asked, made, torch.device("cpu"), own=True) as ev:
     ev.use("fused", ev.batch_sizes)
@@ -695,3 +698,33 @@ def test_folded_rows_beside_the_networks_own_take_seven_times_its_weights():
         [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True
     )
     assert 3.5 < float(found.stdout) < 5.0
+
+
+HOLES = """
+import contextlib
+import sys
+from pathlib import Path
+from lsweep.hosts.machine import large_apart
+
+def held():
+    return int(Path("/proc/self/status").read_text().partition("VmRSS:")[2].split()[0]) / 1024
+
+large = b"x" * 2**23
+del large  # from now on glibc's own threshold is as large
+for apart in (large_apart(), contextlib.nullcontext()):
+    with apart:
+        loaded = [b"x" * (2**20 + i) for i in range(32)]
+        before = held()
+        del loaded[::2]
+        print(before - held())
+        del loaded
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's heap")
+def test_what_loading_lets_go_of_leaves_no_holes():
+    """Every other piece of a few is let go of: the heap keeps their memory, mapped ones do not."""
+    script = [sys.executable, "-c", HOLES]
+    found = subprocess.run(script, capture_output=True, text=True, check=True).stdout.split()
+    apart, kept = map(float, found)
+    assert kept < 0.2 * apart
