@@ -140,7 +140,7 @@ class Cells:
     Attributes:
         x_edges, y_edges: (nx + 1,), (ny + 1,) edges between the cells, in offsets.
         t: (ny, nx) drawn quantity; NaN where pending or bad.
-        pending: not asked for or not evaluated yet: left blank.
+        pending: not evaluated, yet or at all, and without a value: left blank.
         bad: NaN, Inf or failed.
         failed: the bad ones that failed.
 
@@ -161,7 +161,7 @@ class Cells:
     def of(cls, surface: Surface, name: str, scale: Scale) -> Cells:
         """Return the cells of a variable, which own the space halfway to their neighbours."""
         value = drawn_values(surface, name)
-        pending = surface.status == Status.PENDING
+        pending = ~surface.evaluated & ~np.isfinite(value)
         t = np.where(np.isfinite(value), scale.transform.forward(value), np.nan)
         low, _ = scale.limits
         t = np.where(np.isfinite(value) & ~np.isfinite(t), low - 1.0, t)  # ln of what vmin cut off
