@@ -85,7 +85,7 @@ def heat(
         surface: two axes (of three: the middle of z); ``values[j, i]`` is the cell at x[i], y[j].
         name: the variable; None for the default.
         ax: where; it is also returned.
-        scale: range and transform; None for the minimum to the 98 % quantile, linear up to two
+        scale: range and transform; None for what `pooled_scale` finds, linear up to two
             decades.
         bar: add a colour bar.
 
