@@ -80,7 +80,8 @@ def draw(
         log: ln, or asinh where a value is not positive (`lsweep.surfaces.scales.log_scale`); None:
             where the scale spans more than two decades.
         vmin: lowest level; None for the minimum.
-        vmax: highest level; None for the 98 % quantile, or all of a log scale in 3d. What is
+        vmax: highest level; None for the 98 % quantile where the rest would take more than a
+            fifth of the colours, or all of a log scale in 3d. What is
             beyond is hatched.
         points: show which points were evaluated; the others are interpolated or pending.
         z: of three axes, which plane, the nearest; None for the middle.

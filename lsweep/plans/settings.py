@@ -57,7 +57,11 @@ class ProblemSource:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is computed at a point, and how."""
+    """What is computed at a point, and how.
+
+    >>> Evaluation(("accuracy", "loss")).metrics
+    ('loss', 'accuracy')
+    """
 
     metrics: tuple[str, ...] = ("loss",)
     splits: tuple[str, ...] = ("train",)
