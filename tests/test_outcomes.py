@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -326,6 +327,26 @@ def test_a_worker_refuses_weights_or_data_that_are_not_the_planned_ones(tmp_path
         assert not folder.all_parts()
         (base / name).unlink()
         assert worked(folder) == 5
+
+
+def test_a_worker_whose_plan_was_replaced_while_it_began_commits_nothing(tmp_path: Path) -> None:
+    """As on mounts whose locks end at a node's door: there nobody knows that it holds the plan."""
+    text = FACTORY.replace(
+        "        s, t = batch\n",
+        "        s, t = batch\n"
+        "        if (HERE / 'other.json').exists():\n"
+        "            (HERE / 'other.json').replace(HERE / 'sweep.run/plan.json')\n",
+    )
+    toml = sweep_file(tmp_path, seed=1)
+    toml.with_name("problem.py").write_text(text)
+    other = planned(toml, run=tmp_path / "other.run")
+    toml.write_text(toml.read_text().replace("seed = 1", "seed = 2"))
+    folder = planned(toml)
+    shutil.copy(other.plan, tmp_path / "other.json")
+    refused = worked(folder)
+    assert isinstance(refused, Raised) and refused.kind == "PlanChanged"
+    assert "another command replaced its plan meanwhile" in refused.text
+    assert not folder.all_parts()
 
 
 @pytest.mark.parametrize(

@@ -80,9 +80,7 @@ def work(
 def _work(
     folder: RunFolder, role: Role, problem: Problem | None, stop: Stop, as_it_is: bool
 ) -> int:
-    plan = Plan.read(folder)
-    if role.plan not in ("", plan.digest):
-        raise PlanChanged(f"{folder.root}: another command replaced its plan meanwhile", "plan")
+    plan = _planned(folder, role.plan)
     if role.threads:
         torch.set_num_threads(role.threads)
     device = choose_device(role.device, role.local)
@@ -116,6 +114,8 @@ def _work(
         machine.trim_memory()  # of what was tried
         _require_same_centre(evaluator, plan.slices, known)
         with Ledger(folder, plan, name, known, role, evaluator) as ledger:
+            # Where locks end at a node's door, others see from now on that the plan is in use.
+            _planned(folder, plan.digest)
             bench = _Bench(plan, shift, evaluator, ledger, stop)
             picker = Picker(evaluator, plan, stop)
             try:
@@ -125,6 +125,13 @@ def _work(
                 e.points = ledger.points
                 raise
             return ledger.points
+
+
+def _planned(folder: RunFolder, digest: str) -> Plan:
+    plan = Plan.read(folder)
+    if digest not in ("", plan.digest):
+        raise PlanChanged(f"{folder.root}: another command replaced its plan meanwhile", "plan")
+    return plan
 
 
 def _use(evaluator: Evaluator, known: dict[str, Any]) -> None:
