@@ -585,7 +585,7 @@ def test_what_was_used_is_told(tmp_path, monkeypatch):
     assert "eager in bfloat16, batches of" in told and report.audit["tolerance"] == 0.5
     off = report.audit["largest_relative"]
     assert 1e-6 < off < 0.1 and status(folder)["audit"]["largest_relative"] == off
-    said = f"of float64 weights, backend check: train loss off by up to {off:.1e} (relative) at 3 points"
+    said = f"64 weights, backend check: train loss off by up to {off:.1e} (relative) at 3 points"
     assert surface.provenance["caption"].endswith(f"{said} evaluated again by eager in float32.")
     path = folder.all_devices()[0]
     known = {k: v for k, v in read_json(path).items() if k != "sha256"}
