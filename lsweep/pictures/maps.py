@@ -262,7 +262,7 @@ def add_bar(axes: Sequence[Axes], scale: Scale, text: str, kind: str) -> None:
     if kind != "3d":
         last.apply_aspect()  # a long plane has a short bar
         frame = last.get_window_extent()
-        flat = min(1.0, frame.height / box.width)
+        flat = min(1.0, frame.height / frame.width)
     bar.ax.set_ylabel(textwrap.fill(text, max(12, int(44 * flat))), parse_math=False)
 
 
