@@ -700,6 +700,19 @@ class Drops(nn.Linear):
         return F.dropout(super().forward(x), 0.5, training=True)
 
 
+class Keeps(nn.Linear):
+    """Computes with a tensor that does not move: from its first call, or a view from its making."""
+
+    def __init__(self, kept):
+        super().__init__(4, 3)
+        self.kept = self.weight[:, :] if kept == "view" else None
+
+    def forward(self, x):
+        if self.kept is None:
+            self.kept = 2 * self.weight.detach()
+        return F.linear(x, self.kept)
+
+
 class Whole(nn.Module):
     """A quantised weight beside a real one."""
 
@@ -828,6 +841,14 @@ REFUSED = OrderedDict(
         "complex weights": (  # they would stay where they are, silently
             lambda: ask(model=Whole(torch.complex64)),
             r"parameter other is complex64: only floating-point weights can move",
+        ),
+        "a view of a weight": (  # and here, and a picture would be flat
+            lambda: ask(model=Keeps("view")),
+            r"the network keeps kept: a view of a weight, taken once",
+        ),
+        "a product of weights": (
+            lambda: ask(model=Keeps("product")),
+            r"the network keeps kept: made of weights in one call and used in the next",
         ),
         "quantised weights": (lambda: ask(model=Whole(torch.int8)), r"parameter other is int8"),
         "complex values": (

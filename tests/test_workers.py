@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from cases import hurry, planned, process, sweep_file, wait_for
+from cases import evaluated, hurry, planned, process, start, sweep_file, wait_for
 
 from lsweep.hosts.machine import host_identity, start_time
 from lsweep.runs.status import share_done
+from lsweep.storage import leases
 from lsweep.storage.files import replace, sealed
 from lsweep.storage.folder import RunFolder
 from lsweep.storage.workers import PATIENCE, Observer, State, Verdict, all_workers
@@ -126,3 +127,19 @@ def test_of_a_crowd_who_finds_nothing_left_goes_home(tmp_path):
     hurry(folder)
     first.communicate()
     assert (first.returncode, share_done(folder)[0]) == (0, 9)
+
+
+def test_cheap_units_share_leases_and_whoever_cuts_them_otherwise_is_not_waited_for(tmp_path):
+    folder = planned(sweep_file(tmp_path, x=33, y=8, pause=0.01), unit_points=1)
+    pids = [start(folder, index=0, of=3)]
+    wait_for(lambda: share_done(folder)[0] > 20)
+    assert 3 * len(list(folder.leases.rglob("*.g0"))) <= 20 + share_done(folder)[0]
+    # Twice the agreement is lost and made anew, while who knows the old ones is at work.
+    for index, units in ((1, 4), (2, 7)):
+        replace(folder.lease_size(0), sealed({"units": units}))
+        pids.append(start(folder, index=index, of=3))
+        wait_for(lambda index=index: len(folder.all_workers()) > index)
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0, 0]
+    assert set(evaluated(folder)) == {(p, 0) for p in range(33 * 8)}
+    folder.lease_size(0).write_text("{")
+    assert leases.agreed(folder, 0, 2) is None

@@ -20,9 +20,10 @@ from lsweep.errors import DamagedFile, LsweepError
 from lsweep.evaluating.acceptance import centre_of, taken
 from lsweep.evaluating.choice import Choice, choose, reason_of
 from lsweep.evaluating.evaluate import Evaluator
+from lsweep.evaluating.following import require_following
 from lsweep.hosts import machine
 from lsweep.hosts.device import Spent, device_class, human, is_out_of_memory, memory_used
-from lsweep.outcomes.frozen import of_this_version
+from lsweep.outcomes.frozen import CHOSEN, of_this_version
 from lsweep.plans.plan import Plan
 from lsweep.problems import batchnorm
 from lsweep.problems.data import map_tensors, tensors_of
@@ -91,6 +92,8 @@ def preflight(
     data = {s: _check_data(evaluator, s) for s in evaluator.splits}
     for split in evaluator.splits:
         try:
+            if spots:
+                require_following(evaluator, split, spots[-1])
             _check_batch(evaluator, split)
         except LsweepError:
             raise
@@ -111,7 +114,7 @@ def preflight(
     changes = _batch_norm_check(evaluator)
     choice = Choice("eager", plan.evaluate["precision"], dict(evaluator.batch_sizes))
     if before is not None:
-        choice = Choice(**before)
+        choice = Choice(**{key: before[key] for key in CHOSEN})
         first, seconds = _as_before(evaluator, choice)
     elif evaluator.stored:
         everywhere = [evaluator.origin, *spots]
@@ -124,6 +127,7 @@ def preflight(
         "class": name,
         "device": human(evaluator.device),
         **choice.record(),
+        **(before or {}),  # what it was measured to be off by, too
         "threads": torch.get_num_threads(),
         "versions": machine.versions(),
         "worker": worker,

@@ -87,7 +87,9 @@ def whole(loss: Callable[..., Any], output: Any, target: Any) -> Any:
     if not isinstance(loss, nn.Module) or not isinstance(output, Tensor):
         return loss(output, target)
     state = {n: t.to(output) for n, t in loss.state_dict().items() if t.is_floating_point()}
-    return functional_call(loss, state, (output, target)) if state else loss(output, target)
+    if not state:
+        return loss(output, target)
+    return functional_call(loss, state, (output, target), tie_weights=False)
 
 
 def _as_module(loss: Callable[..., Any]) -> Callable[..., Any]:
