@@ -669,6 +669,9 @@ def test_side_by_side_is_one_scale_and_one_bar(kind):
     assert [first.get_title(), second.get_title()] == ["low", "high"]
     assert not first.child_axes and len(second.child_axes) == 1
     pooled = max(low["train_loss"].max(), high["train_loss"].max())
+    fine = bowl(99)  # however many points another has, no map is cut off for it
+    fine["train_loss"][:] /= 100
+    assert pooled_scale([low, fine], "train_loss").high == low["train_loss"].max()
     if kind == "3d":
         assert first.get_zlim() == second.get_zlim() == pytest.approx((0.1, pooled))
     if kind == "heat":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -206,7 +207,7 @@ def _left_axis(ax: Axes, scale: Scale, text: str, color: str | None) -> None:
     ax.yaxis.set_minor_locator(NullLocator())
     ax.set_yticks(tick, written)
     text += {"ln": ", log scale", "asinh": ", asinh scale"}.get(transform.name, "")
-    ax.set_ylabel(text, color="black" if color else BLUE, parse_math=False)
+    ax.set_ylabel(textwrap.fill(text, 40), color="black" if color else BLUE, parse_math=False)
 
 
 def _right_axis(surface: Surface, names: Sequence[str], twin: Axes, color: str | None) -> None:

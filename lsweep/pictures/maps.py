@@ -258,7 +258,12 @@ def add_bar(axes: Sequence[Axes], scale: Scale, text: str, kind: str) -> None:
     bar.ax.tick_params(labelsize=SMALL + 1)
     text += {"ln": ", log scale", "asinh": ", asinh scale"}.get(scale.transform.name, "")
     text += ", uneven levels" if scale.cuts else ""
-    bar.ax.set_ylabel(textwrap.fill(text, 44), parse_math=False)
+    flat = 1.0
+    if kind != "3d":
+        last.apply_aspect()  # a long plane has a short bar
+        frame = last.get_window_extent()
+        flat = min(1.0, frame.height / frame.width)
+    bar.ax.set_ylabel(textwrap.fill(text, max(12, int(44 * flat))), parse_math=False)
 
 
 def shades(scale: Scale) -> Normalize:

@@ -209,6 +209,9 @@ def _progress(state: dict[str, Any]) -> list[str]:
         out.append(f"  {state['nonfinite']} NaN or infinite")
     if state["refine"]:
         refine = Refining(**state["refine"])
+        if refine.state == Goal.DONE and state["complete"] and not state["interpolated"]:
+            why = "none was left to interpolate"
+            refine = dataclasses.replace(refine, state=Goal.DENSE, why=why)
         out.append(f"  refinement: {describe_refining(refine)}")
         out += [
             f"  {line}" for line in (phrase(refine.audit), *contradictions(refine.audit)) if line

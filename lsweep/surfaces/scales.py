@@ -137,7 +137,7 @@ class Scale:
         vmax: float | None = None,
         quantile: float = 0.98,
     ) -> Scale:
-        """Return the scale from the minimum to a quantile of all finite values together.
+        """Return the scale from the minimum of all finite values to the highest of their quantiles.
 
         What lies beyond the quantile is only cut off where it would take more than a fifth of the
         colours.
@@ -157,7 +157,7 @@ class Scale:
         Raises:
             LsweepError: ``vmin`` is not below ``vmax``, or not positive where ln is used.
 
-        >>> s = Scale.of([np.arange(100.0), np.array([np.nan, np.inf, 500.0])])
+        >>> s = Scale.of([np.append(np.arange(100.0), [np.nan, np.inf, 500.0])])
         >>> s.low, s.high, s.greatest
         (0.0, 98.0, 500.0)
         >>> Scale.of([np.arange(101.0)]).high
@@ -165,15 +165,17 @@ class Scale:
         >>> Scale.of([np.array([1.0, 3.0, 300.0])], log=None).transform.name
         'ln'
         """
-        pooled = np.concatenate([np.ravel(v) for v in values] or [np.empty(0)])
-        finite = _identity(pooled[np.isfinite(pooled)])
+        each = [_identity(v[np.isfinite(v)]) for v in values]
+        # Of each array by itself, or the picture with most points would cut off the others.
+        tops = [float(np.quantile(v, quantile)) for v in each if len(v)]
+        finite = np.concatenate(each or [np.empty(0)])
         if log is None:
-            log = _is_wide(finite, center, vmin, vmax, quantile)
+            log = _is_wide(finite, center, vmin, max(tops, default=0.0) if vmax is None else vmax)
         transform = log_scale(finite, center=center) if log else LINEAR
         if not len(finite):
             finite = np.array([1.0 if vmin is None else vmin])
         least, greatest = float(finite.min()), float(finite.max())
-        top = float(np.quantile(finite, quantile))
+        top = max(tops, default=greatest)
         for key, bound in {"vmin": vmin, "vmax": vmax}.items():
             if bound is not None and not math.isfinite(bound):
                 raise LsweepError(f"{key} = {bound:g}: needs to be finite")
@@ -241,14 +243,11 @@ class Scale:
         return round_ticks(self.low, self.high, self.transform, most)
 
 
-def _is_wide(
-    finite: FloatArray, center: float, vmin: float | None, vmax: float | None, quantile: float
-) -> bool:
+def _is_wide(finite: FloatArray, center: float, vmin: float | None, high: float) -> bool:
     """Whether linear levels would hide most of a range: over two decades of it, or of asinh."""
     if not len(finite):
         return False
     low = float(finite.min()) if vmin is None else vmin
-    high = float(np.quantile(finite, quantile)) if vmax is None else vmax
     transform = log_scale(finite, center=center)
     if transform.name == "ln":
         return high > WIDE * low > 0
