@@ -188,7 +188,13 @@ def test_a_launcher_ends_a_worker_that_hangs_once_nothing_is_missing(tmp_path, m
     folder = planned(sweep_file(tmp_path, x=9), unit_points=1)
     launcher = Command("run", folder.root, "--workers", 2, "--no-picture")
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
-    hung = int(wait_for(lambda: children.read_text().split())[0])
+
+    def begun() -> list[int]:
+        """Those that are Python already: a launcher stands still until then."""
+        found = [int(p) for p in children.read_text().split()]
+        return [p for p in found if b"work" in Path(f"/proc/{p}/cmdline").read_bytes().split(b"\0")]
+
+    hung = wait_for(begun)[0]
     os.kill(hung, signal.SIGSTOP)
     done = launcher.wait()
     assert (done.code, "hangs and is ended: nothing is missing" in done.err) == (0, True), done
