@@ -645,6 +645,14 @@ def test_recalibrate_is_what_train_mode_with_cumulative_averaging_gives():
         assert s[f"{split}_loss"][0] == pytest.approx(wanted, rel=1e-12)
 
 
+@pytest.mark.parametrize(("precision", "said"), [("float32", True), ("float64", False)])
+def test_float64_weights_are_not_rounded_without_a_word(precision, said):
+    x = torch.zeros(4, 2, dtype=torch.float64)
+    problem = lsweep.Problem(nn.Linear(2, 2).double(), {"train": (x, x)}, loss=nn.MSELoss())
+    found = lsweep.sweep(problem, x=(-1, 1, 3), precision=precision).provenance["caption"]
+    assert found.endswith(precision + ", of float64 weights." * said + "." * (not said))
+
+
 def test_the_difference_that_recalibration_makes_is_measured_and_in_the_caption():
     """Two routes: what eval mode notes down is what a sweep in recalibrate mode finds."""
     problem = problems.normalized()
@@ -690,6 +698,19 @@ class Drops(nn.Linear):
 
     def forward(self, x):
         return F.dropout(super().forward(x), 0.5, training=True)
+
+
+class Keeps(nn.Linear):
+    """Computes with a tensor that does not move: from its first call, or a view from its making."""
+
+    def __init__(self, kept):
+        super().__init__(4, 3)
+        self.kept = self.weight[:, :] if kept == "view" else None
+
+    def forward(self, x):
+        if self.kept is None:
+            self.kept = 2 * self.weight.detach()
+        return F.linear(x, self.kept)
 
 
 class Whole(nn.Module):
@@ -820,6 +841,14 @@ REFUSED = OrderedDict(
         "complex weights": (  # they would stay where they are, silently
             lambda: ask(model=Whole(torch.complex64)),
             r"parameter other is complex64: only floating-point weights can move",
+        ),
+        "a view of a weight": (  # and here, and a picture would be flat
+            lambda: ask(model=Keeps("view")),
+            r"the network keeps kept: a view of a weight, taken once",
+        ),
+        "a product of weights": (
+            lambda: ask(model=Keeps("product")),
+            r"the network keeps kept: made of weights in one call and used in the next",
         ),
         "quantised weights": (lambda: ask(model=Whole(torch.int8)), r"parameter other is int8"),
         "complex values": (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lsweep.backends.fused import FusedNetwork
+from lsweep.backends import fused as fused_module
+from lsweep.backends.fused import FusedNetwork, attention
 from lsweep.backends.graph import Unsupported, traced
 from lsweep.backends.packed import Packed
 from lsweep.errors import LsweepError
@@ -226,6 +228,40 @@ def test_graph_and_fused_network_are_the_network(name):
             assert (plain(leaves[0]) - want).abs().max() <= 1e-12 * want.abs().max()
 
 
+def test_attention_is_torchs_in_blocks_of_any_size(monkeypatch):
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(3, n, 5, w).double().transpose(1, 2) for n, w in ((7, 4), (6, 4), (6, 8))
+    )
+    k[1, 2, 3, 0] = math.nan
+    want = F.scaled_dot_product_attention(q, k, v, scale=0.3)
+    assert want.isnan().any((-1, -2)).sum() == 1
+    for scores in (1, 7 * 6 * 4, 2**19):  # 15 heads by one, by four and all at once
+        monkeypatch.setattr(fused_module, "SCORES", scores)
+        torch.testing.assert_close(
+            attention(q, k, v, 0.3), want, rtol=1e-12, atol=1e-12, equal_nan=True
+        )
+        short = attention(*(t.bfloat16() for t in (q, k, v)), 0.3)
+        torch.testing.assert_close(short.double(), want, rtol=0, atol=0.03, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "own"),
+    [({}, 1), ({"scale": 2.0}, 1), ({"is_causal": True}, 0), ({"attn_mask": torch.eye(3) > 0}, 0)],
+)
+def test_attention_with_a_mask_stays_torchs(options, own):
+    def attend(m: Forward, x: Tensor) -> Tensor:
+        q = (x * m.weight)[:, None]
+        return F.scaled_dot_product_attention(q, q, q, **options)
+
+    net, x = Forward(attend), torch.randn(5, 3, 4)
+    graph, state = traced(net, x, frozenset()), state_of(net)
+    for dtype, count, tolerance in ((torch.bfloat16, own, 0.05), (torch.float32, 0, 1e-6)):
+        fused = FusedNetwork(graph, graph.pack(state), x, CPU, dtype, 1)
+        assert targets(SimpleNamespace(module=fused._forward.__self__)).count(attention) == count
+        torch.testing.assert_close(fused(x), net(x).detach(), rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize("name", ["residual", "odd", "tied"])
 def test_folding_a_move_is_moving_the_fold(name):
     net, inputs = made(name)
@@ -273,6 +309,33 @@ def test_a_batch_norm_that_moves_stays_an_operation():
             assert (networks[1](batch) - want).abs().max() < 0.05 * scale
     with pytest.raises(LsweepError, match=r"a\.1\.weight moves, but was folded as fixed"):
         graph.pack_direction({"a.1.weight": torch.ones(12)})
+
+
+class Twice(nn.Module):
+    """A batch norm behind another, and two sets of statistics of one module on one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norms = nn.Linear(6, 6), nn.Sequential(*[nn.BatchNorm1d(6)] * 2)
+        self.kept = nn.Module()
+        for name in ("mean_a", "mean_b", "var"):
+            self.kept.register_buffer(name, torch.rand(6) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        means = self.kept.mean_a, self.kept.mean_b
+        both = [F.batch_norm(self.layer(x), mean, self.kept.var) for mean in means]
+        return self.norms(y) + both[0] * both[1]
+
+
+@torch.no_grad()
+def test_what_cannot_be_folded_beside_another_stays_an_operation():
+    net, x = Twice().eval(), torch.randn(5, 6)
+    net.norms[0].running_mean.normal_()
+    graph = traced(net, x, matrices(net))
+    assert targets(graph).count(aten.batch_norm.default) == 2 and len(graph.folds) == 2
+    found = graph.module(*graph.pack(state_of(net)).values(), x)
+    torch.testing.assert_close(found, net(x), rtol=1e-5, atol=1e-5)
 
 
 def test_overflow_is_never_hidden():

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lsweep.backends import simplifying
 from lsweep.backends.graph import Graph, traced
 from lsweep.backends.packed import Packed
 from lsweep.backends.tracing import Unsupported
@@ -76,6 +77,17 @@ def flat() -> nn.Module:
                          nn.Linear(17, 5, bias=False), nn.ReLU6())  # fmt: skip
 
 
+class Squeezed(nn.Module):
+    """Ends in a squeeze of all dimensions of length 1, of which the batch may be one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(3, 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(self.head(x), 1).squeeze()
+
+
 def graph_of(model: nn.Module, x: Tensor) -> tuple[Graph, Packed]:
     """Return a network as a graph and its packed rows, with one direction."""
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -86,7 +98,7 @@ def graph_of(model: nn.Module, x: Tensor) -> tuple[Graph, Packed]:
 
 
 @builds
-@pytest.mark.parametrize("make", [Residual, Windows, flat])
+@pytest.mark.parametrize("make", [Residual, Windows, flat, Squeezed])
 def test_it_computes_what_the_network_computes(make):
     torch.manual_seed(1)
     model = make().eval()
@@ -127,7 +139,8 @@ def test_winograd_of_wide_layers_takes_several_tiles_at_once_and_loses_few_digit
 @builds
 def test_what_is_not_finite_comes_through_as_from_the_network():
     torch.manual_seed(2)
-    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 1)).eval()
+    layers = nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2, 1), nn.Conv2d(8, 1, 1)
+    model = nn.Sequential(*layers).eval()
     x = torch.randn(20, 8, 8, 8)
     graph, packed = graph_of(model, x)
     network, views = NativeNetwork(graph, packed, 1), packed.views
@@ -142,6 +155,9 @@ def test_what_is_not_finite_comes_through_as_from_the_network():
     assert torch.equal(finite, found.isfinite()) and torch.equal(eager.isnan(), found.isnan())
     assert torch.equal(eager[eager.isinf()], found[eager.isinf()])
     assert torch.allclose(eager[finite], found[finite], rtol=1e-4, atol=1e-4)
+    alone = torch.randn(2, 8, 8, 8)  # no infinity beside it that would have all done again
+    alone[1, 0, 4, 4] = torch.nan
+    assert network(alone).isnan().any()
 
 
 @builds
@@ -150,7 +166,7 @@ def test_losses_of_classes_are_those_of_torch_at_any_number_of_points(threads):
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 7)).eval()
     x, labels = torch.randn(50, 30), torch.randint(0, 7, (50,))
-    labels[4] = -100
+    labels[4], labels[6] = -100, 7  # neither is a class
     graph, packed = graph_of(model, x)
     network = NativeNetwork(graph, packed, threads)
     assert network.points > 2
@@ -164,7 +180,8 @@ def test_losses_of_classes_are_those_of_torch_at_any_number_of_points(threads):
     for k, at in enumerate(offsets):
         packed.move(at)
         output = network(x).double()
-        truth = F.cross_entropy(output, labels, reduction="none")
+        known = torch.where(labels < 7, labels, -100)
+        truth = F.cross_entropy(output, known, reduction="none")
         assert torch.allclose(losses[k].double(), truth, rtol=1e-5, atol=1e-6 * output.abs().max())
         assert torch.equal(hits[k], 100.0 * (output.argmax(1) == labels))
         alone = network.losses(rows[k : k + 1], x, labels)[0]
@@ -195,6 +212,14 @@ class Mixes(nn.Module):
         return self.how(x)
 
 
+@builds
+def test_exponentials_have_their_digits_wherever_float32_has():
+    layer, x = nn.Linear(1, 1), torch.linspace(-87, 88.7, 700)[:, None]
+    nn.init.ones_(layer.weight), nn.init.zeros_(layer.bias)
+    found = NativeNetwork(*graph_of(nn.Sequential(layer, Mixes(torch.exp)), x), 1)(x)
+    torch.testing.assert_close(found.double(), x.double().exp(), rtol=3e-7, atol=0)
+
+
 @pytest.mark.parametrize(
     ("model", "why"),
     [(nn.Sequential(nn.Linear(4, 4), nn.GELU()), "aten.gelu"),
@@ -211,6 +236,13 @@ class Mixes(nn.Module):
 def test_what_it_cannot_take_is_named(model, why):
     graph, _ = graph_of(model.eval(), torch.randn(3, 4))
     with pytest.raises(Unsupported, match=why):
+        Lowering(graph, dict.fromkeys(graph.names, 0))
+
+
+def test_a_view_that_takes_the_samples_for_a_dimension_of_one_is_refused(monkeypatch):
+    monkeypatch.setattr(simplifying, "RESHAPES", ())  # else a squeeze is one
+    graph, _ = graph_of(Squeezed().eval(), torch.randn(3, 3, 5, 5))
+    with pytest.raises(Unsupported, match="drops the samples"):
         Lowering(graph, dict.fromkeys(graph.names, 0))
 
 
@@ -247,8 +279,10 @@ def test_a_library_is_compiled_once_and_only_a_private_one_is_loaded(cache, monk
     damaged.write_bytes(b"half of it")
     damaged.chmod(0o600)
     assert compiling.compiled(SOURCE).seven() == 7
-    monkeypatch.setenv("CXX", "c++ -DMORE")
-    assert compiling.compiled("#ifdef MORE\n" + SOURCE + "#endif\n").seven() == 7
+    either = SOURCE.replace("return 7", "return NUMBER")
+    for number in (8, 9):  # the same source, compiled otherwise
+        monkeypatch.setenv("CXX", f"c++ -DNUMBER={number}")
+        assert compiling.compiled(either).seven() == number
 
 
 def test_without_a_compiler_or_with_a_failing_one_it_says_so(monkeypatch, tmp_path: Path):

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 import lsweep
 from lsweep.backends.packed import Spot
 from lsweep.errors import LsweepError
+from lsweep.evaluating.anchor import anchored
 from lsweep.evaluating.evaluate import Evaluator
 from lsweep.outcomes import variates
 from lsweep.plans.plan import LIVE, Plan
@@ -27,7 +28,7 @@ from lsweep.plans.settings import Settings
 from lsweep.preparing.planning import plan_run
 from lsweep.preparing.restoring import load_problem
 from lsweep.problems.data import Split
-from lsweep.problems.subsets import classes_of, draw
+from lsweep.problems.subsets import classes_of, draw, subsampled
 from lsweep.runs.display import preflight_line
 from lsweep.storage.files import read_json
 from lsweep.storage.folder import RunFolder
@@ -272,6 +273,28 @@ def test_its_error_is_the_true_one_and_it_is_left_out_where_it_does_not_help():
         ratio = off[away].std(1) / se[away].mean(1)
         assert away.sum() == (8 if helps else 9) and (np.abs(ratio - 1) < 0.2).all()
         assert (np.abs(off.mean(1)) < 4.5 * off.std(1) / np.sqrt(300) + 1e-12).all()
+
+
+def test_the_error_of_a_weighted_mean_is_its_own_and_has_no_unit_of_weight():
+    """To first order the ratio Σwv/Σw is off by Σw(v - m)/Σw; n is (Σw)²/Σw², 2.8 here."""
+    v, w = np.array([1.0, 2.0, 4.0, 3.0]), np.array([4.0, 1.0, 2.0, 1.0])
+    m, n = (w * v).sum() / w.sum(), w.sum() ** 2 / (w * w).sum()
+    truth = np.sqrt((w**2 * (v - m) ** 2).sum() * n / (n - 1)) / w.sum()
+    for unit in (0.01, 1.0, 100.0):
+        u = unit * w
+        sums = [u, u * u, u * v, u * u * v, u * u * v * v]
+        assert standard_error(*(s.sum() for s in sums)) == pytest.approx(truth, rel=1e-12)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_anchor_is_the_whole_centre_in_float32_whatever_is_asked_for(precision):
+    net, x, y = nn.Linear(2, 3), torch.randn(40, 2), torch.arange(40) % 3
+    problem = lsweep.Problem(net, {"train": (x, y)}, loss=nn.CrossEntropyLoss())
+    asked = {"splits": ["train"], "metrics": ["loss"], "slices": 1, "batch_size": "auto",
+             "batch_norm": "eval", "precision": precision, "samples": 16}  # fmt: skip
+    found = anchored(subsampled(problem, asked), asked, torch.device("cpu"))
+    truth = float(nn.functional.cross_entropy(net(x).detach(), y))
+    assert found == {"train_loss": pytest.approx(truth, rel=1e-6)}
 
 
 # -- what is refused -------------------------------------------------------------------------------

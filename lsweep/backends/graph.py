@@ -209,12 +209,12 @@ def traced(model: nn.Module, inputs: Any, moving: frozenset[str]) -> Graph:
 
 def _fold(module: fx.GraphModule, moving: frozenset[str]) -> tuple[Fold, ...]:
     """Fold each batch norm that follows a convolution or linear layer with no other user."""
-    graph, folds = module.graph, {}
+    graph, folds = module.graph, dict[tuple[str, str], Fold]()
     packed: dict[str, fx.Node] = {}
     for node in [n for n in graph.nodes if n.target is aten.batch_norm.default]:
         fold = _foldable(node, moving)
-        if fold is None:
-            continue
+        if fold is None or fold.weight in packed or folds.get(fold.names, fold) != fold:
+            continue  # a second one behind the first, or another of the same name
         layer = node.args[0]
         sources = (layer.args[1], node.args[3])
         for name, like in zip(fold.names, sources, strict=True):

@@ -15,8 +15,8 @@ IDENTITIES = (
 CASTS = (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device)
 RESHAPES = (
     aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints,
-    aten.unflatten.int,
-)  # fmt: skip
+    aten.unflatten.int, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
+)  # fmt: skip  # a batch of one sample stays a batch, whatever else is squeezed
 
 
 def tidy(module: fx.GraphModule) -> None:

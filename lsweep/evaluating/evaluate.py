@@ -83,7 +83,7 @@ class Evaluator:
                 free = not isinstance(size, int)
                 self.batch_sizes[name] = default_batch_size(split, device) if free else size
         sizes = self.batch_sizes.items()
-        self._pieces = {s: piece_of(settings, problem.splits[s], n) for s, n in sizes}
+        self._pieces = {s: piece_of(settings, problem, s, n) for s, n in sizes}
         self.dtype = torch.float64 if settings["precision"] == "float64" else torch.float32
         self._supply = Supply(problem.splits, self.batch_sizes, self.slices, device, self.dtype)
         self._centre: dict[int, list[list[list[Reference]]]] = {}

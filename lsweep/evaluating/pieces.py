@@ -13,21 +13,25 @@ from torch import Tensor
 
 from lsweep.backends.eager import Backend
 from lsweep.backends.packed import Spot
-from lsweep.problems.data import Batch, Split, map_tensors, samples_in
-from lsweep.problems.problem import Sampled
+from lsweep.problems import batchnorm
+from lsweep.problems.data import Batch, map_tensors, samples_in
+from lsweep.problems.problem import Problem, Sampled
 
 SHARE = 4  # of the default batch size: eager is hardly slower, and takes a quarter of the memory
 
 
-def piece_of(settings: Mapping[str, Any], split: Split, size: int) -> int | None:
+def piece_of(settings: Mapping[str, Any], problem: Problem, split: str, size: int) -> int | None:
     """Return how many samples the audit takes at once; None where samples may see each other.
 
     Args:
         settings: the plan's ``evaluate`` table.
+        problem: whose batch norm may keep no statistics, and take those of a batch.
         split: of the data.
         size: its default batch size.
     """
-    free = settings["batch_size"] == "auto" and settings["batch_norm"] == "eval" and split.sizable
+    free = settings["batch_size"] == "auto" and problem.splits[split].sizable
+    if settings["batch_norm"] != "eval" or batchnorm.takes_batches(problem.model):
+        return None
     return max(1, size // SHARE) if free else None
 
 

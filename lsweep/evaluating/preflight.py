@@ -20,6 +20,7 @@ from lsweep.errors import DamagedFile, LsweepError
 from lsweep.evaluating.acceptance import centre_of, taken
 from lsweep.evaluating.choice import Choice, choose, reason_of
 from lsweep.evaluating.evaluate import Evaluator
+from lsweep.evaluating.following import require_following
 from lsweep.hosts import machine
 from lsweep.hosts.device import Spent, device_class, human, is_out_of_memory, memory_used
 from lsweep.outcomes.frozen import CHOSEN, of_this_version
@@ -91,6 +92,8 @@ def preflight(
     data = {s: _check_data(evaluator, s) for s in evaluator.splits}
     for split in evaluator.splits:
         try:
+            if spots:
+                require_following(evaluator, split, spots[-1])
             _check_batch(evaluator, split)
         except LsweepError:
             raise

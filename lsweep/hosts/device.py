@@ -13,8 +13,12 @@ from lsweep.errors import LsweepError
 from lsweep.hosts import machine
 from lsweep.wording import counted
 
-# Environment variables by which CUDA's libraries compute otherwise than asked.
-DECIDES = ("NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE")
+# Environment variables by which libraries compute otherwise.
+DECIDES = (
+    "NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE",
+    "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+)  # fmt: skip
 # What they say where memory is too small for them.
 EXHAUSTED = ("out of memory", "can't allocate memory", "_alloc_failed")
 
@@ -54,11 +58,11 @@ def device_class(device: torch.device) -> str:
         # Libraries choose by the number of processors, a slice of a GPU has fewer.
         what = f"{p.name} sm{p.major}{p.minor} x{p.multi_processor_count} cuda {torch.version.cuda}"
         what += f" cudnn {torch.backends.cudnn.version()}"  # type: ignore[no-untyped-call]
-        what += "".join(f" {v}={os.environ[v]}" for v in DECIDES if v in os.environ)
     else:
         # A backend may be compiled on the node: the compiler decides bits, too.
         compiler = machine.compiler() or "none"
         what = f"{machine.cpu_model()} threads {torch.get_num_threads()} compiler {compiler}"
+    what += "".join(f" {v}={os.environ[v]}" for v in DECIDES if v in os.environ)
     text = f"{device.type} {what} torch {torch.__version__}"
     return f"{machine.slug(text)[:80]}-{machine.short_hash(text)}"
 

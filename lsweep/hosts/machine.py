@@ -13,15 +13,21 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lsweep.errors import LsweepError
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+APART = 2**19  # bytes
+GROWN = 2**25  # bytes: the most that glibc's own threshold becomes
 
 
 def cpus() -> int:
@@ -91,6 +97,33 @@ def trim_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+@contextlib.contextmanager
+def large_apart() -> Iterator[None]:
+    """Keep what is large out of the heap meanwhile: let go of, it leaves no holes to be filled.
+
+    glibc maps by themselves pieces above a threshold, which grows with those that are freed: so
+    data would come to lie between leavings of loading, and later pieces touch all of them in turn.
+    Afterwards the thresholds are those that glibc's would grow to, so that memory is used again.
+
+    >>> with large_apart():
+    ...     pass
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ):  # somebody's own choice
+        yield
+        return
+    _allot(M_MMAP_THRESHOLD, APART)
+    try:
+        yield
+    finally:
+        _allot(M_MMAP_THRESHOLD, GROWN)
+        _allot(M_TRIM_THRESHOLD, 2 * GROWN)
+
+
+def _allot(what: int, size: int) -> None:
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(what, size)
+
+
 def host_identity() -> str:
     """Return what processes on one host share: boot id and pid namespace.
 
@@ -142,15 +175,18 @@ def cpu_model() -> str:
 
 @functools.cache
 def compiler() -> str:
-    """Return the first line that the C++ compiler says of itself, or "" where there is none."""
-    for name in ("c++", "g++", "clang++"):
-        path = shutil.which(name)
-        if path:
+    """Return what the C++ compiler says of itself, with its options, or "" where there is none.
+
+    ``CXX`` names it, with options of its own, as for what is compiled here.
+    """
+    own = shlex.split(os.environ.get("CXX", ""))
+    for command in [own] if own else [["c++"], ["g++"], ["clang++"]]:
+        if shutil.which(command[0]):
             with contextlib.suppress(OSError, subprocess.SubprocessError):
                 done = subprocess.run(
-                    [path, "--version"], capture_output=True, text=True, timeout=20, check=True
+                    [*command, "--version"], capture_output=True, text=True, timeout=20, check=True
                 )
-                return done.stdout.partition("\n")[0].strip()
+                return " ".join([done.stdout.partition("\n")[0].strip(), *command[1:]])
     return ""
 
 

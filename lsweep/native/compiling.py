@@ -39,8 +39,8 @@ def compiled(source: str) -> ctypes.CDLL:
         for folder in (cache.parent, cache):  # who may write the outer one may replace the inner
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             _require_private(folder)
-        # The macros that it defines tell its version, and what the processor can.
-        key = source + _run([*compiler, *FLAGS, "-dM", "-E"], "")
+        # The macros that it defines tell its version, and what the processor can; not all flags.
+        key = source + "".join(FLAGS) + _run([*compiler, *FLAGS, "-dM", "-E"], "")
         library = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
         if library.exists():
             _require_private(library)

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lsweep.backends.graph import Graph
 from lsweep.backends.tracing import Length, Unsupported
@@ -119,11 +119,11 @@ class Lowering:
         moves = any(isinstance(a.source, Step) for a in arrays)
         shape = _shape(node) if moves and isinstance(node.meta["val"], Tensor) else ()
         if _is_view(target):  # a number counts as one, too
-            lies = tree_map(lambda a: a.lies if isinstance(a, Array) else a, (args, kwargs))
-            return tree_map(
-                lambda t: Array(t, arrays[0].source) if isinstance(t, Tensor) else t,
-                target(*lies[0], **lies[1]),
-            )
+            lies = tree_map_only(Array, lambda a: a.lies, (args, kwargs))
+            found = target(*lies[0], **lies[1])
+            if shape and found.shape != shape:  # the one vector is no dimension of length 1
+                raise Unsupported(f"{node.name} drops the samples of a batch")
+            return tree_map_only(Tensor, lambda t: Array(t, arrays[0].source), found)
         name, given = _bound(target, args, kwargs)
         if not moves:
             raise Unsupported(f"{node.name} is computed of weights alone")

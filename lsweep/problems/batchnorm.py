@@ -24,6 +24,15 @@ def layers(model: nn.Module) -> list[BatchNorm]:
     return [m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
 
 
+def takes_batches(model: nn.Module) -> bool:
+    """Whether a layer keeps no statistics, and so takes those of a batch in eval mode, too.
+
+    >>> takes_batches(nn.BatchNorm1d(2, track_running_stats=False))
+    True
+    """
+    return any(isinstance(m, BatchNorm) and m.running_mean is None for m in model.modules())
+
+
 @contextlib.contextmanager
 def batch_statistics(model: nn.Module) -> Iterator[None]:
     """Normalise by the statistics of each batch; the running ones are neither used nor touched."""

@@ -28,6 +28,8 @@ WIDE = 100.0
 _CROWDED = 1 / 3  # share of the distinct values in one band, beyond which levels follow the values
 _DISTINCT = 1e-4  # of the range: values that are nearer to each other than this are drawn as one
 
+_SPARE = 0.2  # of the drawn range: what the highest values may take without being cut off
+
 _HUGE = 1e300  # beyond it a difference of two values is no longer a float64
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -137,6 +139,9 @@ class Scale:
     ) -> Scale:
         """Return the scale from the minimum to a quantile of all finite values together.
 
+        What lies beyond the quantile is only cut off where it would take more than a fifth of the
+        colours.
+
         Levels are even in T. Where one band would then hold more than a third of the distinct
         values they are even in ½F + ½T/range, F the share of these below: half of the bands for
         where the values are, half for how far they reach.
@@ -152,9 +157,11 @@ class Scale:
         Raises:
             LsweepError: ``vmin`` is not below ``vmax``, or not positive where ln is used.
 
-        >>> s = Scale.of([np.arange(101.0), np.array([np.nan, np.inf])])
+        >>> s = Scale.of([np.arange(100.0), np.array([np.nan, np.inf, 500.0])])
         >>> s.low, s.high, s.greatest
-        (0.0, 98.0, 100.0)
+        (0.0, 98.0, 500.0)
+        >>> Scale.of([np.arange(101.0)]).high
+        100.0
         >>> Scale.of([np.array([1.0, 3.0, 300.0])], log=None).transform.name
         'ln'
         """
@@ -174,8 +181,10 @@ class Scale:
                 raise LsweepError(f"{key} = {bound:g}: needs to be above 0 on a log scale")
         low = least if vmin is None else vmin
         high = vmax if vmax is not None else top
-        if vmax is None and not _apart(transform, low, high):
-            high = greatest
+        if vmax is None:
+            bottom, edge, end = (float(v) for v in transform.forward([low, high, greatest]))
+            if not _apart(transform, low, high) or end - edge <= _SPARE * (end - bottom):
+                high = greatest
         if not _apart(transform, low, high):
             if vmin is not None and vmax is not None:
                 raise LsweepError(f"vmin = {vmin:g} is not below vmax = {vmax:g}")

@@ -5,6 +5,7 @@ Every launcher starts this one function. It needs nobody, and may join or leave 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import socket
 import time
@@ -91,7 +92,8 @@ def _work(
     live = problem is not None
     if problem is not None and not as_it_is and role.of == 1:
         require_repeatable(folder, plan, problem, role.trust)
-    with turn(plan.digest):
+    apart = contextlib.nullcontext() if live else machine.large_apart()
+    with turn(plan.digest), apart:
         problem, directions = load_problem(folder, plan, problem, role.trust)
     machine.trim_memory()  # of what made the data and the directions
     class_ = device_class(device)
