@@ -275,7 +275,7 @@ class Shift:
         # An earlier lease of its own, lost on a damaged part, is free too.
         if last is not None and last.worker != self._name:
             verdict = self._observer.verdict(last.worker)
-            if verdict is Verdict.ALIVE:
+            if verdict is Verdict.ALIVE and not self._observer.hangs(last.worker):
                 return None
         # Its owner may have committed more since this worker last looked.
         self.committed.look()

@@ -207,6 +207,7 @@ class _Bench:
                         self._unit([point], slice_)
             elif missing:
                 self._unit(missing, slice_)
+        self._ledger.heart.tell(unit=None)
 
     # -- one unit -------------------------------------------------------------------------------
 
@@ -217,6 +218,7 @@ class _Bench:
     def _unit(self, points: list[int], slice_: int) -> None:
         """Evaluate points and commit them; what goes wrong is told apart point by point."""
         self._stop.check(self._ledger.heart.longest)
+        self._ledger.heart.tell(unit=time.time())
         start = time.perf_counter()
         try:
             sums = self._evaluate(points, slice_)
