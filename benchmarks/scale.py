@@ -111,7 +111,8 @@ def write_rows(folder: RunFolder, workers: int) -> None:
             rows["sums"][:, 0, k] = value.sum(axis=0)
         heart = Heartbeat(folder, name, 1e6, lambda: None)
         for lease in range(index, round_.leases(plan.slices), workers):
-            leases.claim(folder, 0, lease, Lease(name, 0, suspect=lease * size))
+            unit = round_.lease_range(lease, plan.slices).start
+            leases.claim(folder, 0, unit, Lease(name, 0, suspect=lease * size))
         capacity = next((c for c in CAPACITIES if c >= len(rows)), len(rows))
         header = {"worker": name, "device_class": CLASS, "opaque": "", "batch_sizes": "train=2"}
         writer = PartWriter(

@@ -645,6 +645,14 @@ def test_recalibrate_is_what_train_mode_with_cumulative_averaging_gives():
         assert s[f"{split}_loss"][0] == pytest.approx(wanted, rel=1e-12)
 
 
+@pytest.mark.parametrize(("precision", "said"), [("float32", True), ("float64", False)])
+def test_float64_weights_are_not_rounded_without_a_word(precision, said):
+    x = torch.zeros(4, 2, dtype=torch.float64)
+    problem = lsweep.Problem(nn.Linear(2, 2).double(), {"train": (x, x)}, loss=nn.MSELoss())
+    found = lsweep.sweep(problem, x=(-1, 1, 3), precision=precision).provenance["caption"]
+    assert found.endswith(precision + ", of float64 weights." * said + "." * (not said))
+
+
 def test_the_difference_that_recalibration_makes_is_measured_and_in_the_caption():
     """Two routes: what eval mode notes down is what a sweep in recalibrate mode finds."""
     problem = problems.normalized()

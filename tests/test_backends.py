@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -429,6 +430,7 @@ def test_a_short_sweep_takes_less_than_float32_only_where_that_is_faster(monkeyp
 def test_what_agrees_is_timed_and_what_does_not_says_why(monkeypatch):
     liar = catalogue.Kind(Lying, lambda ground: None)
     monkeypatch.setitem(catalogue.KINDS, "channels_last", liar)
+    monkeypatch.setattr(choice, "ENOUGH", math.inf)
     found = chosen(cnn(), points=400)
     tried = {t.backend: t for t in found.tried}
     assert "disagrees with eager by 0.001" in tried["channels_last"].why_not
@@ -439,6 +441,18 @@ def test_what_agrees_is_timed_and_what_does_not_says_why(monkeypatch):
     assert json.loads(json.dumps(found.record()))["backend"] == found.backend
     with pytest.raises(LsweepError, match='backend = "channels_last": disagrees'):
         chosen(cnn(), points=1, asked="channels_last")
+
+
+@COMPILES
+def test_beside_native_code_that_is_fast_enough_only_less_than_float32_is_tried(monkeypatch):
+    """What is not tried takes neither time nor memory; eager, the reference, is there anyway."""
+    monkeypatch.setattr(choice, "ENOUGH", 0.0)
+    found = chosen(cnn(), points=400, precision="bfloat16")
+    timed_ = {t.kind for t in found.tried if t.seconds}
+    reduced = {(b, "bfloat16") for b in ("eager", "channels_last", "fused")}
+    assert timed_ == {("native", "float32"), *reduced}
+    why_not = {t.kind: t.why_not for t in found.tried}
+    assert "not tried: native is " in why_not["fused", "float32"]
 
 
 def test_an_error_at_a_minimum_near_zero_is_not_measured_by_the_rim():
@@ -454,8 +468,9 @@ def test_an_error_at_a_minimum_near_zero_is_not_measured_by_the_rim():
         assert disagreement(list(zip(at(2.0, a), at(2.0, b), strict=True)), steps=False)[0] > 1e9
 
 
-def test_where_less_is_allowed_float32_competes():
+def test_where_less_is_allowed_float32_competes(monkeypatch):
     """By name, too; and it is float32 to the last bit, not something between."""
+    monkeypatch.setattr(choice, "ENOUGH", math.inf)
     for asked in ("auto", "fused"):
         found = chosen(cnn(), points=400, precision="bfloat16", asked=asked)
         fused = {t.precision: t for t in found.tried if t.backend == "fused" and not t.why_not}
@@ -534,6 +549,7 @@ def test_what_is_wrong_on_later_data_only_is_not_taken(make, precision, why, mon
 
 def test_a_graph_that_is_wrong_in_float32_is_not_taken_in_less(monkeypatch):
     monkeypatch.setitem(catalogue.KINDS, "fused", catalogue.Kind(Lying, lambda ground: None))
+    monkeypatch.setattr(choice, "ENOUGH", math.inf)
     found = chosen(cnn(), points=400, precision="bfloat16")
     reasons = [t.why_not for t in found.tried if t.backend == "fused"]
     assert len(reasons) == 2 and all("disagrees with eager by 0.001" in r for r in reasons)
@@ -576,7 +592,7 @@ def test_what_was_used_is_told(tmp_path, monkeypatch):
     assert "eager in bfloat16, batches of" in told and report.audit["tolerance"] == 0.5
     off = report.audit["largest_relative"]
     assert 1e-6 < off < 0.1 and status(folder)["audit"]["largest_relative"] == off
-    said = f"bfloat16, backend check: train loss off by up to {off:.1e} (relative) at 3 points"
+    said = f"64 weights, backend check: train loss off by up to {off:.1e} (relative) at 3 points"
     assert surface.provenance["caption"].endswith(f"{said} evaluated again by eager in float32.")
     path = folder.all_devices()[0]
     known = {k: v for k, v in read_json(path).items() if k != "sha256"}
@@ -651,6 +667,7 @@ def test_a_class_file_that_was_removed_is_made_again_as_its_parts_say(tmp_path):
     assert worked(folder) == 9
     path = folder.all_devices()[0]
     own = {"backend": "fused", "precision": "bfloat16", "batch_sizes": {"train": 7}}
+    own |= {"error": 0.002, "speed": 3.5}
     known = {k: v for k, v in read_json(path).items() if k != "sha256"}
     older = [h5py.File(part, "r+") for part in folder.all_parts()]
     for part in older:  # what older versions wrote tells nothing
@@ -737,6 +754,8 @@ asked = {"metrics": ["loss"], "splits": ["train"], "slices": 1, "batch_size": 32
 axes = {a: {n: torch.randn_like(p) for n, p in net.named_parameters() if p.dim() > 1} for a in "xy"}
 made = Directions({a: SimpleNamespace(tensors=t) for a, t in axes.items()}, (), {})
 del axes
+problem.check_mean(data["train"])
+assert "sympy" not in sys.modules  # 36 MiB, of which torch imports all where shapes are broadcast
 before, weights = peak(), sum(p.numel() for p in net.parameters()) * 4 / 1024
 with Evaluator(problem, asked, made, torch.device("cpu"), own=True) as ev:
     ev.use("fused", ev.batch_sizes)
@@ -757,3 +776,33 @@ def test_folded_rows_beside_the_networks_own_take_seven_times_its_weights():
         [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True
     )
     assert 3.5 < float(found.stdout) < 5.0
+
+
+HOLES = """
+import contextlib
+import sys
+from pathlib import Path
+from lsweep.hosts.machine import large_apart
+
+def held():
+    return int(Path("/proc/self/status").read_text().partition("VmRSS:")[2].split()[0]) / 1024
+
+large = b"x" * 2**23
+del large  # from now on glibc's own threshold is as large
+for apart in (large_apart(), contextlib.nullcontext()):
+    with apart:
+        loaded = [b"x" * (2**20 + i) for i in range(32)]
+        before = held()
+        del loaded[::2]
+        print(before - held())
+        del loaded
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's heap")
+def test_what_loading_lets_go_of_leaves_no_holes():
+    """Every other piece of a few is let go of: the heap keeps their memory, mapped ones do not."""
+    script = [sys.executable, "-c", HOLES]
+    found = subprocess.run(script, capture_output=True, text=True, check=True).stdout.split()
+    apart, kept = map(float, found)
+    assert kept < 0.2 * apart

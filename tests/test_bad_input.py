@@ -593,6 +593,21 @@ def test_wrong_keywords_of_sweep_are_refused(tmp_path):
         (nn.Linear(2, 2), {"x": (-1, 1, 5)}, "problem is an object of type Linear: make an"),
         (problem, {"x": (-1, 1)}, "x = (-1, 1): x is (low, high, count), such as"),
         (problem, {"x": (0, 1, 3), "y": 5}, "y = 5: y is (low, high, count)"),
+        (
+            problem,
+            {"x": (0, 1, 3), "tolerance": 0.1},
+            "sweep() has no argument 'tolerance': that is",
+        ),
+        (
+            problem,
+            {"x": (0, 1, 3), "kind": "to"},
+            "sweep() has no argument 'kind': it belongs into d",
+        ),
+        (
+            problem,
+            {"x": (0, 1, 3), "direction": 1},
+            "sweep() has no argument 'direction'; did you me",
+        ),
     ):
         with pytest.raises(LsweepError) as refused:
             sweep(given, **grid)
@@ -613,6 +628,11 @@ def spoiled():
     return problem
 
 
+def derived(model, batch):
+    slope = torch.autograd.grad(model(batch[0]).sum(), model.weight)[0]
+    return {"loss": slope.expand(4, 2).sum(1)}
+
+
 def narrower():
     return Problem(nn.Linear(3, 2), regression(1).data, loss=nn.MSELoss())
 
@@ -624,6 +644,22 @@ def narrower():
         (lambda: regression(1, "ce"), "loss = 'ce' cannot be called: give a function or a module"),
         (lambda: regression(1), "loss: outputs (4, 1) and targets (4,) would be broadcast"),
         (lambda: regression(1, lambda o, t: (o - t) ** 2), "would be broadcast, each compared"),
+        (
+            lambda: Problem(nn.LazyLinear(1), regression(1).data, nn.MSELoss()),
+            "weight has no shape ye",
+        ),
+        (
+            lambda: Problem(torch.jit.ScriptModule(), {"a": 1}, nn.MSELoss()),
+            "compiled TorchScript",
+        ),
+        (
+            lambda: Problem(nn.Tanh(), {"a": 1}, nn.MSELoss(), [len]),
+            "metrics must be a dict, such as",
+        ),
+        (
+            lambda: Problem(nn.Linear(2, 1), regression(1).data, forward=derived),
+            "Problem(…, grad=True)",
+        ),
         (narrower, "shapes cannot be multiplied (4x2 and 3x2); its train batch is (4, 2) float32,"),
     ],
 )

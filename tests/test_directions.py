@@ -660,6 +660,8 @@ def test_checkpoints_of_every_format_give_one_direction(name, tmp_path):
         assert torch.equal(d.tensors[n], state[n] - t), n
     loaded = lsweep.load_state(path)
     assert all(isinstance(t, torch.Tensor) for t in loaded.values())
+    model.load_state_dict(lsweep.load_state(path, model))  # strictly: every name is the network's
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
 
 
 def test_hugging_face_folder_of_a_tied_model(tmp_path):

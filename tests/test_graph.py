@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lsweep.backends.fused import FusedNetwork
+from lsweep.backends import fused as fused_module
+from lsweep.backends.fused import FusedNetwork, attention
 from lsweep.backends.graph import Unsupported, traced
 from lsweep.backends.packed import Packed
 from lsweep.errors import LsweepError
@@ -224,6 +226,40 @@ def test_graph_and_fused_network_are_the_network(name):
         if graph.keys is None:  # what is not fused: channels last and plain operations
             plain = FusedNetwork(graph, state, leaves[0], CPU, torch.float64, 2)
             assert (plain(leaves[0]) - want).abs().max() <= 1e-12 * want.abs().max()
+
+
+def test_attention_is_torchs_in_blocks_of_any_size(monkeypatch):
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(3, n, 5, w).double().transpose(1, 2) for n, w in ((7, 4), (6, 4), (6, 8))
+    )
+    k[1, 2, 3, 0] = math.nan
+    want = F.scaled_dot_product_attention(q, k, v, scale=0.3)
+    assert want.isnan().any((-1, -2)).sum() == 1
+    for scores in (1, 7 * 6 * 4, 2**19):  # 15 heads by one, by four and all at once
+        monkeypatch.setattr(fused_module, "SCORES", scores)
+        torch.testing.assert_close(
+            attention(q, k, v, 0.3), want, rtol=1e-12, atol=1e-12, equal_nan=True
+        )
+        short = attention(*(t.bfloat16() for t in (q, k, v)), 0.3)
+        torch.testing.assert_close(short.double(), want, rtol=0, atol=0.03, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "own"),
+    [({}, 1), ({"scale": 2.0}, 1), ({"is_causal": True}, 0), ({"attn_mask": torch.eye(3) > 0}, 0)],
+)
+def test_attention_with_a_mask_stays_torchs(options, own):
+    def attend(m: Forward, x: Tensor) -> Tensor:
+        q = (x * m.weight)[:, None]
+        return F.scaled_dot_product_attention(q, q, q, **options)
+
+    net, x = Forward(attend), torch.randn(5, 3, 4)
+    graph, state = traced(net, x, frozenset()), state_of(net)
+    for dtype, count, tolerance in ((torch.bfloat16, own, 0.05), (torch.float32, 0, 1e-6)):
+        fused = FusedNetwork(graph, graph.pack(state), x, CPU, dtype, 1)
+        assert targets(SimpleNamespace(module=fused._forward.__self__)).count(attention) == count
+        torch.testing.assert_close(fused(x), net(x).detach(), rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", ["residual", "odd", "tied"])

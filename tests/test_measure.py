@@ -606,8 +606,12 @@ def test_numbers_of_a_refined_surface_say_what_they_rest_on():
     status = np.full((9, 9), Status.INTERPOLATED, np.uint8)
     status[::2, ::2] = Status.OK
     rows, _ = rows_of_plane(Surface({"x": x, "y": x}, values, status), "train_loss")
-    words = "from interpolated values: 25 points evaluated, stated error up to 0.4% of the log"
-    assert rows and all(words in r.note and "no interpolation check" in r.note for r in rows)
+    words = (
+        "from interpolated values: 25 of 81 points evaluated, stated error up to 0.4% of the log"
+    )
+    said = {r.context["values"] for r in rows}
+    assert len(said) == 1 and words in str(said) and "no interpolation check" in str(said)
+    assert sheet.text(Report("a.run", "", rows, [])).count(words) == 1  # once, above them all
 
 
 def test_a_measured_number_survives_json_whatever_it_is():

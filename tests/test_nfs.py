@@ -294,7 +294,7 @@ def test_a_lease_has_one_winner_whatever_replies_are_lost(nodes, tmp_path, setti
         forget(mount)
     nodes.tell(lost=0.0, stale=0.0)
     for i in range(NODES):
-        assert leases.unclaimed(nodes.run(i), 0, count + 1) == {count}
+        assert leases.unclaimed(nodes.run(i), 0, range(count + 1)) == {count}
 
 
 def test_a_link_whose_reply_was_lost_is_known_by_asking_the_server(nodes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -328,15 +329,38 @@ def test_a_worker_refuses_weights_or_data_that_are_not_the_planned_ones(tmp_path
         assert worked(folder) == 5
 
 
-def test_one_worker_refuses_a_factory_that_makes_another_network_each_time(tmp_path: Path) -> None:
-    toml = sweep_file(tmp_path)
+def test_a_worker_whose_plan_was_replaced_while_it_began_commits_nothing(tmp_path: Path) -> None:
+    """As on mounts whose locks end at a node's door: there nobody knows that it holds the plan."""
     text = FACTORY.replace(
-        "    spoiled = []\n",
-        "    spoiled = []\n    torch.seed(), nn.init.uniform_(net.a.weight)\n",
+        "        s, t = batch\n",
+        "        s, t = batch\n"
+        "        if (HERE / 'other.json').exists():\n"
+        "            (HERE / 'other.json').replace(HERE / 'sweep.run/plan.json')\n",
     )
+    toml = sweep_file(tmp_path, seed=1)
+    toml.with_name("problem.py").write_text(text)
+    other = planned(toml, run=tmp_path / "other.run")
+    toml.write_text(toml.read_text().replace("seed = 1", "seed = 2"))
+    folder = planned(toml)
+    shutil.copy(other.plan, tmp_path / "other.json")
+    refused = worked(folder)
+    assert isinstance(refused, Raised) and refused.kind == "PlanChanged"
+    assert "another command replaced its plan meanwhile" in refused.text
+    assert not folder.all_parts()
+
+
+@pytest.mark.parametrize(
+    ("drawn", "what"),
+    [("nn.init.uniform_(net.a.weight)", "another network"), ("s.uniform_()", "other train data")],
+)
+def test_one_worker_refuses_a_factory_that_makes_another_problem_each_time(
+    tmp_path: Path, drawn: str, what: str
+) -> None:
+    toml = sweep_file(tmp_path)
+    text = FACTORY.replace("    spoiled = []\n", f"    spoiled = []\n    torch.seed(), {drawn}\n")
     (tmp_path / "problem.py").write_text(text)
     code, said, _ = run(toml, "--on", "inline")
-    assert (code, "the factory makes another network each time" in said) == (1, True), said
+    assert (code, f"the factory makes {what} each time" in said) == (1, True), said
     assert not RunFolder(tmp_path / "sweep.run").all_parts()
 
 

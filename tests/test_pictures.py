@@ -118,7 +118,9 @@ def test_asinh_scale_has_its_zero_at_the_centre_and_its_width_at_the_median_dist
 
 
 def test_levels_are_log_spaced_from_the_minimum_to_the_98_percent_quantile():
-    values = np.logspace(-2, 3, 500)
+    even = np.logspace(-2, 3, 495)
+    assert Scale.of([even], log=True).high == even.max()  # nothing is cut off that takes no room
+    values = np.append(even, np.full(5, 1e6))
     scale = Scale.of([values], log=True)
     level = scale.levels()
     assert level[0] == values.min()
@@ -226,7 +228,7 @@ def test_heat_cells_are_values_in_place_with_unequal_axes():
     (mesh,) = [c for c in ax.collections if isinstance(c, QuadMesh)]
     assert mesh.get_array().reshape(5, 7).tolist() == s["train_loss"].tolist()
     assert list(mesh.get_coordinates()[0, :, 0]) == pytest.approx(list(np.arange(8) / 3 - 7 / 6))
-    assert (mesh.norm.vmin, mesh.norm.vmax) == (9, np.quantile(s["train_loss"], 0.98))
+    assert (mesh.norm.vmin, mesh.norm.vmax) == (9, s["train_loss"].max())
 
 
 @pytest.mark.parametrize("kind", ["contour", "filled"])
@@ -246,8 +248,25 @@ def test_log_contours_are_levels_of_ln():
     drawn = next(c for c in ax.collections if isinstance(c, QuadContourSet))
     level = np.exp(drawn.levels)
     assert level[0] == pytest.approx(0.1)
-    assert level[-1] == pytest.approx(np.quantile(bowl()["train_loss"], 0.98))
+    assert level[-1] == pytest.approx(bowl()["train_loss"].max())
     assert level[1:] / level[:-1] == pytest.approx(np.full(len(level) - 1, level[1] / level[0]))
+
+
+def test_what_was_interpolated_is_not_called_failed():
+    x = np.linspace(-1, 1, 5)
+    status = np.array([1, 4, 1, 4, 1], np.uint8)
+    error = np.where(status == Status.OK, [0.4, 9, 0.2, 9, 0.6], np.nan)
+    one = Surface({"x": x}, {"train_loss": x**2, "train_loss_se": error}, status)
+    assert not any("failed" in t for t in legend(draw(one, "train_loss_se")))
+    ax = draw(one, "train_loss")
+    assert "±1.96 s.e., interpolated too" in legend(ax)
+    (band,) = [c for c in ax.collections if isinstance(c, PolyCollection)]
+    corners = band.get_paths()[0].vertices
+    assert np.ptp(corners[np.isclose(corners[:, 0], -0.5), 1]) == pytest.approx(2 * 1.96 * 0.3)
+    values = {n: np.tile(v, (5, 1)) for n, v in one.values.items()}
+    plane = Surface({"x": x, "y": x}, values, np.tile(status, (5, 1)))
+    said = legend(draw(plane, "train_loss_se"))
+    assert "not evaluated (10 of 25)" in said and not any("finite" in t for t in said)
 
 
 def test_labels_of_contours_lie_apart_and_within_the_frame():
@@ -649,7 +668,10 @@ def test_side_by_side_is_one_scale_and_one_bar(kind):
     first, second = figure.axes
     assert [first.get_title(), second.get_title()] == ["low", "high"]
     assert not first.child_axes and len(second.child_axes) == 1
-    pooled = np.quantile(np.stack([low["train_loss"], high["train_loss"]]), 0.98)
+    pooled = max(low["train_loss"].max(), high["train_loss"].max())
+    fine = bowl(99)  # however many points another has, no map is cut off for it
+    fine["train_loss"][:] /= 100
+    assert pooled_scale([low, fine], "train_loss").high == low["train_loss"].max()
     if kind == "3d":
         assert first.get_zlim() == second.get_zlim() == pytest.approx((0.1, pooled))
     if kind == "heat":

@@ -409,15 +409,28 @@ def test_a_late_beat_is_slow_and_a_very_late_one_dead(run: RunFolder) -> None:
     now = time.time()
     tell(run, "prompt", 10.0)
     tell(run, "late", 10.0, now=now - 60, since=now - 160)
+    tell(run, "hung", 200.0, unit=now - 600, host="node7", job="51_3.1")
+    tell(run, "alone", 0.0, unit=now - 200, longest=0.0, pid=os.getppid(),
+         start=start_time(os.getppid()))  # fmt: skip
     tell(run, "gone", 10.0, now=now - PATIENCE - 9, since=now - 999, identity="another host")
     tell(run, "sick", 10.0, state="sick", message="node1 cpu: the centre fails")
     tell(run, "killed", 10.0, pid=2**22 + 1)
     state = {w["worker"]: w["state"] for w in status(run)["workers"]}
-    assert state == {"prompt": "working", "late": "working", "gone": "dead", "sick": "sick",
-                     "killed": "dead"}  # fmt: skip
+    assert state == {"prompt": "working", "late": "working", "hung": "working", "gone": "dead",
+                     "alone": "working", "sick": "sick", "killed": "dead"}  # fmt: skip
     text = lines(status(run))
-    assert "  workers: 2 dead, 1 sick, 2 working (1 slow)" in text
-    assert "  late on node1: slow: last heard 1 min 0 s ago" in text
+    assert "  workers: 2 dead, 1 sick, 4 working (3 slow)" in text
+    assert (
+        "  late on node1: slow: last heard 1 min 0 s ago, after 3 min 0 s its units are free"
+    ) in text
+    assert (
+        "  hung on node7, job 51_3.1: slow: at one unit for 10 min 0 s, its longest took 2 s: it "
+        "may hang, 'scancel 51_3' frees its units"
+    ) in text
+    assert (
+        "  alone on node1: slow: at one unit for 3 min 20 s: it may hang, 'kill -9 "
+        f"{os.getppid()}' on node1 frees its units"
+    ) in text
     assert "  gone on node1: dead: last heard 3 min 9 s ago" in text
     assert "  sick on node1: sick: node1 cpu: the centre fails" in text
 

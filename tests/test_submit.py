@@ -101,6 +101,7 @@ def test_from_a_toml_to_a_picture_and_again_from_the_run(toml, undisturbed):
     assert str(run.slurm_logs(one.logs)) in done.out and "33/33 points done" in done.out
     assert states(run) == dict.fromkeys([*one.tasks, one.merge], "COMPLETED")
     assert differences(Surface.load(run.surface), undisturbed) == []  # by the merge job
+    assert not run.all_leases()
     assert (run.figures / "train_loss.png").read_bytes().startswith(b"\x89PNG")
     # What was asked for is what ran.
     assert log_of(run, "*_log.out").count("inside 1, nice 5\n") == 5

@@ -9,13 +9,25 @@ import sys
 from pathlib import Path
 
 import pytest
-from cases import hurry, planned, process, sweep_file, wait_for
+from cases import (
+    Command,
+    evaluated,
+    hurry,
+    planned,
+    process,
+    start,
+    sweep_file,
+    wait_for,
+    worked,
+)
 
 from lsweep.hosts.machine import host_identity, start_time
 from lsweep.runs.status import share_done
+from lsweep.storage import leases, workers
 from lsweep.storage.files import replace, sealed
 from lsweep.storage.folder import RunFolder
 from lsweep.storage.workers import PATIENCE, Observer, State, Verdict, all_workers
+from lsweep.working import launch
 
 
 class Clock:
@@ -126,3 +138,64 @@ def test_of_a_crowd_who_finds_nothing_left_goes_home(tmp_path):
     hurry(folder)
     first.communicate()
     assert (first.returncode, share_done(folder)[0]) == (0, 9)
+
+
+def test_cheap_units_share_leases_and_whoever_cuts_them_otherwise_is_not_waited_for(tmp_path):
+    folder = planned(sweep_file(tmp_path, x=33, y=8, pause=0.01), unit_points=1)
+    pids = [start(folder, index=0, of=3)]
+    wait_for(lambda: share_done(folder)[0] > 20)
+    assert 3 * len(list(folder.leases.rglob("*.g0"))) <= 20 + share_done(folder)[0]
+    # Twice the agreement is lost and made anew, while who knows the old ones is at work.
+    for index, units in ((1, 4), (2, 7)):
+        replace(folder.lease_size(0), sealed({"units": units}))
+        pids.append(start(folder, index=index, of=3))
+        wait_for(lambda index=index: len(folder.all_workers()) > index)
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0, 0]
+    assert set(evaluated(folder)) == {(p, 0) for p in range(33 * 8)}
+    folder.lease_size(0).write_text("{")
+    assert leases.agreed(folder, 0, 2) is None
+
+
+def test_what_a_hanging_worker_holds_others_do_and_count_no_death(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "PATIENCE", 1.0)
+    folder = planned(sweep_file(tmp_path, x=9, pause=0.1), unit_points=1)
+    pid = start(folder, index=0, of=2)
+    try:
+        wait_for(lambda: share_done(folder)[0])
+        os.kill(pid, signal.SIGSTOP)
+        assert isinstance(worked(folder, index=1, of=2), int)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert set(evaluated(folder)) == {(p, 0) for p in range(9)}
+    taken = [p for p in folder.all_leases() if p.suffix == ".g1"]
+    assert {leases.newest(folder, 0, int(p.stem)).deaths for p in taken} <= {0}
+
+
+def test_who_beats_but_is_too_long_at_one_unit_hangs_unless_it_is_the_first(folder):
+    observer = Observer(folder)
+    for longest, unit, hangs in ((1.0, 99.0, False), (1.0, 300.0, True), (100.0, 300.0, False),
+                                 (0.0, 300.0, False), (1.0, None, False)):  # fmt: skip
+        since = unit and 1000.0 - unit
+        tell(folder, identity="another host", longest=longest, unit=since, now=1000.0)
+        assert observer.hangs("w") is hangs
+
+
+@pytest.mark.full
+def test_a_launcher_ends_a_worker_that_hangs_once_nothing_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "GRACE", 1.0)
+    monkeypatch.setattr(launch, "MARGIN", 1.0)
+    folder = planned(sweep_file(tmp_path, x=9), unit_points=1)
+    launcher = Command("run", folder.root, "--workers", 2, "--no-picture")
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+
+    def begun() -> list[int]:
+        """Those that are Python already: a launcher stands still until then."""
+        found = [int(p) for p in children.read_text().split()]
+        return [p for p in found if b"work" in Path(f"/proc/{p}/cmdline").read_bytes().split(b"\0")]
+
+    hung = wait_for(begun)[0]
+    os.kill(hung, signal.SIGSTOP)
+    done = launcher.wait()
+    assert (done.code, "hangs and is ended: nothing is missing" in done.err) == (0, True), done
+    assert start_time(hung) is None

@@ -167,17 +167,17 @@ def _is_small_on_gpu(ground: Ground) -> bool:
 
 KINDS = {
     "eager": Kind(lambda b, at: Eager(at, b.seat, b.packed), lambda ground: None),
-    "channels_last": Kind(
-        lambda b, at: ChannelsLast(at, b.seat, b.packed.theta), _why_no_channels_last
-    ),
+    "native": Kind(lambda b, at: b.native(at), _why_not_native, 3.0),
     "fused": Kind(
         lambda b, at: b.network(at, "fused", "backends.fused", "FusedNetwork"), _why_not_fused, 1.0
     ),
-    "native": Kind(lambda b, at: b.native(at), _why_not_native, 3.0),
+    "channels_last": Kind(
+        lambda b, at: ChannelsLast(at, b.seat, b.packed.theta), _why_no_channels_last
+    ),
     "vmap": Kind(lambda b, at: Vmapped(at, b.packed), _why_not_stacked, 0.5, _is_small_on_gpu),
     "cudagraph": Kind(lambda b, at: Replayed(at, b.seat, b.packed), _why_not_replayed, 1.0),
     "compiled": Kind(lambda b, at: Compiled(at, b.seat, b.packed), _why_not_compiled, 60.0),
-}  # those that are cheap to build first
+}  # those that promise most first, but for what takes long to build
 
 
 def build(name: str, builder: Builder, precision: str) -> Backend:

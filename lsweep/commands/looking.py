@@ -58,6 +58,7 @@ def _unplanned(folder: RunFolder) -> dict[str, Any]:
 def do_merge(options: Namespace) -> int:
     """Write surface.h5, unless points are missing."""
     from lsweep.merging.merge import merge
+    from lsweep.runs.prune import forget_leases
 
     folder = RunFolder(options.run)
     surface, report = merge(folder)
@@ -69,6 +70,8 @@ def do_merge(options: Namespace) -> int:
         return INCOMPLETE
     surface.save(folder.surface)
     print(f"wrote {folder.surface}")
+    if not report.missing:
+        forget_leases(folder)
     if options.picture and report.missing < report.points:
         from lsweep.pictures.cells import which_plane
         from lsweep.pictures.drawing import draw_run

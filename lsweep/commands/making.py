@@ -115,13 +115,17 @@ def along_eigenvectors(folder: RunFolder) -> dict[str, list[str]]:
     }
 
 
-def all_taken(folder: RunFolder) -> list[str]:
-    """Return a line for each split that has no more samples than ``samples`` asks for."""
+def otherwise(folder: RunFolder) -> list[str]:
+    """Return lines on what is not as one may think: all samples taken, weights rounded."""
     from lsweep.plans.plan import Plan
 
     plan = Plan.read(folder)
     wanted = plan.evaluate["samples"]
-    return [
+    precision = plan.evaluate["precision"]
+    rounded = (
+        f'the weights are float64, and precision = "{precision}" rounds them: "float64" does not'
+    )
+    return [rounded] * ("weights" in plan.facts) + [
         f"samples = {wanted}: {split} has {data['samples']}, and all of them are taken"
         for split, data in plan.data.items()
         if wanted is not None and "of" not in data
@@ -250,7 +254,7 @@ def do_plan(options: Namespace) -> int:
         print(f"  refinement: {describe_refining(last.refine)}{more}")
     print(f"  each point: {drawn} samples in {', '.join(plan.evaluate['splits'])}; "
           f"metrics {', '.join(plan.evaluate['metrics'])}")  # fmt: skip
-    for line in all_taken(folder):
+    for line in otherwise(folder):
         print(f"  {line}")
     print(f"  {counted(units, 'unit')} of {counted(last.unit_points, 'point')}, "
           f"{counted(leases, 'lease')}; {counted(plan.slices, 'slice')}")  # fmt: skip

@@ -18,8 +18,8 @@ import numpy as np
 from lsweep.commands.making import (
     INCOMPLETE,
     INTERRUPTED,
-    all_taken,
     along_eigenvectors,
+    otherwise,
     planned,
     planned_children,
     role_for,
@@ -74,7 +74,7 @@ def _say_how_far(folder: RunFolder) -> None:
     for axis, lines in along_eigenvectors(folder).items():
         for line in lines:
             print(f"{axis}: {line}")
-    for line in all_taken(folder):
+    for line in otherwise(folder):
         print(line)
 
 

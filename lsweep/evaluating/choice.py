@@ -41,6 +41,7 @@ LEAST = 4  # passes over one batch at each spot: below, nothing can be told
 PASSES = 32  # over the samples of a trial: two a backend and batch size, and more rounds
 ROUNDS = 3  # passes of those that were near the fastest in the first
 NEAR = 1.3  # times the fastest
+ENOUGH = 2.0  # times eager: nothing else in its precision comes near native code of that speed
 FAR = 2.0  # times the fastest: no batch size makes up for it, and large ones take memory
 LARGER = (2.0, 4.0, 8.0)  # times the default batch size, as long as that is faster
 SMALLER = 0.5
@@ -144,7 +145,8 @@ def choose(evaluator: Evaluator, spots: Sequence[Spot], seconds: float, points: 
         for kind in sorted(kinds, key=trials.is_spare):
             if kind != ("eager", precisions[0]):
                 trials.first(kind, catalogue.KINDS[kind[0]].set_up)
-    for kind in trials.fastest(2):
+    trials.sizes(trials.fastest(1)[0])
+    for kind in trials.fastest(2)[1:]:  # far, perhaps, from what the fastest takes by now
         trials.sizes(kind)
     return trials.decision(asked)
 
@@ -237,6 +239,8 @@ class _Trials:
             there = next((t.backend for t in self._sound() if t.backend in SHORTER), None)
             if there is not None:
                 reason = f"not tried: there is {there}"
+        if reason is None and precision == self._evaluator.ground.precisions[-1]:
+            reason = self._why_enough()
         wrong = [t for t in self._done if t.backend == name and t.why_not.startswith(DISAGREES)]
         if reason is None and name in GRAPHS and wrong:
             reason = f"{wrong[0].why_not} in {wrong[0].precision}"
@@ -255,6 +259,17 @@ class _Trials:
             trial.why_not = reason_of(e)
         self._keep([self._done[0].kind, *self.fastest(len(self._built))])
         return trial
+
+    def _why_enough(self) -> str | None:
+        """Return why nothing else in native code's precision need be tried, or None.
+
+        What is not tried takes neither time nor memory: activations, rows, kernels made for it.
+        """
+        eager = self._done[0].seconds or 0.0
+        native = [t.seconds for t in self._sound() if t.backend == "native" and t.seconds]
+        if not native or eager < ENOUGH * min(native):
+            return None
+        return f"not tried: native is {eager / min(native):.1f} times as fast as eager"
 
     def _keep(self, kinds: Sequence[Kind]) -> None:
         """Let go of all other backends: they hold rows and buffers."""

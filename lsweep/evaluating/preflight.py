@@ -23,7 +23,7 @@ from lsweep.evaluating.evaluate import Evaluator
 from lsweep.evaluating.following import require_following
 from lsweep.hosts import machine
 from lsweep.hosts.device import Spent, device_class, human, is_out_of_memory, memory_used
-from lsweep.outcomes.frozen import of_this_version
+from lsweep.outcomes.frozen import CHOSEN, of_this_version
 from lsweep.plans.plan import Plan
 from lsweep.problems import batchnorm
 from lsweep.problems.data import map_tensors, tensors_of
@@ -114,7 +114,7 @@ def preflight(
     changes = _batch_norm_check(evaluator)
     choice = Choice("eager", plan.evaluate["precision"], dict(evaluator.batch_sizes))
     if before is not None:
-        choice = Choice(**before)
+        choice = Choice(**{key: before[key] for key in CHOSEN})
         first, seconds = _as_before(evaluator, choice)
     elif evaluator.stored:
         everywhere = [evaluator.origin, *spots]
@@ -127,6 +127,7 @@ def preflight(
         "class": name,
         "device": human(evaluator.device),
         **choice.record(),
+        **(before or {}),  # what it was measured to be off by, too
         "threads": torch.get_num_threads(),
         "versions": machine.versions(),
         "worker": worker,

@@ -19,10 +19,15 @@ import socket
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lsweep.errors import LsweepError
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+APART = 2**19  # bytes
+GROWN = 2**25  # bytes: the most that glibc's own threshold becomes
 
 
 def cpus() -> int:
@@ -90,6 +95,33 @@ def trim_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextlib.contextmanager
+def large_apart() -> Iterator[None]:
+    """Keep what is large out of the heap meanwhile: let go of, it leaves no holes to be filled.
+
+    glibc maps by themselves pieces above a threshold, which grows with those that are freed: so
+    data would come to lie between leavings of loading, and later pieces touch all of them in turn.
+    Afterwards the thresholds are those that glibc's would grow to, so that memory is used again.
+
+    >>> with large_apart():
+    ...     pass
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ):  # somebody's own choice
+        yield
+        return
+    _allot(M_MMAP_THRESHOLD, APART)
+    try:
+        yield
+    finally:
+        _allot(M_MMAP_THRESHOLD, GROWN)
+        _allot(M_TRIM_THRESHOLD, 2 * GROWN)
+
+
+def _allot(what: int, size: int) -> None:
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(what, size)
 
 
 def host_identity() -> str:

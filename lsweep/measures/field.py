@@ -103,13 +103,11 @@ class Field:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader must know of the values: how many are missing, how many interpolated."""
+        """What a reader must know of the values: how many are missing."""
         notes = []
         if self.lost:
             count = int(np.isnan(self.values).sum())
             notes.append(f"{count} of {self.values.size} points left out: {', '.join(self.lost)}")
-        if self.interpolated.any():
-            notes.append(f"{self.interpolated.mean():.0%} of the values are interpolated")
         return tuple(notes)
 
     def drawn(self) -> tuple[FloatArray, str]:

@@ -94,14 +94,17 @@ def rows_at_centre(surface: Surface) -> list[Measured]:
             continue  # it stands beside what it is of
         errors = surface.values.get(f"{name}_se")
         se = None if errors is None else surface.center(f"{name}_se")
-        known = se is not None and math.isfinite(se)
+        sampling = surface.provenance.get("sampling", {}).get(name, {})
+        anchored = sampling.get("shift") is not None  # its value here is that of all samples
+        known = se is not None and math.isfinite(se) and not anchored
+        of = f", over all {sampling['of']} samples" if anchored else ""
         units = surface.attributes.get(name, {}).get("units", "1")
         context = context_of(surface, split) | ({"units": units} if units != "1" else {})
         if f"{name}{RESIDUAL}" in surface.metrics:
             context["residual"] = centre_of(surface, f"{name}{RESIDUAL}")
         out.append(
             Measured(name, value, se if known else None, "samples" if known else "", context,
-                     "at the trained weights")
+                     f"at the trained weights{of}")
         )  # fmt: skip
     square = surface.center("weight_sq") if "weight_sq" in surface.values else math.nan
     plan = surface.provenance.get("plan")
@@ -138,15 +141,9 @@ def rows_of_plane(surface: Surface, name: str) -> tuple[list[Measured], list[str
             continue
         rows += [row for row in found if not math.isnan(row.value)]
         refused += [f"{r.name}: {r.note or 'no value'}" for r in found if math.isnan(r.value)]
-    rest = on_interpolated(surface, name)
-    return [
-        dataclasses.replace(
-            row,
-            context={**context, **row.context},
-            note="; ".join(filter(None, [row.note, rest])),
-        )
-        for row in rows
-    ], refused
+    if rest := on_interpolated(surface, name):
+        context["values"] = rest
+    return [dataclasses.replace(r, context={**context, **r.context}) for r in rows], refused
 
 
 def on_interpolated(surface: Surface, name: str) -> str:
@@ -154,7 +151,8 @@ def on_interpolated(surface: Surface, name: str) -> str:
     if not (surface.status == Status.INTERPOLATED).any():
         return ""
     error = surface.values.get(f"{name}_error")
-    words = f"from interpolated values: {int(surface.evaluated.sum())} points evaluated"
+    evaluated = int(surface.evaluated.sum())
+    words = f"from interpolated values: {evaluated} of {surface.status.size} points evaluated"
     if error is not None:
         of = "of the log range" if name.endswith("_loss") else "of the range"
         words += f", {stated_error(float(np.nanmax(error)), of)}"

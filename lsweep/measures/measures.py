@@ -258,7 +258,7 @@ def _agreement(a: Measured, b: Measured) -> str:
     return f"differs from {b.name} by {apart:.1f} standard errors{where}"
 
 
-def measure(surface: Surface | str | os.PathLike[str], name: str = "train_loss") -> dict[str, Any]:
+def measure(surface: Surface | str | os.PathLike[str], name: str | None = None) -> dict[str, Any]:
     """Return what a surface, a run or a surface file tells about one metric.
 
     Of a refined surface most values are interpolated. What looks at neighbours is then computed
@@ -266,7 +266,7 @@ def measure(surface: Surface | str | os.PathLike[str], name: str = "train_loss")
 
     Args:
         surface: a `Surface`, or the path of a run or of a surface file.
-        name: the metric.
+        name: the metric; by default the first, ``train_loss``.
 
     Returns:
         ``center``, ``minimum``, ``minimum_at``, ``points``, ``finite`` (share), and for planes
@@ -283,6 +283,7 @@ def measure(surface: Surface | str | os.PathLike[str], name: str = "train_loss")
     0.0
     """
     if isinstance(surface, Surface):
+        name = name or surface.metrics[0]
         surface.minimum(name)  # one without a finite value has none, and that is an error here
         return _summary(surface, name)
     report = measure_path(surface, name)

@@ -91,6 +91,9 @@ def text(report: Report, width: int | None = None) -> str:
     shared = _shared(report.rows)
     head = report.source or "surface"
     lines = [f"{head}: {', '.join(_words(shared))}" if shared else f"{head}:"]
+    rests = dict.fromkeys(str(r.context["values"]) for r in report.rows if "values" in r.context)
+    for words in (f"the surface's numbers are {rest}" for rest in rests):
+        lines += [f"  {part}" for part in (textwrap.wrap(words, width - 2) if width else [words])]
     told = [_note(r, shared) for r in report.rows]
     for i in range(len(told) - 1, 0, -1):  # a curve in the radius says it at its first point
         row = report.rows[i]

@@ -23,15 +23,18 @@ KEPT = (
     "samples", "centre", "batch_norm", "seconds_per_point", "derivatives",
 )  # fmt: skip
 CHOSEN = ("backend", "precision", "batch_sizes")  # what bits depend on within a class
+MEASURED = ("error", "speed")  # of it, against eager, as it was chosen
 
 
 def as_header(known: Mapping[str, Any]) -> str:
     """Return what a part says of how its rows are computed, for `as_before`."""
-    return json.dumps({key: known[key] for key in CHOSEN}, sort_keys=True)
+    return json.dumps({k: known[k] for k in (*CHOSEN, *MEASURED) if k in known}, sort_keys=True)
 
 
 def as_before(headers: Iterable[Mapping[str, str]], name: str) -> dict[str, Any] | None:
-    """Return how a device class computed what is committed; None where no part tells.
+    """Return how a device class computed what is committed, `CHOSEN` and `MEASURED`.
+
+    None where no part tells.
 
     A choice is made by timing: made again it may be another, and other bits beside the old ones.
 
@@ -40,6 +43,7 @@ def as_before(headers: Iterable[Mapping[str, str]], name: str) -> dict[str, Any]
         name: of the class.
 
     >>> known = {"backend": "fused", "precision": "float32", "batch_sizes": {"train": 8}}
+    >>> known["error"] = 2e-7
     >>> as_before([{"device_class": "a", "chosen": as_header(known)}], "a") == known
     True
     """

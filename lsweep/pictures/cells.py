@@ -121,8 +121,10 @@ def pooled_scale(
     center = float(centers.min()) if len(centers) else float("nan")
     if log is None and all(in_per_cent(s, name) for s in surfaces):
         log = False
+    # Of an error the highest is what one looks for.
+    most = 1.0 if name.endswith("_error") else 0.98
     scaled = partial(Scale.of, values, center=center, vmin=vmin, vmax=vmax)
-    scale = scaled(log=log)
+    scale = scaled(log=log, quantile=most)
     if whole and scale.transform.name != "linear":
         return scaled(log=True, quantile=1.0)
     return scale
@@ -140,7 +142,7 @@ class Cells:
     Attributes:
         x_edges, y_edges: (nx + 1,), (ny + 1,) edges between the cells, in offsets.
         t: (ny, nx) drawn quantity; NaN where pending or bad.
-        pending: not asked for or not evaluated yet: left blank.
+        pending: not evaluated, yet or at all, and without a value: left blank.
         bad: NaN, Inf or failed.
         failed: the bad ones that failed.
 
@@ -161,7 +163,7 @@ class Cells:
     def of(cls, surface: Surface, name: str, scale: Scale) -> Cells:
         """Return the cells of a variable, which own the space halfway to their neighbours."""
         value = drawn_values(surface, name)
-        pending = surface.status == Status.PENDING
+        pending = ~surface.evaluated & ~np.isfinite(value)
         t = np.where(np.isfinite(value), scale.transform.forward(value), np.nan)
         low, _ = scale.limits
         t = np.where(np.isfinite(value) & ~np.isfinite(t), low - 1.0, t)  # ln of what vmin cut off

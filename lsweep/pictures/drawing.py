@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lsweep.errors import LsweepError, nearest
+from lsweep.merging.opening import open_surface
 from lsweep.pictures.cells import as_plane, plane_at, pooled_scale
 from lsweep.pictures.lines import line, line_scale
 from lsweep.pictures.maps import add_bar, contour, filled, heat
@@ -79,7 +80,8 @@ def draw(
         log: ln, or asinh where a value is not positive (`lsweep.surfaces.scales.log_scale`); None:
             where the scale spans more than two decades.
         vmin: lowest level; None for the minimum.
-        vmax: highest level; None for the 98 % quantile, or all of a log scale in 3d. What is
+        vmax: highest level; None for the 98 % quantile where the rest would take more than a
+            fifth of the colours, or all of a log scale in 3d. What is
             beyond is hatched.
         points: show which points were evaluated; the others are interpolated or pending.
         z: of three axes, which plane, the nearest; None for the middle.
@@ -133,7 +135,7 @@ def render(
     Several lines share one Axes; several maps stand side by side with one colour bar.
 
     Args:
-        surfaces: one or several, or paths of saved ones; all of them lines or all of them not.
+        surfaces: one or several, or paths of runs or files; all of them lines or all of them not.
         path: ``.png``, ``.pdf`` or ``.svg``, written whole or not at all; None saves nothing.
         name: as in `draw`.
         kind: as in `draw`.
@@ -159,7 +161,7 @@ def render(
     given = [surfaces] if isinstance(surfaces, Surface | str | os.PathLike) else list(surfaces)
     if not given:
         raise LsweepError("no surface to render")
-    shown = [s if isinstance(s, Surface) else Surface.load(s) for s in given]
+    shown = [s if isinstance(s, Surface) else open_surface(s) for s in given]
     kind = _kind(shown, kind, points)
     if labels is not None and len(labels) != len(shown):
         raise LsweepError(f"{len(labels)} labels for {len(shown)} surfaces: give one for each")

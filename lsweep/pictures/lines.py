@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -98,10 +99,18 @@ def _with_band(surface: Surface, name: str, log: bool) -> list[FloatArray]:
 
 
 def _half_width(surface: Surface, name: str) -> tuple[FloatArray | None, str]:
-    """Return 1.96 standard errors of a variable, and which; None where they are not known."""
+    """Return 1.96 standard errors of a variable, and which; None where they are not known.
+
+    Between evaluated points the line is interpolated, and its band with it.
+    """
     for suffix, against in (("_diff_se", " vs centre"), ("_se", "")):
         if f"{name}{suffix}" in surface.values:
-            return Z * np.clip(surface[f"{name}{suffix}"], 0.0, 1e300), against
+            width = Z * np.clip(surface[f"{name}{suffix}"], 0.0, 1e300)
+            known, between = np.isfinite(width), surface.status == Status.INTERPOLATED
+            if known.any() and between.any():
+                through = np.interp(surface.x, surface.x[known], width[known])
+                width, against = np.where(between, through, width), f"{against}, interpolated too"
+            return width, against
     return None, ""
 
 
@@ -198,7 +207,7 @@ def _left_axis(ax: Axes, scale: Scale, text: str, color: str | None) -> None:
     ax.yaxis.set_minor_locator(NullLocator())
     ax.set_yticks(tick, written)
     text += {"ln": ", log scale", "asinh": ", asinh scale"}.get(transform.name, "")
-    ax.set_ylabel(text, color="black" if color else BLUE, parse_math=False)
+    ax.set_ylabel(textwrap.fill(text, 40), color="black" if color else BLUE, parse_math=False)
 
 
 def _right_axis(surface: Surface, names: Sequence[str], twin: Axes, color: str | None) -> None:
@@ -265,7 +274,7 @@ def _mark(surface: Surface, name: str, ax: Axes, color: str, several: bool) -> N
         star: dict[str, Any] = {"marker": "*", "ms": 10, "mfc": color, "mec": "white", "mew": 0.7}
         ax.plot([where["x"]], [least], ls="none", label=text, zorder=6, **star)
     pending = surface.status == Status.PENDING
-    bad = ~finite & ~pending
+    bad = ~finite & surface.evaluated
     edge = edges(x)
     for left, right in zip(edge[:-1][bad], edge[1:][bad], strict=True):
         ax.axvspan(left, right, color=_GREY, lw=0, zorder=0, label=_BAD)

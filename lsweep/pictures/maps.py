@@ -35,7 +35,7 @@ from lsweep.pictures.marks import (
     trace,
 )
 from lsweep.surfaces.scales import FloatArray, Scale, number
-from lsweep.surfaces.surface import Surface
+from lsweep.surfaces.surface import Status, Surface
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,7 +85,7 @@ def heat(
         surface: two axes (of three: the middle of z); ``values[j, i]`` is the cell at x[i], y[j].
         name: the variable; None for the default.
         ax: where; it is also returned.
-        scale: range and transform; None for the minimum to the 98 % quantile, linear up to two
+        scale: range and transform; None for what `pooled_scale` finds, linear up to two
             decades.
         bar: add a colour bar.
 
@@ -258,7 +258,12 @@ def add_bar(axes: Sequence[Axes], scale: Scale, text: str, kind: str) -> None:
     bar.ax.tick_params(labelsize=SMALL + 1)
     text += {"ln": ", log scale", "asinh": ", asinh scale"}.get(scale.transform.name, "")
     text += ", uneven levels" if scale.cuts else ""
-    bar.ax.set_ylabel(textwrap.fill(text, 44), parse_math=False)
+    flat = 1.0
+    if kind != "3d":
+        last.apply_aspect()  # a long plane has a short bar
+        frame = last.get_window_extent()
+        flat = min(1.0, frame.height / frame.width)
+    bar.ax.set_ylabel(textwrap.fill(text, max(12, int(44 * flat))), parse_math=False)
 
 
 def shades(scale: Scale) -> Normalize:
@@ -314,7 +319,8 @@ def finish(
     entries = mark_points(surface, name, ax, height) + trace(surface, ax, height)
     grid = ax.get_subplotspec()
     letters = 44 if grid is not None and grid.get_gridspec().ncols > 1 else 60
-    entries += _outcomes(cells, scale, kind)
+    waits = bool((surface.status == Status.PENDING).any())
+    entries += _outcomes(cells, scale, kind, "pending" if waits else "not evaluated")
     put_legend(ax, entries, letters=letters, below=4 if height else 32)
     put_title(ax, surface.title)
     if bar:
@@ -322,7 +328,7 @@ def finish(
     return ax
 
 
-def _outcomes(cells: Cells, scale: Scale, kind: str) -> list[Artist]:
+def _outcomes(cells: Cells, scale: Scale, kind: str, blank: str) -> list[Artist]:
     """Return legend entries for what is not simply a value on the scale, with its count."""
     entries: list[Artist] = []
     low, high = scale.limits
@@ -341,7 +347,7 @@ def _outcomes(cells: Cells, scale: Scale, kind: str) -> list[Artist]:
     for mask, color, text in (
         (cells.bad & ~cells.failed, NONFINITE, "not finite"),
         (cells.failed, FAILED, "failed"),
-        (cells.pending, "white", "pending"),
+        (cells.pending, "white", blank),
     ):
         if mask.any():
             count = f"{text} ({int(mask.sum())} of {mask.size})"

@@ -44,7 +44,7 @@ def relief(
     >>> from matplotlib.figure import Figure
     >>> s = Surface({"x": np.arange(3.0), "y": np.arange(2.0)}, {"a": np.arange(6.0).reshape(2, 3)})
     >>> relief(s, "a", Figure().add_subplot(projection="3d")).get_zlim()
-    (np.float64(0.0), np.float64(4.9))
+    (np.float64(0.0), np.float64(5.0))
     """
     if not isinstance(ax, Axes3D):
         raise LsweepError("a relief needs ax = figure.add_subplot(projection='3d')")

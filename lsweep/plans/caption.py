@@ -107,12 +107,18 @@ def caption(
         )
     elif mode != "eval":
         words.append(f"batch norm {mode}")
-    words.append(_precision(str(plan.evaluate["precision"]), devices, audit or {}, audited))
+    rounded = "weights" in plan.facts
+    asked = str(plan.evaluate["precision"])
+    words.append(_precision(asked, devices, audit or {}, audited, rounded))
     return "; ".join(words) + "."
 
 
 def _precision(
-    asked: str, devices: Mapping[str, Any], audit: Mapping[str, float], audited: str
+    asked: str,
+    devices: Mapping[str, Any],
+    audit: Mapping[str, float],
+    audited: str,
+    rounded: bool,
 ) -> str:
     """In what precision it was computed, and how far from float32 that was found to be."""
     used = {name: d["precision"] for name, d in devices.items()}
@@ -122,11 +128,10 @@ def _precision(
         words = f"{asked} allowed, " + ", ".join(f"{p} on {name}" for name, p in used.items())
     elif each and each[0] != asked:
         words = f"{each[0]} ({asked} was allowed)"
+    words += ", of float64 weights" if rounded else ""
     if asked not in ("float64", "float32") and "largest_relative" in audit:
         what = audited.replace("_", " ")
         again = f"{counted(int(audit['distinct']), 'point')} evaluated again by eager in float32"
-        words += (
-            f", backend check: {what} off by up to {audit['largest_relative']:.1e} (relative) at "
-            f"{again}"
-        )
+        far = f"{audit['largest_relative']:.1e}" if audit["largest_relative"] else "0"
+        words += f", backend check: {what} off by up to {far} (relative) at {again}"
     return words

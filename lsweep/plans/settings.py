@@ -57,7 +57,11 @@ class ProblemSource:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is computed at a point, and how."""
+    """What is computed at a point, and how.
+
+    >>> Evaluation(("accuracy", "loss")).metrics
+    ('loss', 'accuracy')
+    """
 
     metrics: tuple[str, ...] = ("loss",)
     splits: tuple[str, ...] = ("train",)
@@ -80,6 +84,9 @@ class Evaluation:
             for name in names:
                 if not re.fullmatch(r"[A-Za-z]\w*", name):
                     raise LsweepError(f"{what}: {name!r} must be letters, digits and _")
+        # Whatever looks at one metric, be it check or picture, takes the first: the loss.
+        loss_first = tuple(sorted(self.metrics, key=lambda name: name != "loss"))
+        object.__setattr__(self, "metrics", loss_first)
         self._check_pointwise()
         for name, value in self.expected.items():
             if not math.isfinite(value):

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lsweep.axes.direction_file import write_directions
 from lsweep.axes.directions import Directions, make_directions
 from lsweep.axes.trajectory import project
@@ -136,6 +138,7 @@ def make_plan(
         facts={
             "network": type(problem.model).__name__,
             "parameters": sum(p.numel() for p in origin.parameters.values()),
+            **({"weights": "float64"} if _rounded(origin, evaluate.precision) else {}),
             "track": list(settings.trajectory.checkpoints) if settings.trajectory else [],
             "axes": {
                 axis: {
@@ -160,6 +163,12 @@ def make_plan(
         },
     )
     return plan, directions
+
+
+def _rounded(origin: Origin, precision: str) -> bool:
+    """Whether float64 weights are computed with in less."""
+    exact = any(p.dtype == torch.float64 for p in origin.parameters.values())
+    return exact and precision != "float64"
 
 
 def _curved_weights(origin: Origin, directions: Directions) -> dict[str, Any]:

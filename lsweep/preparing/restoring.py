@@ -123,7 +123,7 @@ def require_repeatable(folder: RunFolder, plan: Plan, problem: Problem, trust: b
     that of its parent. What takes long to load is large, and is not loaded twice.
 
     Raises:
-        PlanChanged: it makes another network each time.
+        PlanChanged: it makes another network or other data each time.
     """
     child = RunFolder(folder.root.parent.parent).measures == folder.root.parent
     if problem.source is None or problem.seconds > QUICK or child or folder.all_parts():
@@ -132,6 +132,14 @@ def require_repeatable(folder: RunFolder, plan: Plan, problem: Problem, trust: b
     models = (problem.model, again.model)
     if len({fingerprint(Origin.of(model).everything) for model in models}) > 1:
         raise _another_network(folder)
+    for field, planned, here in _data_fields(plan, subsampled(again, plan.evaluate)):
+        if planned != here:
+            raise PlanChanged(
+                f"{folder.root}: the factory makes other {field.split('.')[1]} data each time it "
+                "is called: set a seed for what draws, splits or shuffles it; nothing was computed "
+                "there yet",
+                field,
+            )
 
 
 def _another_network(folder: RunFolder) -> PlanChanged:

@@ -110,6 +110,8 @@ def describe(error: BaseException) -> str:
     'ValueError: no'
     """
     text = " ".join(str(error).split())[:300]
+    if isinstance(error, RuntimeError) and "does not require grad" in text:
+        text += ": where loss or forward takes derivatives, give lsweep.Problem(…, grad=True)"
     stack = traceback.extract_tb(error.__traceback__)
     own = str(Path(__file__).parent.parent)
     frames = [f for f in stack if not f.filename.startswith(("<", own))]

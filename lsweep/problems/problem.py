@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lsweep.errors import LsweepError, nearest
 from lsweep.plans.settings import ProblemSource
 from lsweep.problems.data import Batch, Split, map_tensors, moved, samples_in, tensors_of
-from lsweep.problems.factory import call_factory
+from lsweep.problems.factory import call_factory, describe
 from lsweep.problems.losses import (
     Values,
     accuracy,
@@ -81,6 +81,11 @@ class Problem:
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
             raise LsweepError(f"model is a {type(self.model).__name__}, not an nn.Module")
+        if isinstance(self.model, torch.jit.ScriptModule):
+            raise LsweepError(
+                "model is compiled TorchScript, whose weights cannot be exchanged: give the "
+                "nn.Module that it was made from"
+            )
         if not isinstance(self.data, Mapping) or not self.data:
             raise LsweepError('data must be a dict of splits, such as {"train": (x, y)}')
         if (self.loss is None) == (self.forward is None):
@@ -89,6 +94,8 @@ class Problem:
             raise LsweepError(
                 "with forward=… its returned dict holds all metrics: leave out metrics="
             )
+        if not isinstance(self.metrics, Mapping):
+            raise LsweepError('metrics must be a dict, such as {"accuracy": lsweep.accuracy}')
         for name, f in {"loss": self.loss, **self.metrics, "forward": self.forward}.items():
             if f is not None and not callable(f):
                 raise LsweepError(
@@ -128,7 +135,12 @@ class Problem:
             like = next(self.model.parameters(), torch.empty(0))
             batch = next(iter(split.batches(2)))
             batch = map_tensors(batch, lambda t: moved(t, like.device, like.dtype))
-            return tuple(self.forward(self.model, batch))
+            try:
+                return tuple(self.forward(self.model, batch))
+            except LsweepError:
+                raise
+            except Exception as e:
+                raise LsweepError(f"forward fails on samples of {split.name}: {describe(e)}") from e
 
     def ignored_label(self, names: tuple[str, ...]) -> int | None:
         """Return the label that is ignored; None unless ``names`` are of classes.

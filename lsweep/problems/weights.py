@@ -39,10 +39,15 @@ def parameters_of(model: nn.Module) -> State:
     """Return parameters by canonical name, tied ones once, in the model's order.
 
     Raises:
-        LsweepError: one is complex or a whole number, and so cannot move by a real offset.
+        LsweepError: one is complex or a whole number, and so cannot move by a real offset, or lazy.
     """
     out = {canonical_name(n): p for n, p in model.named_parameters()}
     for name, p in out.items():
+        if nn.parameter.is_lazy(p):
+            raise LsweepError(
+                f"parameter {name} has no shape yet: call the network on a batch once, or load its "
+                "checkpoint, before it is given to a Problem"
+            )
         if not p.is_floating_point():
             raise LsweepError(
                 f"parameter {name} is {str(p.dtype).removeprefix('torch.')}: only floating-point "
@@ -99,21 +104,24 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
     return h.hexdigest()
 
 
-def load_state(path: str | Path) -> State:
+def load_state(path: str | Path, model: nn.Module | None = None) -> State:
     """Return the tensors of a checkpoint by canonical name; nothing is ever unpickled.
 
     Reads a plain state dict, one nested under ``state_dict``, ``model`` or the like (Lightning,
-    timm), ``.safetensors``, a sharded ``*.index.json`` and a Hugging Face folder. A prefix that
-    all names share (``model.``, ``net.``) is left to `match`, which knows the network.
+    timm), ``.safetensors``, a sharded ``*.index.json`` and a Hugging Face folder.
 
     Args:
         path: a file or a folder.
+        model: whose names and tensors they are to be, as its ``load_state_dict`` takes them: then
+            a prefix of the checkpoint's (a Lightning module's ``model.``, ``net.``) goes, and what
+            the network does not have is left out.
 
     Returns:
         name -> tensor on the CPU, in the checkpoint's order and dtype.
 
     Raises:
-        LsweepError: the path is missing, or the file holds objects other than tensors.
+        LsweepError: the path is missing, or the file holds objects other than tensors; the model
+            has a tensor that it lacks, or that has another shape there.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as d:
@@ -121,6 +129,12 @@ def load_state(path: str | Path) -> State:
     ...     load_state(f"{d}/a.pt")
     {'w': tensor([1., 1.])}
     """
+    if model is not None:
+        own = {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
+        # Counters of batches, which old checkpoints lack, and torch's loader knows how to make.
+        names = {canonical_name(n): n for n in own if not n.endswith("num_batches_tracked")}
+        found = match(load_state(path), {c: own[n] for c, n in names.items()}, str(path))
+        return {names[c]: t for c, t in found.items()}
     p = Path(path)
     if p.is_dir():
         for name in (

@@ -20,12 +20,12 @@ import numpy as np
 
 from lsweep.errors import LsweepError
 from lsweep.merging.merge import merge
-from lsweep.outcomes.committed import Committed, read_run
+from lsweep.outcomes.committed import Committed
 from lsweep.outcomes.reading import PartReader
 from lsweep.outcomes.winners import PART, Winners
 from lsweep.plans.plan import Plan
 from lsweep.plans.rounds import Rounds
-from lsweep.runs.status import worker_states
+from lsweep.runs.status import is_complete, worker_states
 from lsweep.storage.files import sync_folder, writing
 from lsweep.storage.folder import RunFolder
 from lsweep.storage.insist import discard
@@ -93,7 +93,7 @@ def prune(folder: RunFolder) -> Pruned:
             path.unlink(missing_ok=True)
         raise
     gone += old
-    gone += _leases(folder, rounds)
+    gone += folder.all_leases()
     size = sum(path.stat().st_size for path in gone) - sum(p.stat().st_size for p in new)
     for path in gone:
         path.unlink(missing_ok=True)
@@ -104,26 +104,16 @@ def prune(folder: RunFolder) -> Pruned:
 
 
 def forget_leases(folder: RunFolder) -> None:
-    """Remove the leases of a run that is complete, often as many files as it has points.
+    """Remove the leases of a run that is complete: thousands of files, where units are dear.
 
     A lease steers who takes what is missing, and nothing is; who looks at an old listing still
     computes a unit twice at worst. Folders stay, for somebody may be about to claim in a new round.
     Nothing happens while something is missing, or where the disk does not let go.
     """
-    _, rounds, committed = read_run(folder)
-    if committed.complete:
+    if is_complete(folder):
         with contextlib.suppress(OSError):
-            for path in _leases(folder, rounds):
+            for path in folder.all_leases():
                 discard(path)
-
-
-def _leases(folder: RunFolder, rounds: Rounds) -> list[Path]:
-    """Return the lease files of complete rounds: of these nobody claims one any more."""
-    return [
-        path
-        for round_ in rounds
-        for path in sorted(folder.lease_folder(round_.number, 0).parent.glob("*/*"))
-    ]
 
 
 def _require_same(

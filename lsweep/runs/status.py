@@ -23,12 +23,12 @@ from lsweep.slurm import tasks as slurm
 from lsweep.storage.folder import RunFolder
 from lsweep.storage.insist import there
 from lsweep.storage.workers import (
-    PATIENCE,
-    UNITS_OF_PATIENCE,
     Observer,
     State,
     Verdict,
     all_workers,
+    at_one_unit,
+    patience,
 )
 from lsweep.surfaces.surface import Status
 from lsweep.wording import counted
@@ -182,14 +182,23 @@ def worker_states(
 
 def _is_alive(facts: dict[str, Any], age: float, observer: Observer) -> bool:
     # Who looks once has nothing to compare a beat with: the clocks of two nodes have to do.
-    patience = max(PATIENCE, UNITS_OF_PATIENCE * facts["longest"])
-    return observer.verdict(facts["worker"]) is Verdict.ALIVE and age <= patience
+    alive = observer.verdict(facts["worker"]) is Verdict.ALIVE
+    return alive and age <= patience(facts["longest"])
 
 
 def _late(facts: dict[str, Any], age: float) -> str:
     usual = (facts["now"] - facts["since"]) / max(1, facts["beat"] - 1)
-    late = age > max(LATE, BEATS_LATE * usual)
-    return f"last heard {duration(age)} ago" if late else ""
+    longest = float(facts["longest"])
+    most = patience(longest)
+    if age > max(LATE, BEATS_LATE * usual):
+        return f"last heard {duration(age)} ago, after {duration(most)} its units are free"
+    lasts = at_one_unit(facts, facts["now"])
+    if lasts <= most:
+        return ""
+    job = str(facts.get("job", "")).partition(".")[0]
+    how = f"'scancel {job}'" if job else f"'kill -9 {facts['pid']}' on {facts['host']}"
+    known = f", its longest took {duration(longest)}" if longest else ""
+    return f"at one unit for {duration(lasts)}{known}: it may hang, {how} frees its units"
 
 
 def lines(state: dict[str, Any]) -> list[str]:
@@ -209,6 +218,9 @@ def _progress(state: dict[str, Any]) -> list[str]:
         out.append(f"  {state['nonfinite']} NaN or infinite")
     if state["refine"]:
         refine = Refining(**state["refine"])
+        if refine.state == Goal.DONE and state["complete"] and not state["interpolated"]:
+            why = "none was left to interpolate"
+            refine = dataclasses.replace(refine, state=Goal.DENSE, why=why)
         out.append(f"  refinement: {describe_refining(refine)}")
         out += [
             f"  {line}" for line in (phrase(refine.audit), *contradictions(refine.audit)) if line

@@ -53,7 +53,7 @@ def verify(folder: RunFolder, data: bool = False, trust: bool = False) -> Findin
         *folder.all_devices(),
         *folder.all_workers(),
         *folder.all_submissions(),
-        *sorted(folder.leases.glob("*/*/[0-9]*")),
+        *folder.all_leases(),
     ]
     others += [p for p in (folder.source, folder.measured, folder.invariance) if p.exists()]
     for path in others:

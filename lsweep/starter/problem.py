@@ -25,7 +25,7 @@ def make(checkpoint: str = "net.pt", hidden: int = 64) -> lsweep.Problem:
         torch.save(model.state_dict(), checkpoint)
 
     # Reads plain state dicts and those of Lightning, timm, Hugging Face, DataParallel.
-    model.load_state_dict(lsweep.load_state(checkpoint))
+    model.load_state_dict(lsweep.load_state(checkpoint, model))
 
     return lsweep.Problem(
         model,

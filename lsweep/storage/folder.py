@@ -141,14 +141,22 @@ class RunFolder:
         """One part of a worker."""
         return self.parts / f"{worker}.{number:04d}.h5"
 
-    def lease(self, round_: int, number: int, generation: int) -> Path:
-        """One generation of a lease."""
-        folder = self.lease_folder(round_, number)
-        return folder / f"{number:06d}.g{generation}"
+    def lease(self, round_: int, unit: int, generation: int) -> Path:
+        """One generation of the lease that begins with a unit."""
+        folder = self.lease_folder(round_, unit)
+        return folder / f"{unit:06d}.g{generation}"
 
-    def lease_folder(self, round_: int, number: int) -> Path:
+    def lease_folder(self, round_: int, unit: int) -> Path:
         """The folder that holds a lease."""
-        return self.leases / f"{round_:04d}" / f"{number // LEASES_PER_FOLDER:03d}"
+        return self.leases / f"{round_:04d}" / f"{unit // LEASES_PER_FOLDER:03d}"
+
+    def lease_size(self, round_: int) -> Path:
+        """How many units each lease of a round covers."""
+        return self.leases / f"{round_:04d}.json"
+
+    def all_leases(self) -> list[Path]:
+        """All leases of all rounds, and what was agreed on about them."""
+        return sorted([*self.leases.glob("*/*/[0-9]*"), *self.leases.glob("[0-9]*.json")])
 
     def closing(self, launch: str, generation: int) -> Path:
         """One generation of the claim to merge for all ranks of a launch."""

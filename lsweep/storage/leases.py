@@ -3,6 +3,10 @@
 A lease is a file whose name holds a generation; it is made by link(2), so that exactly one claim
 of a generation wins, and never changed or removed. To take over from a dead owner is to claim the
 next generation: unlink and create would hand one unit to two thieves.
+
+How many units a lease covers is agreed on by the workers of a round, first wins. Its name is its
+first unit, which whoever holds it does: so nobody waits for ever for one who, after the agreement
+was lost, covers less.
 """
 
 from __future__ import annotations
@@ -63,16 +67,30 @@ class Lease:
         )
 
 
-def newest(folder: RunFolder, round_: int, number: int) -> Lease | None:
+def agreed(folder: RunFolder, round_: int, wanted: int) -> int | None:
+    """Return how many units each lease of a round covers: what the first who asked wanted.
+
+    None where that cannot be read.
+    """
+    path = folder.lease_size(round_)
+    if not there(path):
+        publish(path, sealed({"units": wanted}))
+    try:
+        return max(1, int(read_json(path)["units"]))
+    except (LsweepError, KeyError, TypeError, ValueError):
+        return None
+
+
+def newest(folder: RunFolder, round_: int, unit: int) -> Lease | None:
     """Return the newest generation of a lease, or None when nobody has claimed it."""
     generation = -1
     # A generation seen late costs a claim that loses.
-    while there(folder.lease(round_, number, generation + 1)):
+    while there(folder.lease(round_, unit, generation + 1)):
         generation += 1
     if generation < 0:
         return None
     try:
-        value = read_json(folder.lease(round_, number, generation))
+        value = read_json(folder.lease(round_, unit, generation))
         return Lease(
             str(value["worker"]),
             generation,
@@ -84,7 +102,7 @@ def newest(folder: RunFolder, round_: int, number: int) -> Lease | None:
         return Lease("", generation)  # damaged: whoever held it cannot be asked, so it is free
 
 
-def claim(folder: RunFolder, round_: int, number: int, lease: Lease) -> bool:
+def claim(folder: RunFolder, round_: int, unit: int, lease: Lease) -> bool:
     """Claim a generation; True for exactly one caller."""
     value = {
         "worker": lease.worker,
@@ -92,14 +110,14 @@ def claim(folder: RunFolder, round_: int, number: int, lease: Lease) -> bool:
         "suspect": lease.suspect,
         "kills": lease.kills,
     }
-    path = folder.lease(round_, number, lease.generation)
+    path = folder.lease(round_, unit, lease.generation)
     return publish(path, sealed(value), sync=False)
 
 
-def unclaimed(folder: RunFolder, round_: int, count: int) -> set[int]:
-    """Return the leases of a round that nobody has claimed, from one listing."""
+def unclaimed(folder: RunFolder, round_: int, units: range) -> set[int]:
+    """Return the first units of leases that nobody has claimed, from one listing."""
     taken = set()
     round_folder = folder.lease_folder(round_, 0).parent
     for sub in names(round_folder):
-        taken |= {int(n[:6]) for n in names(round_folder / sub) if n.endswith(".g0")}
-    return set(range(count)) - taken
+        taken |= {int(n[:-3]) for n in names(round_folder / sub) if n.endswith(".g0")}
+    return set(units) - taken

@@ -2,8 +2,9 @@
 
 A worker on the same host (same boot, same pid namespace) is judged by its process; one elsewhere
 is dead only when the content of its file has stood still for long on the observer's own clock,
-because a shared file system may show names and times a minute late. A wrong verdict costs
-duplicate work, never a wrong value.
+because a shared file system may show names and times a minute late. One that lives and is at one
+unit for as long, or five times its longest, hangs: others do that unit too, and count no death. A
+wrong verdict costs duplicate work, never a wrong value.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lsweep.errors import DamagedFile, LsweepError
@@ -64,6 +65,7 @@ class Heartbeat:
             "points": 0,
             "busy": 0.0,
             "longest": 0.0,
+            "unit": None,  # when the present one began
             "minimum": None,
             "message": "",
             **more,
@@ -154,8 +156,43 @@ class Observer:
 
     def _unchanged(self, worker: str) -> Verdict:
         _, since, longest = self._seen.setdefault(worker, (-1, self._clock(), 0.0))
-        patience = max(PATIENCE, UNITS_OF_PATIENCE * longest)
-        return Verdict.DIED if self._clock() - since > patience else Verdict.ALIVE
+        return Verdict.DIED if self._clock() - since > patience(longest) else Verdict.ALIVE
+
+    def hangs(self, worker: str) -> bool:
+        """Say whether a living worker is too long at one unit, or on this host beats no more.
+
+        Of its first unit nobody knows how long that may take.
+        """
+        try:
+            facts = read_json(self._folder.worker(worker))
+        except LsweepError:
+            return False
+        most, said = patience(facts["longest"]), float(facts["now"])
+        silent = facts.get("identity") == self._here and time.time() - said > most
+        return silent or (facts["longest"] > 0 and at_one_unit(facts, said) > most)
+
+
+def patience(longest: float) -> float:
+    """Return for how many seconds a worker may be silent, or at one unit.
+
+    Args:
+        longest: seconds that the longest of its units took.
+
+    >>> patience(1.0), patience(100.0)
+    (180.0, 500.0)
+    """
+    return max(PATIENCE, UNITS_OF_PATIENCE * longest)
+
+
+def at_one_unit(facts: Mapping[str, Any], now: float) -> float:
+    """Return for how many seconds a worker is at its present unit.
+
+    Args:
+        facts: what it last said.
+        now: by its own clock.
+    """
+    since = facts.get("unit")  # older versions do not tell
+    return now - since if since else 0.0
 
 
 def all_workers(folder: RunFolder) -> list[dict[str, Any]]:

@@ -28,6 +28,8 @@ WIDE = 100.0
 _CROWDED = 1 / 3  # share of the distinct values in one band, beyond which levels follow the values
 _DISTINCT = 1e-4  # of the range: values that are nearer to each other than this are drawn as one
 
+_SPARE = 0.2  # of the drawn range: what the highest values may take without being cut off
+
 _HUGE = 1e300  # beyond it a difference of two values is no longer a float64
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -135,7 +137,10 @@ class Scale:
         vmax: float | None = None,
         quantile: float = 0.98,
     ) -> Scale:
-        """Return the scale from the minimum to a quantile of all finite values together.
+        """Return the scale from the minimum of all finite values to the highest of their quantiles.
+
+        What lies beyond the quantile is only cut off where it would take more than a fifth of the
+        colours.
 
         Levels are even in T. Where one band would then hold more than a third of the distinct
         values they are even in ½F + ½T/range, F the share of these below: half of the bands for
@@ -152,21 +157,25 @@ class Scale:
         Raises:
             LsweepError: ``vmin`` is not below ``vmax``, or not positive where ln is used.
 
-        >>> s = Scale.of([np.arange(101.0), np.array([np.nan, np.inf])])
+        >>> s = Scale.of([np.append(np.arange(100.0), [np.nan, np.inf, 500.0])])
         >>> s.low, s.high, s.greatest
-        (0.0, 98.0, 100.0)
+        (0.0, 98.0, 500.0)
+        >>> Scale.of([np.arange(101.0)]).high
+        100.0
         >>> Scale.of([np.array([1.0, 3.0, 300.0])], log=None).transform.name
         'ln'
         """
-        pooled = np.concatenate([np.ravel(v) for v in values] or [np.empty(0)])
-        finite = _identity(pooled[np.isfinite(pooled)])
+        each = [_identity(v[np.isfinite(v)]) for v in values]
+        # Of each array by itself, or the picture with most points would cut off the others.
+        tops = [float(np.quantile(v, quantile)) for v in each if len(v)]
+        finite = np.concatenate(each or [np.empty(0)])
         if log is None:
-            log = _is_wide(finite, center, vmin, vmax, quantile)
+            log = _is_wide(finite, center, vmin, max(tops, default=0.0) if vmax is None else vmax)
         transform = log_scale(finite, center=center) if log else LINEAR
         if not len(finite):
             finite = np.array([1.0 if vmin is None else vmin])
         least, greatest = float(finite.min()), float(finite.max())
-        top = float(np.quantile(finite, quantile))
+        top = max(tops, default=greatest)
         for key, bound in {"vmin": vmin, "vmax": vmax}.items():
             if bound is not None and not math.isfinite(bound):
                 raise LsweepError(f"{key} = {bound:g}: needs to be finite")
@@ -174,8 +183,10 @@ class Scale:
                 raise LsweepError(f"{key} = {bound:g}: needs to be above 0 on a log scale")
         low = least if vmin is None else vmin
         high = vmax if vmax is not None else top
-        if vmax is None and not _apart(transform, low, high):
-            high = greatest
+        if vmax is None:
+            bottom, edge, end = (float(v) for v in transform.forward([low, high, greatest]))
+            if not _apart(transform, low, high) or end - edge <= _SPARE * (end - bottom):
+                high = greatest
         if not _apart(transform, low, high):
             if vmin is not None and vmax is not None:
                 raise LsweepError(f"vmin = {vmin:g} is not below vmax = {vmax:g}")
@@ -232,14 +243,11 @@ class Scale:
         return round_ticks(self.low, self.high, self.transform, most)
 
 
-def _is_wide(
-    finite: FloatArray, center: float, vmin: float | None, vmax: float | None, quantile: float
-) -> bool:
+def _is_wide(finite: FloatArray, center: float, vmin: float | None, high: float) -> bool:
     """Whether linear levels would hide most of a range: over two decades of it, or of asinh."""
     if not len(finite):
         return False
     low = float(finite.min()) if vmin is None else vmin
-    high = float(np.quantile(finite, quantile)) if vmax is None else vmax
     transform = log_scale(finite, center=center)
     if transform.name == "ln":
         return high > WIDE * low > 0

@@ -190,7 +190,8 @@ class Surface:
                 where, least = self.minimum(name)
                 at = ", ".join(f"{a} = {offset:.6g}" for a, offset in where.items())
                 same = "constant, " if self.constant(name) else ""
-                center = f"{self.center(name):.6g} at the centre, "
+                value = self.center(name)
+                center = f"{value:.6g} at the centre, " if np.isfinite(value) else ""
                 lines.append(f"{name}: {same}{center}minimum {least:.6g} at {at}")
         return "\n  ".join(lines) + ">"
 

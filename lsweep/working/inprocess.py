@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import inspect
 import os
 import sys
 import tempfile
@@ -11,12 +13,12 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from lsweep.errors import LsweepError
+from lsweep.errors import LsweepError, nearest
 from lsweep.hosts.stopping import Stop
 from lsweep.merging.merge import merge
 from lsweep.plans.plan import LIVE
-from lsweep.plans.recipes import AXES
-from lsweep.plans.settings import Settings
+from lsweep.plans.recipes import AXES, Recipe
+from lsweep.plans.settings import Evaluation, Settings
 from lsweep.preparing.planning import plan_run
 from lsweep.problems.problem import Problem
 from lsweep.runs.display import Display
@@ -88,6 +90,8 @@ def sweep(
             f"problem is {_shown(problem)}: make an lsweep.Problem of network, data and loss, or "
             'lsweep.Problem.from_factory("problem.py:function")'
         )
+    for key in evaluate.keys() - {f.name for f in dataclasses.fields(Evaluation)}:
+        raise LsweepError(f"sweep() has no argument {key!r}{_where(key)}")
     live = problem.source is None
     if workers > 1 and live:
         raise LsweepError(
@@ -144,6 +148,16 @@ def _axis(name: str, given: Range) -> dict[str, Any]:
         return {"range": given[0], "count": given[1]}
     low, high = (b if isinstance(b, Decimal) else _number(b) for b in given[:2])
     return {"range": [low, high], "count": _number(given[2])}
+
+
+def _where(key: str) -> str:
+    """Return, as the end of a message, which argument of `sweep` holds what was asked for."""
+    if key in {f.name for f in dataclasses.fields(Recipe)}:
+        return f': it belongs into directions={{"{key}": …}}'
+    if key == "tolerance":
+        return ": that is refine=…"
+    own = [p for p in inspect.signature(sweep).parameters if p != "evaluate"]
+    return nearest(key, [*own, *(f.name for f in dataclasses.fields(Evaluation))])
 
 
 def _shown(value: object) -> str:

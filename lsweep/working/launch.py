@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from lsweep.hosts.machine import cpus
 from lsweep.hosts.stopping import MARGIN, Stop
-from lsweep.runs.status import share_done
+from lsweep.runs.status import is_complete, share_done
 from lsweep.storage.files import writing
 from lsweep.storage.folder import RunFolder
 from lsweep.working.role import Role
@@ -112,12 +113,16 @@ def run_workers(
             listener(f"lsweep: {text}")
 
     running: dict[int, subprocess.Popen[bytes]] = {}
-    restarts, seen = 0, done()
+    restarts, seen, over = 0, done(), math.inf
     try:
         for index in range(role.index * count, (role.index + 1) * count):
             running[index] = start(index)
         while running:
             stop.check()
+            if time.monotonic() - over > GRACE:
+                hanging = ", ".join(map(str, running))
+                tell(f"worker {hanging} hangs and is ended: nothing is missing")
+                break
             time.sleep(POLL)
             for index, process in list(running.items()):
                 if process.poll() is None:
@@ -138,6 +143,8 @@ def run_workers(
                     outcome.refusal = message or f"worker {index} ended with {process.returncode}"
                     tell(outcome.refusal, on_refusal or on_event)
                     outcome.code = max(outcome.code, process.returncode)
+                elif over == math.inf and is_complete(folder):
+                    over = time.monotonic()
     except KeyboardInterrupt:
         outcome.interrupted = True
     finally:

@@ -5,10 +5,13 @@ shards, for their owners come from the near ones. Then the leases of owners that
 others still work some workers stand by for that, asleep most of the time. Where a refinement is
 open they all stay, those of a crowd looking at little but whether a new round is there: they
 evaluate ahead what the next will probably ask, and who finds the last one complete plans the next.
+
+Cheap units share a lease: whoever comes first to a round decides how many, by what a point takes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import time
 from collections.abc import Generator, Iterator
@@ -35,6 +38,8 @@ SHORTEST_NAP, LONGEST_NAP = 0.05, 2.0  # seconds between looks of an idle worker
 WORKERS_A_SECOND = 100  # so many lengthen the longest nap by a second
 SELDOM = 16  # times longer naps of those that stay without standing by
 QUIET = 60.0  # seconds without a sign of the others after which their shards are not waited for
+LEASE = 5.0  # seconds that a lease of cheap units takes, about
+LEAST_LEASES, LEASES_A_WORKER = 64, 16  # however cheap, so that all have work to the end
 TURN, LAST_TURN = 0.05, 10.0  # seconds that each worker lets those before it plan a round
 Claimed = tuple[Round, int, Lease | None]
 
@@ -70,16 +75,19 @@ class Shift:
                 return False
         return True
 
-    def leases(self, sampler: Sampler | None = None) -> Iterator[Claimed]:
+    def leases(self, sampler: Sampler | None = None, seconds: float = 0.0) -> Iterator[Claimed]:
         """Yield (round, number, lease) of what is now this worker's to do; the lease may be None.
 
         Each is to be done before the next is asked for.
 
         Args:
             sampler: by which a refinement is audited that this worker finds done.
+            seconds: that a point takes, about; 0 where that is not known.
         """
         self._sampler, going = sampler, True
         while going:
+            if self._role.claims != "static":
+                self.rounds.all[:] = [self._cut(r, seconds) for r in self.rounds]
             if self._role.claims == "static":
                 for round_ in self.rounds:
                     left = np.flatnonzero(self.committed.first_missing(round_) >= 0)
@@ -94,6 +102,28 @@ class Shift:
                 if not finished:
                     return
             going = self._went_on()
+
+    def _cut(self, round_: Round, seconds: float) -> Round:
+        """Return a round with leases of as many units as its workers agree on."""
+        units, size = round_.units(self._plan.slices), round_.lease_units
+        # Few stay as they were published, and so do those that chance takes one by one.
+        if round_.likely or units < 2 * LEAST_LEASES * size:
+            return round_
+        most = units // max(LEAST_LEASES, LEASES_A_WORKER * self._role.of)
+        wanted = int(min(most, LEASE * units / (seconds * round_.points))) if seconds else size
+        found = leases.agreed(self._folder, round_.number, max(size, wanted))
+        return dataclasses.replace(round_, lease_units=found or size)
+
+    def _claims(self, round_: Round, number: int, lease: Lease) -> bool:
+        """Claim a lease by the name of its first unit; True for exactly one worker."""
+        unit = round_.lease_range(number, self._plan.slices).start
+        return leases.claim(self._folder, round_.number, unit, lease)
+
+    def _unclaimed_of(self, round_: Round) -> set[int]:
+        """Return the leases of a round that nobody has claimed."""
+        units = range(0, round_.units(self._plan.slices), round_.lease_units)
+        free = leases.unclaimed(self._folder, round_.number, units)
+        return {unit // round_.lease_units for unit in free}
 
     def _went_on(self) -> bool:
         """Learn of later rounds, or plan the next where one is due; False when there is none."""
@@ -150,15 +180,15 @@ class Shift:
             # Each shard has one lease in every stretch of ``of``; thieves spread over the shards.
             key=lambda n: (-(n // self._role.of), self._chance.random()),
         )
-        free = leases.unclaimed(self._folder, round_.number, len(first))
+        free = self._unclaimed_of(round_)
         for number in (*own, *others):
             if number not in free:
                 continue
             lease = Lease(self._name, 0, suspect=int(first[number]))
-            if leases.claim(self._folder, round_.number, number, lease):
+            if self._claims(round_, number, lease):
                 yield round_, number, lease
             else:  # someone was faster, and surely not only here
-                free = leases.unclaimed(self._folder, round_.number, len(first))
+                free = self._unclaimed_of(round_)
 
     # -- what others left --------------------------------------------------------------------------
 
@@ -180,7 +210,7 @@ class Shift:
             found = False
             for round_, number in self._chance.sample(left, min(EXAMINED, len(left))):
                 lease = self._next(round_, number)
-                if lease and leases.claim(self._folder, round_.number, number, lease):
+                if lease and self._claims(round_, number, lease):
                     found = True
                     yield round_, number, lease
             ahead = None if found else self._ahead()
@@ -211,9 +241,8 @@ class Shift:
 
     def _free(self, left: list[tuple[Round, int]]) -> bool:
         """Whether nobody has claimed some of these leases."""
-        slices = self._plan.slices
         for round_ in {r.number: r for r, _ in left}.values():
-            free = leases.unclaimed(self._folder, round_.number, round_.leases(slices))
+            free = self._unclaimed_of(round_)
             if any(r.number == round_.number and n in free for r, n in left):
                 return True
         return False
@@ -227,10 +256,10 @@ class Shift:
         if not last.likely:
             return None
         first = self.committed.first_missing(last, optional=True)
-        free = leases.unclaimed(self._folder, last.number, len(first))
+        free = self._unclaimed_of(last)
         for number in np.flatnonzero(first >= 0).tolist():
             lease = Lease(self._name, 0, suspect=int(first[number]))
-            if number in free and leases.claim(self._folder, last.number, number, lease):
+            if number in free and self._claims(last, number, lease):
                 return last, number, lease
         return None
 
@@ -240,12 +269,13 @@ class Shift:
 
     def _next(self, round_: Round, number: int) -> Lease | None:
         """Return the claim that would take a lease over, or None while its owner is there."""
-        last = leases.newest(self._folder, round_.number, number)
+        unit = round_.lease_range(number, self._plan.slices).start
+        last = leases.newest(self._folder, round_.number, unit)
         verdict = Verdict.ENDED
         # An earlier lease of its own, lost on a damaged part, is free too.
         if last is not None and last.worker != self._name:
             verdict = self._observer.verdict(last.worker)
-            if verdict is Verdict.ALIVE:
+            if verdict is Verdict.ALIVE and not self._observer.hangs(last.worker):
                 return None
         # Its owner may have committed more since this worker last looked.
         self.committed.look()

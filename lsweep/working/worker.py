@@ -5,6 +5,7 @@ Every launcher starts this one function. It needs nobody, and may join or leave 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import socket
 import time
@@ -79,9 +80,7 @@ def work(
 def _work(
     folder: RunFolder, role: Role, problem: Problem | None, stop: Stop, as_it_is: bool
 ) -> int:
-    plan = Plan.read(folder)
-    if role.plan not in ("", plan.digest):
-        raise PlanChanged(f"{folder.root}: another command replaced its plan meanwhile", "plan")
+    plan = _planned(folder, role.plan)
     if role.threads:
         torch.set_num_threads(role.threads)
     device = choose_device(role.device, role.local)
@@ -93,7 +92,8 @@ def _work(
     live = problem is not None
     if problem is not None and not as_it_is and role.of == 1:
         require_repeatable(folder, plan, problem, role.trust)
-    with turn(plan.digest):
+    apart = contextlib.nullcontext() if live else machine.large_apart()
+    with turn(plan.digest), apart:
         problem, directions = load_problem(folder, plan, problem, role.trust)
     machine.trim_memory()  # of what made the data and the directions
     class_ = device_class(device)
@@ -114,15 +114,24 @@ def _work(
         machine.trim_memory()  # of what was tried
         _require_same_centre(evaluator, plan.slices, known)
         with Ledger(folder, plan, name, known, role, evaluator) as ledger:
+            # Where locks end at a node's door, others see from now on that the plan is in use.
+            _planned(folder, plan.digest)
             bench = _Bench(plan, shift, evaluator, ledger, stop)
             picker = Picker(evaluator, plan, stop)
             try:
-                for round_, number, lease in shift.leases(picker):
+                for round_, number, lease in shift.leases(picker, known["seconds_per_point"]):
                     bench.do(round_, number, lease)
             except Stopped as e:
                 e.points = ledger.points
                 raise
             return ledger.points
+
+
+def _planned(folder: RunFolder, digest: str) -> Plan:
+    plan = Plan.read(folder)
+    if digest not in ("", plan.digest):
+        raise PlanChanged(f"{folder.root}: another command replaced its plan meanwhile", "plan")
+    return plan
 
 
 def _use(evaluator: Evaluator, known: dict[str, Any]) -> None:
@@ -198,6 +207,7 @@ class _Bench:
                         self._unit([point], slice_)
             elif missing:
                 self._unit(missing, slice_)
+        self._ledger.heart.tell(unit=None)
 
     # -- one unit -------------------------------------------------------------------------------
 
@@ -208,6 +218,7 @@ class _Bench:
     def _unit(self, points: list[int], slice_: int) -> None:
         """Evaluate points and commit them; what goes wrong is told apart point by point."""
         self._stop.check(self._ledger.heart.longest)
+        self._ledger.heart.tell(unit=time.time())
         start = time.perf_counter()
         try:
             sums = self._evaluate(points, slice_)
