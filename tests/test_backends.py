@@ -80,6 +80,12 @@ def mlp():
     )
 
 
+def ignoring():
+    """A class that the loss ignores, and accuracy does not."""
+    problem, loss = mlp(), nn.CrossEntropyLoss(ignore_index=2)
+    return lsweep.Problem(problem.model, problem.data, loss=loss, metrics=problem.metrics)
+
+
 def cnn():
     net = nn.Sequential(
         nn.Conv2d(2, 4, 3, bias=False),
@@ -154,6 +160,7 @@ def sums(make, backend, spots=SPOTS, **options):
         *((m, b) for m in (mlp, cnn, transformer) for b in ("fused", "vmap", *GRAPHS)),
         (cnn, "channels_last"),
         pytest.param(mlp, "native", marks=COMPILES),
+        pytest.param(ignoring, "native", marks=COMPILES),
         pytest.param(cnn, "native", marks=COMPILES),
         pytest.param(mlp, "compiled", marks=SLOW),
         pytest.param(cnn, "compiled", marks=SLOW),

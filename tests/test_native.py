@@ -139,9 +139,9 @@ def test_winograd_of_wide_layers_takes_several_tiles_at_once_and_loses_few_digit
 @builds
 def test_what_is_not_finite_comes_through_as_from_the_network():
     torch.manual_seed(2)
-    layers = nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2, 1), nn.Conv2d(8, 1, 1)
+    layers = nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(8), nn.Conv2d(8, 1, 1)
     model = nn.Sequential(*layers).eval()
-    x = torch.randn(20, 8, 8, 8)
+    x = torch.randn(40, 8, 8, 8)
     graph, packed = graph_of(model, x)
     network, views = NativeNetwork(graph, packed, 1), packed.views
     assert network._prepared.numel()  # Winograd's algorithm is in use
