@@ -41,12 +41,13 @@ HELD_OUT = 48
 are nodes, too, so that 48 instead of 24 cost nothing in the end: later rounds ask for fewer."""
 DEPTH = {1: 3, 2: 2, 3: 2}
 """Bisections that make the first sub-lattice, by the number of axes: 9, 5 x 5, 5 x 5 x 5."""
-AIM = 0.8
+AIM = 0.75
 """Refinement goes on until the stated error is below this share of the tolerance, for of all points
 some are further off than is stated, and the tolerance is to bound those too."""
-GROWTH = 0.5
-"""A round asks at most this share of what is evaluated already, for roughness is yet to be seen."""
-LEAST = 0.1
+GROWTH = 0.3
+"""A round asks at most this share of what is evaluated already, for roughness is yet to be seen:
+half of it asked a tenth more points in the end."""
+LEAST = 0.05
 """And at least this share, for a round costs a barrier."""
 MOST_NODES = 4000
 """More evaluated points than one dense system should hold."""
