@@ -101,4 +101,6 @@ class NativeNetwork:
 def _tiles(t: Tensor, lanes: int) -> Tensor:
     """Return samples as [tiles, numbers, lanes]; lanes that are too many repeat the last one."""
     more = t[-1:].expand(-len(t) % lanes, *t.shape[1:])
-    return torch.cat([t, more]).view(-1, lanes, t[0].numel()).transpose(1, 2).contiguous()
+    whole = torch.cat([t, more]) if len(more) else t  # it copies even where nothing is added
+    turned = whole.reshape(-1, lanes, t[0].numel()).transpose(1, 2)
+    return turned.clone(memory_format=torch.contiguous_format)  # aligned, as slices are not
