@@ -46,7 +46,7 @@ AIM = 0.75
 some are further off than is stated, and the tolerance is to bound those too."""
 GROWTH = 0.3
 """A round asks at most this share of what is evaluated already, for roughness is yet to be seen:
-half of it asked a tenth more points in the end."""
+with half of it, a tenth more points are asked in the end (benchmarks/honesty.md)."""
 LEAST = 0.05
 """And at least this share, for a round costs a barrier."""
 MOST_NODES = 4000
