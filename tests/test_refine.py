@@ -115,24 +115,21 @@ def network(sizes: list[int], epochs: int) -> np.ndarray:
     return np.asarray(surface["train_loss"])
 
 
-@pytest.mark.parametrize(
-    ("sizes", "epochs", "most"),
-    [([64, 64, 64, 10], 30, 120), ([64] * 12 + [10], 60, 250)],
-    ids=["digits MLP", "12 layers"],
-)
-def test_trained_networks_cost_few_evaluations_and_the_error_is_honest(
-    sizes: list[int], epochs: int, most: int, one_thread: None
-) -> None:
-    truth = network(sizes, epochs)
-    runs = [refined(truth, seed) for seed in "012"]
-    for r in runs:
-        assert r.last.state == "done"
-        assert r.evaluations <= most
-        assert r.true.max() <= 1.1 * TOLERANCE  # one refinement in twenty misses by a little
-        assert r.stated.max() <= TOLERANCE
-    assert np.median([r.true.max() for r in runs]) <= TOLERANCE
-    assert np.mean([r.covered for r in runs]) >= 0.95
-    assert np.median([r.width for r in runs]) <= 6  # one in three is above 5
+def test_trained_networks_cost_few_evaluations_and_the_error_is_honest(one_thread: None) -> None:
+    """The digits MLP, which is smooth, and one of twelve layers, which is not."""
+    runs = []
+    for sizes, epochs, most in (([64, 64, 64, 10], 30, 120), ([64] * 12 + [10], 60, 250)):
+        truth = network(sizes, epochs)
+        found = [refined(truth, seed) for seed in "012"]
+        for r in found:
+            assert r.last.state == "done"
+            assert r.evaluations <= most
+            assert r.true.max() <= 1.1 * TOLERANCE  # one refinement in twenty misses by a little
+            assert r.stated.max() <= TOLERANCE
+        assert np.median([r.true.max() for r in found]) <= TOLERANCE
+        assert np.mean([r.covered for r in found]) >= 0.95
+        runs += found
+    assert np.median([r.width for r in runs]) <= 5
 
 
 def test_a_picture_a_thousand_wide_costs_what_a_coarse_one_costs() -> None:

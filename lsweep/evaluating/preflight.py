@@ -29,6 +29,7 @@ from lsweep.problems import batchnorm
 from lsweep.problems.data import map_tensors, tensors_of
 from lsweep.problems.factory import describe
 from lsweep.problems.problem import Problem
+from lsweep.problems.takeover import model_kept
 from lsweep.storage.files import publish, read_json, sealed
 from lsweep.storage.folder import RunFolder
 from lsweep.storage.insist import there
@@ -92,9 +93,10 @@ def preflight(
     data = {s: _check_data(evaluator, s) for s in evaluator.splits}
     for split in evaluator.splits:
         try:
+            with model_kept(evaluator.problem.model):  # which has kept nothing yet, below
+                _check_batch(evaluator, split)
             if spots:
                 require_following(evaluator, split, spots[-1])
-            _check_batch(evaluator, split)
         except LsweepError:
             raise
         except Exception as e:
