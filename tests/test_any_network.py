@@ -266,7 +266,7 @@ def test_physics_informed_loss_takes_derivatives_inside():
         wanted = ((1 - omega**2) * torch.cos(omega * x)).square().mean()
         assert found == pytest.approx(float(wanted), rel=1e-8, abs=1e-25)
     assert (s["train_boundary"] == 0).all()
-    with pytest.raises(LsweepError, match="does not require grad.*grad=True"):
+    with pytest.raises(LsweepError, match=r"does not require grad.*grad=True"):
         lsweep.sweep(lsweep.Problem(Cosine(), {"train": x}, forward=residual), x=(-1, 1, 3))
 
 
