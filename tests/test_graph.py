@@ -353,6 +353,19 @@ def test_overflow_is_never_hidden():
             torch.testing.assert_close(fused(x), want, equal_nan=True)
 
 
+def test_minus_infinity_before_a_relu_is_zero_as_everywhere():
+    """oneDNN's leaky relu keeps it: the graph itself is run again."""
+    net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    x = torch.tensor([[3e38, 3e38], [1.0, 1.0]])
+    with torch.no_grad():
+        net[0].weight.fill_(-2.0)
+    views = state_of(net)
+    fused = FusedNetwork(traced(net, x, frozenset(views)), views, x, CPU, torch.float32, 2)
+    with torch.no_grad():
+        assert torch.isneginf(net[0](x[:1])).all()
+        assert torch.equal(fused(x), net(x)) and torch.isfinite(net(x)).all()
+
+
 def test_the_network_is_left_as_it_was():
     net, inputs = made("odd")
     net.train()
