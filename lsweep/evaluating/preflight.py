@@ -245,7 +245,8 @@ def _suspects(evaluator: Evaluator) -> str:
     hint = f"look at {', '.join(drops[:3])}, or at" if drops else "look for"
     return (
         f"{hint} a dropout that ignores eval mode, such as F.dropout(x), whose default is "
-        "training=True: write F.dropout(x, training=self.training)"
+        "training=True: write F.dropout(x, training=self.training). What draws by torch.randn, "
+        "such as a variational autoencoder's noise, must take its mean in eval mode"
     )
 
 

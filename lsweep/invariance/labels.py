@@ -24,7 +24,6 @@ ROLES = (
     "gate", "up",
 )  # fmt: skip
 _broadcast: Callable[..., tuple[Tensor, ...]] = torch.broadcast_tensors
-_shapes: Callable[..., torch.Size] = torch.broadcast_shapes
 BIT = {name: 1 << i for i, name in enumerate(ROLES)}
 
 
@@ -195,4 +194,4 @@ def roles_in(bits: int) -> tuple[str, ...]:
 
 def shapes_of(values: Iterable[Value]) -> tuple[int, ...]:
     """Return the shape that values broadcast to."""
-    return tuple(_shapes(*(v.shape for v in values)))
+    return np.broadcast_shapes(*(v.shape for v in values))
