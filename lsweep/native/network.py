@@ -100,7 +100,6 @@ class NativeNetwork:
 
 def _tiles(t: Tensor, lanes: int) -> Tensor:
     """Return samples as [tiles, numbers, lanes]; lanes that are too many repeat the last one."""
-    more = t[-1:].expand(-len(t) % lanes, *t.shape[1:])
-    whole = torch.cat([t, more]) if len(more) else t  # it copies even where nothing is added
-    turned = whole.reshape(-1, lanes, t[0].numel()).transpose(1, 2)
-    return turned.clone(memory_format=torch.contiguous_format)  # aligned, as slices are not
+    # Copied even where nothing is added: a slice is not aligned.
+    whole = torch.cat([t, t[-1:].expand(-len(t) % lanes, *t.shape[1:])]) if len(t) % lanes else t
+    return whole.reshape(-1, lanes, t[0].numel()).mT.clone(memory_format=torch.contiguous_format)
