@@ -47,7 +47,7 @@ from lsweep.hosts.device import device_class
 from lsweep.hosts.stopping import Stop
 from lsweep.measures.from_surface import context_of
 from lsweep.merging.merge import merge
-from lsweep.outcomes.audits import Audits, audit_lines, compared
+from lsweep.outcomes.audits import Audits, audit_lines, audited_variables, compared
 from lsweep.outcomes.frozen import across_classes, audit_tolerances, coarsest
 from lsweep.plans import settings
 from lsweep.problems import supply
@@ -623,13 +623,31 @@ def test_an_audit_is_judged_by_the_precision_of_its_device_class():
     values["sums"][:, 0, 2], audits["sums"][:, 0, 2] = (1.0005, 1.02, 1.01), 1.0
     audits["status"] = Status.OK
     allowed = functools.partial(audit_tolerances, plan, devices)
-    found = compared(values, audits, 0, allowed)
+    found = compared(values, audits, [0], allowed)
     assert (found["points"], found["distinct"]) == (3, 2)
     assert found["largest_relative"] == pytest.approx(0.02) and found["tolerance"] == 1e-4
     assert "a value differs by 5.0e-04 (relative), more than 1e-04" in audit_lines(found)[0]
-    assert not audit_lines(compared(values[1:], audits[1:], 0, allowed))
+    assert not audit_lines(compared(values[1:], audits[1:], [0], allowed))
     assert coarsest(plan, {"a": {"precision": "float32"}}) == "float32"
     assert across_classes(coarsest(plan, {**devices, "c": {"precision": "int4"}})) == 0.05
+
+
+def test_an_audit_compares_the_losses_of_all_splits():
+    splits = [("train", "loss"), ("train", "accuracy"), ("test", "loss")]
+    names = [f"{split}_{metric}" for split, metric in splits]
+    plan = SimpleNamespace(variables=splits, variable_names=names, pointwise={})
+    assert audited_variables(plan) == [0, 2]
+    values, audits = np.zeros((2, 4), row_type(3))
+    audits["status"] = Status.OK
+    values["sums"][..., 0], audits["sums"][..., 0] = 1.0, 1.0
+    values["sums"][..., 2], audits["sums"][..., 2] = 2.0, 2.0
+    values["sums"][:, 1, 2] = 3.0  # an accuracy may jump
+    values["sums"][3, 2, 2] = 2.02
+    values["sums"][1, 0, 2] = np.nan
+    found = compared(values, audits, [0, 2], lambda rows: np.full(len(rows), 1e-4))
+    assert (found["points"], found["one_finite"], found["tolerance"]) == (4, 1, 1e-4)
+    assert found["largest_relative"] == found["worst_relative"] == pytest.approx(0.01)
+    assert found["median_relative"] == 0
 
 
 def test_an_audit_finds_its_value_however_a_part_is_read():
@@ -647,7 +665,7 @@ def test_an_audit_finds_its_value_however_a_part_is_read():
         for start in range(0, 30, size):
             audits.add("a", rows[start : start + size])
             audits.add("b", rows[:0])
-        found = audits.compared(0)
+        found = audits.compared([0])
         assert (found["points"], found["largest_relative"]) == (6, 1.0)  # 10 and 5
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from lsweep.hosts.machine import versions
 from lsweep.outcomes import variates
-from lsweep.outcomes.audits import audit_lines, audited_variable, compared
+from lsweep.outcomes.audits import audit_lines, audited_variables, compared
 from lsweep.outcomes.certified import notes
 from lsweep.outcomes.committed import read_run
 from lsweep.outcomes.estimates import estimate
@@ -138,7 +138,7 @@ def merge(folder: RunFolder, parts: Sequence[Path] | None = None) -> tuple[Surfa
         nonfinite=int((status == Status.NONFINITE).sum()),
         conflicts=winners.conflicts(tolerance),
         damaged=damaged,
-        audit=compared(*winners.audits(), audited_variable(plan), allowed),
+        audit=compared(*winners.audits(), audited_variables(plan), allowed),
     )
     provenance = _provenance(folder, plan, winners.seconds, report, classes, sampling, devices)
     attributes = variates.annotate(_attributes(plan, opaque), sampling) | gaps.attributes
@@ -291,7 +291,7 @@ def _provenance(
             used or devices,
             [*variates.words(sampling), *notes(folder, plan.digest)],
             report.audit,
-            plan.variable_names[audited_variable(plan)],
+            " and ".join(plan.variable_names[k] for k in audited_variables(plan)),
         ),
     }
 

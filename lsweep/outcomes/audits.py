@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -17,24 +17,25 @@ FloatArray = npt.NDArray[np.float64]
 BELOW = 1e-3  # of the usual value: near a minimum of zero a relative error says nothing
 
 
-def audited_variable(plan: Plan) -> int:
-    """Return which variable is compared: the first that is a mean."""
+def audited_variables(plan: Plan) -> list[int]:
+    """Return which variables are compared: the loss of each split, or the first that is a mean."""
     names = plan.variable_names
-    return next((k for k, name in enumerate(names) if name not in plan.pointwise), 0)
+    means_ = [k for k, name in enumerate(names) if name not in plan.pointwise]
+    return [k for k in means_ if plan.variables[k][1] == "loss"] or means_[:1] or [0]
 
 
 def compared(
     values: Rows,
     audits: Rows,
-    variable: int,
+    variables: Sequence[int],
     tolerance: Callable[[Rows], FloatArray] | None = None,
 ) -> dict[str, float]:
-    """Compare one variable of rows with those that audit them.
+    """Compare some variables of rows with those that audit them.
 
     Args:
         values: rows, shape (n,).
         audits: of the same points and slices, shape (n,).
-        variable: which of their variables.
+        variables: which of their variables.
         tolerance: how far off each of some rows may be, shape (n,).
 
     Returns:
@@ -45,34 +46,36 @@ def compared(
     >>> values, audits = np.zeros((2, 1), row_type(1))
     >>> values["sums"][..., :3], audits["sums"][..., :3] = (2, 4, 3.0), (2, 4, 2.0)  # W, WW, WV
     >>> audits["status"] = Status.OK
-    >>> compared(values, audits, 0)["largest_relative"]
+    >>> compared(values, audits, [0])["largest_relative"]
     0.5
     """
     if not len(audits):
         return {}
-    pairs = np.stack([means(rows["sums"][:, variable]) for rows in (values, audits)], axis=1)
     done = audits["status"] == Status.OK
-    pairs = pairs[done]
-    finite = np.isfinite(pairs)
-    both = pairs[finite.all(axis=1)]
-    difference, size = np.abs(both[:, 0] - both[:, 1]), np.abs(both[:, 1])
-    floor = max(BELOW * float(np.median(size)), 1e-300) if len(size) else 1.0
-    relative = difference / np.maximum(size, floor)
+    first, again = (
+        np.stack([means(rows["sums"][done, k]) for k in variables]) for rows in (values, audits)
+    )  # (variables, rows)
+    finite = np.isfinite(first) & np.isfinite(again)
+    unlike = np.isfinite(first) != np.isfinite(again)
+    difference = np.abs(np.where(finite, first, 0.0) - np.where(finite, again, 0.0))
+    size = np.abs(np.where(finite, again, np.nan))
+    usual = [float(np.median(s[np.isfinite(s)])) if np.isfinite(s).any() else 0.0 for s in size]
+    floor = np.maximum(BELOW * np.array(usual), 1e-300)[:, None]
+    relative = difference / np.fmax(size, floor)
     worst = {}
-    if tolerance is not None:
-        allowed = tolerance(values[done][finite.all(axis=1)])
-        at = int((relative - allowed).argmax()) if len(allowed) else -1
-        if at >= 0:
-            worst = {"worst_relative": float(relative[at]), "tolerance": float(allowed[at])}
+    if tolerance is not None and finite.any():
+        allowed = np.broadcast_to(tolerance(values[done]), relative.shape)
+        at = np.unravel_index(np.where(finite, relative - allowed, -np.inf).argmax(), finite.shape)
+        worst = {"worst_relative": float(relative[at]), "tolerance": float(allowed[at])}
     return {
         **worst,
-        "points": float(len(pairs)),
+        "points": float(done.sum()),
         "distinct": float(len(np.unique(values["point"][done]))),
         "failed": float((audits["status"] == Status.FAILED).sum()),
-        "one_finite": float((finite[:, 0] != finite[:, 1]).sum()),
+        "one_finite": float(unlike.any(axis=0).sum()),
         "largest_absolute": float(difference.max(initial=0.0)),
         "largest_relative": float(relative.max(initial=0.0)),
-        "median_relative": float(np.median(relative)) if len(relative) else 0.0,
+        "median_relative": float(np.median(relative[finite])) if finite.any() else 0.0,
     }
 
 
@@ -124,13 +127,13 @@ class Audits:
         self._tails[part] = rows[-2 * self.unit :].copy()
 
     def compared(
-        self, variable: int, tolerance: Callable[[Rows], FloatArray] | None = None
+        self, variables: Sequence[int], tolerance: Callable[[Rows], FloatArray] | None = None
     ) -> dict[str, float]:
         """Return what `compared` finds in all that were read."""
         if not self._pairs:
             return {}
         values, audits = (np.concatenate(rows) for rows in zip(*self._pairs, strict=True))
-        return compared(values, audits, variable, tolerance)
+        return compared(values, audits, variables, tolerance)
 
 
 def _keys(rows: Rows) -> Iterable[tuple[int, int]]:

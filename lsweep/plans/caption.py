@@ -63,7 +63,7 @@ def caption(
         devices: device class -> what its file says.
         notes: what else is to be said.
         audit: how far second evaluations were from the first.
-        audited: the variable that they are of.
+        audited: the variables that they are of.
     """
     words = [f"{plan.facts['network']}, {plan.facts['parameters']:,} parameters"]
     if any(r.get("gauge", "none") == "equi" for r in plan.directions.values()):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lsweep.errors import LsweepError
-from lsweep.outcomes.audits import Audits, audit_lines, audited_variable
+from lsweep.outcomes.audits import Audits, audit_lines, audited_variables
 from lsweep.outcomes.committed import Committed, read_run
 from lsweep.outcomes.frozen import audit_tolerances, frozen
 from lsweep.plans.plan import Plan
@@ -55,7 +55,7 @@ class Overview:
         self._folder, self._plan = folder, Plan.read(folder)
         self._rounds = Rounds.read(folder, self._plan)
         self._committed = Committed(folder, self._plan, self._rounds)
-        self._variable = audited_variable(self._plan)
+        self._audited = audited_variables(self._plan)
         self._observer = Observer(folder)
         self._audits = Audits(self._rounds.last.unit_points)
 
@@ -100,7 +100,7 @@ class Overview:
                 c: {**{k: d.get(k) for k in FROZEN}, "dropped": dropped(d)}
                 for c, d in classes.items()
             },
-            "audit": self._audits.compared(self._variable, allowed),
+            "audit": self._audits.compared(self._audited, allowed),
             "damaged": damaged,
             "merged": merged,
             "children": _children(self._folder),
