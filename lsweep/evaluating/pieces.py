@@ -30,9 +30,8 @@ def piece_of(settings: Mapping[str, Any], problem: Problem, split: str, size: in
         size: its default batch size.
     """
     free = settings["batch_size"] == "auto" and problem.splits[split].sizable
-    if settings["batch_norm"] != "eval" or batchnorm.takes_batches(problem.model):
-        return None
-    return max(1, size // SHARE) if free else None
+    alone = settings["batch_norm"] == "eval" and not batchnorm.takes_batches(problem.model)
+    return max(1, size // SHARE) if free and alone else None
 
 
 def values_in_pieces(
