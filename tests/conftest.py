@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from cluster import Cluster, NoCluster
+
+# What a test draws without naming a seed, such as a network's first weights. Another whole number
+# here asks whether an answer hangs on that draw.
+SEED = int(os.environ.get("LSWEEP_TEST_SEED", "0"))
+
+
+class DrawnAlike:
+    """No row depends on which ran before it in its process: they share the global generators."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_fixture_setup(self) -> None:
+        torch.manual_seed(SEED)
+        np.random.seed(SEED)
+        random.seed(SEED)
+
+    pytest_runtest_call = pytest_fixture_setup
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """For the examples in docstrings too, which lie beside this folder."""
+    config.pluginmanager.register(DrawnAlike())
 
 
 @pytest.fixture(scope="session")
