@@ -36,6 +36,7 @@ from cases import (
 import lsweep
 from lsweep.commands.submitting import work_left
 from lsweep.errors import LsweepError
+from lsweep.evaluating import choice
 from lsweep.measures.measures import measure
 from lsweep.merging.merge import merge
 from lsweep.plans.plan import Plan
@@ -445,7 +446,12 @@ def test_a_loss_that_waits_is_not_cheap(tmp_path: Path) -> None:
 # -- troubles --------------------------------------------------------------------------------------
 
 
-def test_failed_points_count_as_done_and_can_be_asked_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("worth", [choice.WORTH, 0.0])
+def test_failed_points_count_as_done_and_can_be_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worth: float
+) -> None:
+    monkeypatch.setattr(choice, "WORTH", worth)  # backends are compared at corners, which raise
+    monkeypatch.setattr(choice, "SHARE", 1e3)
     (tmp_path / "broken").touch()
     folder = asked_in(tmp_path, shape="raise")
     assert isinstance(worked(folder), int)

@@ -27,6 +27,7 @@ from lsweep.evaluating.choice import (
     reason_of,
 )
 from lsweep.evaluating.evaluate import Evaluator
+from lsweep.evaluating.runnable import runnable
 from lsweep.hosts.device import Spent, is_out_of_memory, timed
 
 USUAL_SAMPLES = 512  # tell how large a value usually is
@@ -112,7 +113,8 @@ class _Reference:
             LsweepError: they disagree.
         """
         ev = self._evaluator  # it uses the other by now, so that eager goes piece by piece
-        usual = ev.samples(self._spots, limit=USUAL_SAMPLES, backend=ev.plain)
+        spots = runnable(ev, self._spots)
+        usual = ev.samples(spots, limit=USUAL_SAMPLES, backend=ev.plain)
         for v, (f, r) in enumerate(zip(found, self._samples, strict=True)):
             if self._evaluator.metrics[v % len(self._evaluator.metrics)] == "loss":
                 error, at = apart(f, r, _usual([at[v] for at in usual]))

@@ -25,6 +25,7 @@ from lsweep.backends.summing import Reference, Samples, stacked
 from lsweep.errors import LsweepError
 from lsweep.evaluating.disagreement import disagreement
 from lsweep.evaluating.evaluate import Evaluator
+from lsweep.evaluating.runnable import runnable
 from lsweep.hosts.device import is_out_of_memory, timed
 from lsweep.hosts.machine import trim_memory
 from lsweep.outcomes.frozen import AUDIT_TOLERANCE
@@ -41,8 +42,8 @@ LEAST = 4  # passes over one batch at each spot: below, nothing can be told
 PASSES = 32  # over the samples of a trial: two a backend and batch size, and more rounds
 ROUNDS = 3  # passes of those that were near the fastest in the first
 NEAR = 1.3  # times the fastest
-ENOUGH = 2.0  # times eager: nothing else in its precision comes near native code of that speed
-FAR = 2.0  # times the fastest: no batch size makes up for it, and large ones take memory
+ENOUGH = 1.5  # times eager in the precision asked for: other backends gain less over it
+FAR = 2.0  # times the fastest: it is let go of, for it takes memory
 LARGER = (2.0, 4.0, 8.0)  # times the default batch size, as long as that is faster
 SMALLER = 0.5
 DISAGREES = "disagrees with eager"
@@ -130,7 +131,7 @@ def choose(evaluator: Evaluator, spots: Sequence[Spot], seconds: float, points: 
     least = LEAST * len(spots) * seconds * batch / max(1, len(evaluator.centre()[0].values))
     if asked == "auto" and least > SHARE * total:
         return _untried(evaluator)
-    trials = _Trials(evaluator, spots, seconds, SHARE * total)
+    trials = _Trials(evaluator, runnable(evaluator, spots), seconds, SHARE * total)
     if asked != "auto":
         named = [trials.first((asked, p)) for p in reversed(precisions)]
         if all(t.why_not for t in named):
@@ -146,7 +147,7 @@ def choose(evaluator: Evaluator, spots: Sequence[Spot], seconds: float, points: 
             if kind != ("eager", precisions[0]):
                 trials.first(kind, catalogue.KINDS[kind[0]].set_up)
     trials.sizes(trials.fastest(1)[0])
-    for kind in trials.fastest(2)[1:]:  # far, perhaps, from what the fastest takes by now
+    for kind in trials.fastest(2, NEAR)[1:]:  # no batch size makes up for more than that
         trials.sizes(kind)
     return trials.decision(asked)
 
@@ -239,7 +240,7 @@ class _Trials:
             there = next((t.backend for t in self._sound() if t.backend in SHORTER), None)
             if there is not None:
                 reason = f"not tried: there is {there}"
-        if reason is None and precision == self._evaluator.ground.precisions[-1]:
+        if reason is None:
             reason = self._why_enough()
         wrong = [t for t in self._done if t.backend == name and t.why_not.startswith(DISAGREES)]
         if reason is None and name in GRAPHS and wrong:
@@ -261,7 +262,7 @@ class _Trials:
         return trial
 
     def _why_enough(self) -> str | None:
-        """Return why nothing else in native code's precision need be tried, or None.
+        """Return why nothing beside native code need be tried, or None.
 
         What is not tried takes neither time nor memory: activations, rows, kernels made for it.
         """
@@ -269,7 +270,8 @@ class _Trials:
         native = [t.seconds for t in self._sound() if t.backend == "native" and t.seconds]
         if not native or eager < ENOUGH * min(native):
             return None
-        return f"not tried: native is {eager / min(native):.1f} times as fast as eager"
+        times, low = eager / min(native), self._done[0].precision
+        return f"not tried: native is {times:.1f} times as fast as eager in {low}"
 
     def _keep(self, kinds: Sequence[Kind]) -> None:
         """Let go of all other backends: they hold rows and buffers."""
@@ -382,10 +384,10 @@ class _Trials:
         agree = [t for t in found if t.error is not None and t.error <= self._tolerance(t)]
         return agree or found
 
-    def fastest(self, number: int) -> list[Kind]:
-        """Return the fastest backends so far, without those that are far behind."""
+    def fastest(self, number: int, far: float = FAR) -> list[Kind]:
+        """Return the fastest backends so far, without those that take ``far`` times as long."""
         sound = self._sound()
-        near = [t.kind for t in sound if (t.seconds or 0.0) <= FAR * (sound[0].seconds or 0.0)]
+        near = [t.kind for t in sound if (t.seconds or 0.0) <= far * (sound[0].seconds or 0.0)]
         return list(dict.fromkeys(near))[:number]
 
     def decision(self, asked: str) -> Choice:

@@ -21,6 +21,7 @@ from lsweep.evaluating.acceptance import centre_of, taken
 from lsweep.evaluating.choice import Choice, choose, reason_of
 from lsweep.evaluating.evaluate import Evaluator
 from lsweep.evaluating.following import require_following
+from lsweep.evaluating.runnable import runnable
 from lsweep.hosts import machine
 from lsweep.hosts.device import Spent, device_class, human, is_out_of_memory, memory_used
 from lsweep.outcomes.frozen import CHOSEN, of_this_version
@@ -278,9 +279,9 @@ def _batch_norm_check(evaluator: Evaluator) -> dict[str, Any] | None:
         for a in evaluator.directions.moving[:2]
         for sign in (1.0, -1.0)
     ]
-    if not offsets:
+    spots = runnable(evaluator, [Spot(o) for o in offsets])
+    if not spots:
         return None
-    spots = [Spot(o) for o in offsets]
     split = "train" if "train" in evaluator.problem.splits else evaluator.splits[0]
     few = RECALIBRATED_SAMPLES
     kept = [found[0].mean for found in evaluator.samples(spots, limit=few)]
@@ -294,7 +295,7 @@ def _batch_norm_check(evaluator: Evaluator) -> dict[str, Any] | None:
         return None
     return {
         "variable": f"{evaluator.splits[0]}_{evaluator.metrics[0]}",
-        "offsets": [list(o) for o in offsets],
+        "offsets": [list(s.offsets) for s in spots],
         "samples": f"the first {few} of each split, in whole batches",
         "eval": [a for a, _ in finite],
         "recalibrate": [b for _, b in finite],
