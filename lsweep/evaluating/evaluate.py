@@ -224,6 +224,9 @@ class Evaluator:
             groups = [slice(k, k + 1) for k in range(len(spots))]
         else:
             groups = [slice(0, len(spots))]
+        # Float32 eager beside another way of evaluating, in use or still to be chosen.
+        others = self.backend.name != "eager" or len(self.ground.precisions) > 1
+        audits = backend is self.plain and others
         for group in groups:
             here, stay = spots[group], False
             if recalibrate:
@@ -235,7 +238,6 @@ class Evaluator:
                 stay = True
             for i, split in enumerate(self.splits):
                 for b, batch in enumerate(self._some(split, slice_, limit)):
-                    audits = backend is self.plain and self.backend.name != "eager"
                     most = self._pieces[split] if audits else None
                     yield group, i, b, values_in_pieces(backend, here, batch, stay, most)
                     stay = len(here) == 1
