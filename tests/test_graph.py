@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lsweep.backends import fused as fused_module
+from lsweep.backends.folded import Folded
 from lsweep.backends.fused import FusedNetwork, attention
 from lsweep.backends.graph import Unsupported, traced
 from lsweep.backends.packed import Packed
-from lsweep.errors import LsweepError
 from lsweep.problems.problem import call
 from lsweep.problems.weights import buffers_of, parameters_of
 
@@ -182,10 +182,6 @@ def state_of(net: nn.Module) -> dict[str, Tensor]:
     return {n: t.detach() for n, t in {**parameters_of(net), **buffers_of(net)}.items()}
 
 
-def matrices(net: nn.Module) -> frozenset[str]:
-    return frozenset(n for n, p in parameters_of(net).items() if p.dim() > 1)
-
-
 def targets(graph: object) -> list[object]:
     return [n.target for n in graph.module.graph.nodes if n.op == "call_function"]
 
@@ -196,7 +192,7 @@ def targets(graph: object) -> list[object]:
 )
 def test_graph_and_fused_network_are_the_network(name):
     net, inputs = made(name)
-    graph = traced(net, inputs(4), matrices(net))
+    graph = traced(net, inputs(4))
     norms = sum(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in net.modules())
     assert len(graph.folds) == norms + (name == "odd")
     assert aten.batch_norm.default not in targets(graph)
@@ -217,7 +213,7 @@ def test_graph_and_fused_network_are_the_network(name):
     net.double()
     if name in ("recurrent", "in place"):  # what they make has the dtype that was traced
         likewise = inputs(4).double() if name == "in place" else inputs(4)
-        graph = traced(net, likewise, matrices(net))
+        graph = traced(net, likewise)
     module, state = graph.module.double(), graph.pack(state_of(net))
     for batch in batches:
         leaves = [t.double() if t.is_floating_point() else t for t in graph.leaves(batch)]
@@ -255,60 +251,57 @@ def test_attention_with_a_mask_stays_torchs(options, own):
         return F.scaled_dot_product_attention(q, q, q, **options)
 
     net, x = Forward(attend), torch.randn(5, 3, 4)
-    graph, state = traced(net, x, frozenset()), state_of(net)
+    graph, state = traced(net, x), state_of(net)
     for dtype, count, tolerance in ((torch.bfloat16, own, 0.05), (torch.float32, 0, 1e-6)):
         fused = FusedNetwork(graph, graph.pack(state), x, CPU, dtype, 1)
         assert targets(SimpleNamespace(module=fused._forward.__self__)).count(attention) == count
         torch.testing.assert_close(fused(x), net(x).detach(), rtol=0, atol=tolerance)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["residual", "odd", "tied"])
-def test_folding_a_move_is_moving_the_fold(name):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_folded_weights_follow_all_that_moves_or_is_loaded(name, dtype):
+    """Scale and statistics, too: each point is folded with its own."""
     net, inputs = made(name)
-    net.double()
-    batch = inputs(3).double()
-    still = {
-        n
-        for prefix, m in net.named_modules()
-        if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)
-        for n in (f"{prefix}.weight", f"{prefix}.running_mean", f"{prefix}.running_var")
-    }
-    origin = state_of(net)
-    direction = {n: torch.randn_like(t) for n, t in origin.items() if n not in still}
-    graph = traced(net, batch, frozenset(direction))
-    assert len(graph.folds) > 1
-    start, rows = graph.pack(origin), graph.pack_direction(direction)
-    moved = {n: t + 0.7 * direction[n] if n in direction else t for n, t in origin.items()}
-    whole = graph.pack(moved)
-    for n in graph.names:
-        there = start[n] + 0.7 * rows[n] if n in rows else start[n]
-        torch.testing.assert_close(there, whole[n], rtol=1e-12, atol=1e-12)
-    net.load_state_dict(moved, strict=False)
-    torch.testing.assert_close(graph.module(*whole.values(), batch), net(batch), rtol=0, atol=1e-12)
+    net.to(dtype)
+    batch, limit = inputs(3).to(dtype), 1e-12 if dtype == torch.float64 else 1e-5
+    origin = {n: t.clone() for n, t in state_of(net).items() if t.is_floating_point()}
+    direction = {n: torch.rand_like(t) for n, t in origin.items()}  # no variance turns negative
+    other = {n: t + torch.rand_like(t) for n, t in origin.items()}
+    own = Packed(origin, [direction], CPU, dtype)
+    graph = traced(net, batch)
+    assert len(graph.folds) > 1 and aten.batch_norm.default not in targets(graph)
+    folded = Folded(graph, own)
+    for offset in (0.0, 0.7):
+        folded.move([offset])
+        moved = {n: t + offset * direction[n] for n, t in origin.items()}
+        want = torch.func.functional_call(net, moved, (batch,))
+        found = graph.module(*folded.views.values(), batch)
+        assert (found - want).abs().max() <= limit * want.abs().max()
+    folded.turn("back", lambda: [{n: -t for n, t in direction.items()}])
+    folded.move([-0.7])
+    assert torch.equal(graph.module(*folded.views.values(), batch), found)
+    folded.load(other)
+    want = torch.func.functional_call(net, other, (batch,))
+    found = graph.module(*folded.views.values(), batch)
+    assert (found - want).abs().max() <= limit * want.abs().max()
 
 
-def test_a_batch_norm_that_moves_stays_an_operation():
+@torch.no_grad()
+def test_reduced_weights_follow_what_moves():
     net, inputs = made("residual")
-    graph = traced(net, inputs(4), matrices(net) | {"norm.weight", "shortcut.1.running_var"})
-    assert targets(graph).count(aten.batch_norm.default) == 2 and len(graph.folds) == 1
-    directions = [{"norm.weight": torch.ones(8), "stem.weight": torch.ones(8, 3, 3, 3)}]
-    rows = [graph.pack_direction(d) for d in directions]
-    packed = Packed(graph.pack(state_of(net)), rows, CPU, torch.float32)
-    networks = [
-        FusedNetwork(graph, packed.views, inputs(4), CPU, dtype, 2)
-        for dtype in (torch.float32, torch.bfloat16)
-    ]
-    batch = inputs(5)
-    with torch.no_grad():
-        for offset in (0.0, -0.5):
-            packed.move([offset])  # the reduced network must see it, too
-            moved = {n: t + offset * directions[0].get(n, 0) for n, t in state_of(net).items()}
-            want = torch.func.functional_call(net, moved, (batch,))
-            scale = want.abs().max()
-            assert (networks[0](batch) - want).abs().max() < 1e-5 * scale
-            assert (networks[1](batch) - want).abs().max() < 0.05 * scale
-    with pytest.raises(LsweepError, match=r"a\.1\.weight moves, but was folded as fixed"):
-        graph.pack_direction({"a.1.weight": torch.ones(12)})
+    graph, batch = traced(net, inputs(4)), inputs(5)
+    directions = {"norm.weight": torch.ones(8), "stem.weight": torch.ones(8, 3, 3, 3)}
+    folded = Folded(graph, Packed(state_of(net), [directions], CPU, torch.float32))
+    precisions = {torch.float32: 1e-5, torch.bfloat16: 0.05}
+    networks = {p: FusedNetwork(graph, folded.views, inputs(4), CPU, p, 2) for p in precisions}
+    for offset in (0.0, -0.5):
+        folded.move([offset])
+        moved = {n: t + offset * directions.get(n, 0) for n, t in state_of(net).items()}
+        want = torch.func.functional_call(net, moved, (batch,))
+        for p, limit in precisions.items():
+            assert (networks[p](batch) - want).abs().max() < limit * want.abs().max()
 
 
 class Twice(nn.Module):
@@ -332,7 +325,7 @@ class Twice(nn.Module):
 def test_what_cannot_be_folded_beside_another_stays_an_operation():
     net, x = Twice().eval(), torch.randn(5, 6)
     net.norms[0].running_mean.normal_()
-    graph = traced(net, x, matrices(net))
+    graph = traced(net, x)
     assert targets(graph).count(aten.batch_norm.default) == 2 and len(graph.folds) == 2
     found = graph.module(*graph.pack(state_of(net)).values(), x)
     torch.testing.assert_close(found, net(x), rtol=1e-5, atol=1e-5)
@@ -342,7 +335,7 @@ def test_overflow_is_never_hidden():
     """oneDNN's own relu would give 0 for NaN, and so a finite loss at a diverged point."""
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     x = torch.randn(6, 4)
-    graph = traced(net, x, matrices(net))
+    graph = traced(net, x)
     for factor, special in ((1e30, math.inf), (1.0, math.nan)):
         views = {n: p.detach() * factor for n, p in net.named_parameters()}
         views["0.bias"][0] = special
@@ -360,7 +353,7 @@ def test_minus_infinity_before_a_relu_is_zero_as_everywhere():
     with torch.no_grad():
         net[0].weight.fill_(-2.0)
     views = state_of(net)
-    fused = FusedNetwork(traced(net, x, frozenset(views)), views, x, CPU, torch.float32, 2)
+    fused = FusedNetwork(traced(net, x), views, x, CPU, torch.float32, 2)
     with torch.no_grad():
         assert torch.isneginf(net[0](x[:1])).all()
         assert torch.equal(fused(x), net(x)) and torch.isfinite(net(x)).all()
@@ -373,7 +366,7 @@ def test_the_network_is_left_as_it_was():
     modes = [m.training for m in net.modules()]
     tensors = [(t, t.clone()) for t in (*net.parameters(), *net.buffers())]
     batch, generator = inputs(2), torch.get_rng_state()
-    traced(net, batch, frozenset())
+    traced(net, batch)
     assert modes == [m.training for m in net.modules()]
     now = (*net.parameters(), *net.buffers())
     assert all(a is b and torch.equal(a, c) for a, (b, c) in zip(now, tensors, strict=True))
@@ -422,14 +415,14 @@ def counting(m: Forward, x: Tensor) -> Tensor:
 )
 def test_what_cannot_be_a_graph_says_why(forward, reason):
     with pytest.raises(Unsupported, match=reason) as caught:
-        traced(Forward(forward), torch.ones(20, 4), frozenset({"weight"}))
+        traced(Forward(forward), torch.ones(20, 4))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
 
 
 def test_inputs_by_name_may_come_in_any_order_but_not_in_another_shape():
     net = nn.Bilinear(3, 4, 2)
     batch = {"input1": torch.randn(5, 3), "input2": torch.randn(5, 4)}
-    graph = traced(net, batch, frozenset({"weight"}))
+    graph = traced(net, batch)
     turned = dict(reversed(batch.items()))
     views = {n: p.detach() for n, p in net.named_parameters()}
     fused = FusedNetwork(graph, views, turned, CPU, torch.float32, 2)
@@ -437,12 +430,12 @@ def test_inputs_by_name_may_come_in_any_order_but_not_in_another_shape():
     with pytest.raises(Unsupported, match=r"differ in more than length: \(4, 1\), \(4,\)"):
         fused(batch | {"input2": torch.randn(5, 4, 1)})
     with pytest.raises(Unsupported, match=r"does not trace|batch length is fixed"):
-        traced(net, batch | {"input2": torch.randn(1, 4)}, frozenset())
+        traced(net, batch | {"input2": torch.randn(1, 4)})
 
 
 def test_what_does_not_run_in_bfloat16_says_why():
     net, inputs = made("recurrent")
-    graph = traced(net, inputs(4), frozenset())
+    graph = traced(net, inputs(4))
     with pytest.raises(Unsupported, match="does not run fused in bfloat16: "):
         FusedNetwork(graph, graph.pack(state_of(net)), inputs(4), CPU, torch.bfloat16, 2)
 
@@ -450,7 +443,7 @@ def test_what_does_not_run_in_bfloat16_says_why():
 def test_a_trace_that_takes_too_long_is_given_up(monkeypatch):
     monkeypatch.setattr("lsweep.backends.tracing.SECONDS", 0.0)
     with pytest.raises(Unsupported, match="takes minutes"):
-        traced(nn.Linear(4, 2), torch.ones(6, 4), frozenset({"weight"}))
+        traced(nn.Linear(4, 2), torch.ones(6, 4))
 
 
 def test_neither_a_graph_nor_native_code_imports_a_compiler_of_torch():
@@ -464,7 +457,7 @@ def test_neither_a_graph_nor_native_code_imports_a_compiler_of_torch():
         from lsweep.native.network import NativeNetwork
         net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten())
         x = torch.randn(4, 1, 6, 6)
-        graph = traced(net.eval(), x, frozenset())
+        graph = traced(net.eval(), x)
         state = graph.pack({n: t.detach() for n, t in net.state_dict().items()})
         try:
             NativeNetwork(graph, Packed(state, [], x.device, x.dtype), 1)

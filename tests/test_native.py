@@ -90,9 +90,10 @@ class Squeezed(nn.Module):
 
 def graph_of(model: nn.Module, x: Tensor) -> tuple[Graph, Packed]:
     """Return a network as a graph and its packed rows, with one direction."""
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    graph = traced(model, x[:3], frozenset(dict(model.named_parameters())))
-    packed = {n: t.detach() for n, t in graph.pack(state).items()}
+    named = (*model.named_parameters(), *model.named_buffers())
+    state = {n: t.detach() for n, t in named}
+    graph = traced(model, x[:3])
+    packed = graph.pack(state)
     direction = {n: t.sin() for n, t in packed.items()}
     return graph, Packed(packed, [direction], torch.device("cpu"), torch.float32)
 

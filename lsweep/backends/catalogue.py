@@ -5,16 +5,15 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from lsweep.backends.eager import Backend, Eager, Ground, Seat
 from lsweep.backends.networks import Networked, NetworkOfClasses, inputs_of, why_no_stand_in
-from lsweep.backends.packed import Packed, Spot
+from lsweep.backends.packed import Packed, Rows, Spot
 from lsweep.backends.variants import ChannelsLast, Compiled, Replayed, Vmapped, image_weights
 from lsweep.errors import LsweepError, nearest
 from lsweep.hosts.machine import trim_memory
@@ -64,23 +63,17 @@ class Builder:
         from lsweep.backends.graph import traced
 
         self.eager.move(self.origin)
-        moving = {n for axis in self.ground.moves for n, t in axis.items() if bool(t.any())}
-        return traced(self.ground.problem.model, self.inputs, frozenset(moving))
+        return traced(self.ground.problem.model, self.inputs)
 
     @functools.cached_property
-    def rows(self) -> Packed:
+    def rows(self) -> Rows:
         """The packed tensors of the graph: the network's own rows where nothing is folded."""
-        ground, graph = self.ground, self.graph
-        if not graph.folds and self.packed.views.keys() >= set(graph.names):
+        if not self.graph.folds:
             return self.packed
-
-        def relaid(axis: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-            there = {n: t.to(ground.device, ground.dtype) for n, t in axis.items()}
-            return graph.pack_direction(there)
+        from lsweep.backends.folded import Folded
 
         trim_memory()  # of what was traced
-        start, scratch = graph.pack(ground.state), self.packed.theta
-        return Packed(start, ground.moves, ground.device, ground.dtype, relaid, scratch)
+        return Folded(self.graph, self.packed)
 
     def network(self, ground: Ground, name: str, module: str, kind: str) -> Backend:
         """Return a backend whose network, ``module.kind``, is made from the graph."""
@@ -90,16 +83,14 @@ class Builder:
         made = getattr(importlib.import_module(f"lsweep.{module}"), kind)
         rows = self.rows
         network = made(self.graph, rows.views, self.inputs, ground.device, dtype, threads)
-        pack = dict if rows is self.packed else self.graph.pack
-        return Networked(name, ground, rows, network, pack)
+        return Networked(name, ground, rows, network)
 
     def native(self, ground: Ground) -> Backend:
         """Return the backend of native code."""
         made = importlib.import_module("lsweep.native.network").NativeNetwork
         rows = self.rows
         network = made(self.graph, rows, torch.get_num_threads())
-        pack = dict if rows is self.packed else self.graph.pack
-        return NetworkOfClasses("native", ground, rows, network, pack)
+        return NetworkOfClasses("native", ground, rows, network)
 
 
 @dataclass(frozen=True)

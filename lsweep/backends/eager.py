@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lsweep.axes.directions import Directions
-from lsweep.backends.packed import Packed, Spot
+from lsweep.backends.packed import Packed, Rows, Spot
 from lsweep.problems import batchnorm, weights
 from lsweep.problems.data import Batch
 from lsweep.problems.problem import Problem, Sampled
@@ -135,7 +135,7 @@ class Seat:
         for name, t in self.tensors.items():
             if id(t) in homes:
                 self._buffers[name] = homes[id(t)]
-        self._taken: Packed | None = None
+        self._taken: Rows | None = None
 
     def lost(self) -> str:
         """Return which tensor the network no longer computes with as it was given, or ""."""
@@ -146,7 +146,7 @@ class Seat:
                 return name
         return ""
 
-    def take(self, packed: Packed) -> None:
+    def take(self, packed: Rows) -> None:
         """Let the network compute with the weights of ``packed``, as they are moved from now on."""
         if self._taken is packed:
             return
@@ -165,16 +165,10 @@ class Moving:
     Args:
         ground: whose steps they are.
         packed: the rows.
-        pack: a whole state -> what the rows hold, where that is not the state itself.
     """
 
-    def __init__(
-        self,
-        ground: Ground,
-        packed: Packed,
-        pack: Callable[[weights.State], Mapping[str, Tensor]] = dict,
-    ) -> None:
-        self._ground, self.packed, self._pack = ground, packed, pack
+    def __init__(self, ground: Ground, packed: Rows) -> None:
+        self._ground, self.packed = ground, packed
         self._read: tuple[int, Tensor] | None = None
 
     def move(self, spot: Spot) -> None:
@@ -189,7 +183,7 @@ class Moving:
         elif self._read is not None and self._read[0] == spot.step:
             self.packed.theta.copy_(self._read[1])
         else:
-            self.packed.load(self._pack(self._ground.step(spot.step)))
+            self.packed.load(self._ground.step(spot.step))
             self._read = (spot.step, self.packed.theta.clone())
 
 

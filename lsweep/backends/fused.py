@@ -53,7 +53,7 @@ class FusedNetwork:
     >>> from lsweep.backends.graph import traced
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
     >>> x, views = torch.ones(3, 4), {n: p.detach() for n, p in net.named_parameters()}
-    >>> graph = traced(net, x, frozenset(views))
+    >>> graph = traced(net, x)
     >>> fused = FusedNetwork(graph, views, x, x.device, x.dtype, threads=1)
     >>> torch.allclose(fused(x), net(x))
     True

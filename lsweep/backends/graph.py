@@ -1,13 +1,11 @@
 """A network as a graph whose batch norm is folded into its weights where that is exact.
 
 The fold: gamma·(w∗x + b - mean)/sqrt(var + eps) + beta = (s·w)∗x + (beta + s·(b - mean)) with
-s = gamma/sqrt(var + eps) (Jacob et al. 2018, arXiv:1712.05877, section 3.2). It is linear in w, b
-and beta, so origin and directions are folded once and a point stays one axpy per axis.
+s = gamma/sqrt(var + eps) (Jacob et al. 2018, arXiv:1712.05877, section 3.2).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -15,15 +13,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from lsweep.backends.packed import Made, Write
 from lsweep.backends.simplifying import tidy
 from lsweep.backends.tracing import Unsupported as Unsupported
 from lsweep.backends.tracing import plain_graph
-from lsweep.errors import LsweepError
 from lsweep.problems.weights import buffers_of, parameters_of
 
 aten = torch.ops.aten
-BLOCK = 2**18  # numbers that are scaled at once
 CONVOLUTIONS = {
     aten.conv1d.default: 6, aten.conv2d.default: 6, aten.conv3d.default: 6,
     aten.conv1d.padding: 6, aten.conv2d.padding: 6, aten.conv3d.padding: 6,
@@ -59,27 +54,20 @@ class Fold:
         s = (state[self.variance].double() + self.eps).rsqrt()
         return s if self.gamma is None else s * state[self.gamma].double()
 
-    def scale_into(self, out: Tensor, weight: Tensor, s: Tensor) -> None:
-        """Write s·w, each output unit by its own number."""
-        weight, each = weight.detach(), s[:, None]
+    def fold_into(self, weight: Tensor, bias: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Write s·w, each output unit by its own number, and beta + s·(b - mean)."""
+        w, s = state[self.weight], self.scale(state)
+        each = s[:, None]
         if self.groups:
-            each = (
-                s.view(self.groups, 1, -1).expand(-1, len(weight) // self.groups, -1).flatten(0, 1)
-            )
-        each = each.view(*each.shape, *[1] * (weight.dim() - 2))
-        step = max(1, BLOCK // max(1, weight[0].numel()))
-        for a in range(0, len(weight), step):  # in float64, of which a few rows are held at once
-            out[a : a + step] = weight[a : a + step].double() * each[a : a + step]
-
-    def shift(self, state: Mapping[str, Tensor]) -> Tensor:
-        """Return beta + s·(b - mean) of a whole state, in the weight's dtype."""
+            each = s.view(self.groups, 1, -1).expand(-1, len(w) // self.groups, -1).flatten(0, 1)
+        torch.mul(w, each.to(w.dtype).view(*each.shape, *[1] * (w.dim() - 2)), out=weight)
         shift = -state[self.mean].double()
         if self.bias is not None:
             shift += state[self.bias].double()
-        shift *= self.scale(state)
+        shift *= s
         if self.beta is not None:
             shift += state[self.beta].double()
-        return shift.to(state[self.weight].dtype)
+        bias.copy_(shift)
 
 
 @dataclass(frozen=True)
@@ -92,7 +80,6 @@ class Graph:
             placeholder its packed name. Returns one tensor.
         names: the packed tensors.
         folds: the batch norms that are part of packed tensors.
-        scales: s of each fold at the origin, float64.
         keys: the inputs' names where they are a dict.
         shapes: the inputs' shapes without the batch dimension.
     """
@@ -100,7 +87,6 @@ class Graph:
     module: fx.GraphModule
     names: tuple[str, ...]
     folds: tuple[Fold, ...]
-    scales: tuple[Tensor, ...]
     keys: tuple[str, ...] | None
     shapes: tuple[torch.Size, ...]
 
@@ -123,71 +109,49 @@ class Graph:
                 )
         return found
 
-    def pack(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def like(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return packed name -> a tensor of its shape and memory order."""
+        folded = {
+            n: state[like]
+            for f in self.folds
+            for n, like in zip(f.names, (f.weight, f.mean), strict=True)
+        }
+        return {n: folded[n] if n in folded else state[n] for n in self.names}
+
+    def pack(
+        self, state: Mapping[str, Tensor], out: Mapping[str, Tensor] | None = None
+    ) -> Mapping[str, Tensor]:
         """Return the packed tensors of a whole state, batch norm folded with its own statistics.
 
         Args:
             state: every parameter and floating-point buffer by canonical name.
-
-        Returns:
-            packed name -> tensor in the dtype of the state; folds are computed in float64.
+            out: packed name -> where it is written; None writes to new tensors.
         """
-        like, writers = dict(state), dict[str, Write]()
+        if out is None:
+            out = {n: torch.empty_like(t) for n, t in self.like(state).items()}
+        folded = {n for f in self.folds for n in f.names}
+        for name in self.names:
+            if name not in folded:
+                out[name].copy_(state[name])
         for f in self.folds:
             weight, bias = f.names
-            like[weight], like[bias] = state[f.weight], f.shift(state)
-            writers[weight] = functools.partial(
-                f.scale_into, weight=state[f.weight], s=f.scale(state)
-            )
-        return Made({n: like[n] for n in self.names}, writers)
-
-    def pack_direction(self, direction: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return what a direction moves: packed(origin + x·d) = packed(origin) + x·(this).
-
-        Args:
-            direction: tensors by canonical name; those that do not move may be left out.
-
-        Returns:
-            packed name -> tensor, without those that do not move.
-
-        Raises:
-            LsweepError: it moves a batch norm's scale or statistics that were folded as fixed.
-        """
-        out = {n: direction[n] for n in self.names if n in direction}
-        writers: dict[str, Write] = {}
-        for f, scale in zip(self.folds, self.scales, strict=True):
-            for name in (f.gamma, f.mean, f.variance):
-                if name is not None and name in direction and bool(direction[name].any()):
-                    raise LsweepError(f"{name} moves, but was folded as fixed: name it in moving")
-            weight, bias = f.names
-            if f.weight in direction:
-                d = out[weight] = direction[f.weight]
-                writers[weight] = functools.partial(f.scale_into, weight=d, s=scale.to(d.device))
-            if f.beta is not None and f.beta in direction:
-                out[bias] = direction[f.beta]
-            if f.bias is not None and f.bias in direction:
-                d = direction[f.bias]
-                shift = d.double() * scale.to(d.device)
-                out[bias] = (shift + out[bias] if bias in out else shift).to(d.dtype)
-        return Made(out, writers)
+            f.fold_into(out[weight], out[bias], state)
+        return out
 
 
-def traced(model: nn.Module, inputs: Any, moving: frozenset[str]) -> Graph:
+def traced(model: nn.Module, inputs: Any) -> Graph:
     """Return a network as a graph; the network, its mode and the generators stay as they are.
 
     Args:
         model: any network, at the origin.
         inputs: an example batch's inputs: a tensor, a tuple or a dict of tensors [B, …].
-        moving: names of the tensors that a direction moves. Batch norm is folded where its scale
-            and statistics are not among them. A state that is loaded whole need not be counted:
-            `Graph.pack` folds each with its own.
 
     Raises:
         Unsupported: it does not trace, fixes its batch length, draws random numbers, changes its
             own buffers or its input, or takes minutes.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Dropout())
-    >>> graph = traced(net, torch.zeros(2, 1, 4, 4), frozenset({"0.weight"}))
+    >>> graph = traced(net, torch.zeros(2, 1, 4, 4))
     >>> [n.target for n in graph.module.graph.nodes if n.op == "call_function"]
     [<OpOverload(op='aten.conv2d', overload='default')>]
     >>> graph.names
@@ -195,24 +159,23 @@ def traced(model: nn.Module, inputs: Any, moving: frozenset[str]) -> Graph:
     """
     state = {**parameters_of(model), **buffers_of(model)}
     module = plain_graph(model, inputs, state)
-    folds = _fold(module, moving)
+    folds = _fold(module)
     nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
     names = tuple(n.meta["name"] for n in nodes if "name" in n.meta)
-    scales = tuple(f.scale(state).detach() for f in folds)
     keys = tuple(inputs) if isinstance(inputs, Mapping) else None
     shapes = tuple(n.meta["val"].shape[1:] for n in nodes if "name" not in n.meta)
-    return Graph(module, names, folds, scales, keys, shapes)
+    return Graph(module, names, folds, keys, shapes)
 
 
 # -- folding ---------------------------------------------------------------------------------------
 
 
-def _fold(module: fx.GraphModule, moving: frozenset[str]) -> tuple[Fold, ...]:
+def _fold(module: fx.GraphModule) -> tuple[Fold, ...]:
     """Fold each batch norm that follows a convolution or linear layer with no other user."""
     graph, folds = module.graph, dict[tuple[str, str], Fold]()
     packed: dict[str, fx.Node] = {}
     for node in [n for n in graph.nodes if n.target is aten.batch_norm.default]:
-        fold = _foldable(node, moving)
+        fold = _foldable(node)
         if fold is None or fold.weight in packed or folds.get(fold.names, fold) != fold:
             continue  # a second one behind the first, or another of the same name
         layer = node.args[0]
@@ -231,7 +194,7 @@ def _fold(module: fx.GraphModule, moving: frozenset[str]) -> tuple[Fold, ...]:
     return tuple(folds.values())
 
 
-def _foldable(node: fx.Node, moving: frozenset[str]) -> Fold | None:
+def _foldable(node: fx.Node) -> Fold | None:
     layer, gamma, beta, mean, variance, training, _, eps, *_ = cast(Any, node.args)
     if training or len(layer.users) != 1:
         return None
@@ -243,7 +206,7 @@ def _foldable(node: fx.Node, moving: frozenset[str]) -> Fold | None:
         n.meta.get("name", "") if isinstance(n, fx.Node) else n
         for n in (*arguments, gamma, beta, mean, variance)
     ]
-    if "" in names or None in (names[4], names[5]) or {names[2], names[4], names[5]} & moving:
+    if "" in names or None in (names[4], names[5]):
         return None
     groups = 0
     if "transpose" in str(layer.target) or (

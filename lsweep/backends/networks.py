@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lsweep.backends.eager import Ground, Moving
-from lsweep.backends.packed import Packed, Spot
+from lsweep.backends.packed import Rows, Spot
 from lsweep.problems.data import Batch
 from lsweep.problems.problem import Sampled, causal_lm, classifier, split_batch
-from lsweep.problems.weights import State
 
 CALLS_ONLY = (None, classifier, causal_lm)  # as ``forward``, use nothing of a model but its output
 
@@ -29,7 +28,6 @@ class Networked:
         ground: what to evaluate.
         packed: the rows whose views the network reads.
         network: inputs (a tensor, a tuple or a dict of tensors) -> output.
-        pack: a whole state -> what the rows hold.
     """
 
     together = False
@@ -38,12 +36,11 @@ class Networked:
         self,
         name: str,
         ground: Ground,
-        packed: Packed,
+        packed: Rows,
         network: Callable[[Any], Tensor],
-        pack: Callable[[State], Mapping[str, Tensor]],
     ) -> None:
         self.name, self._ground, self._network = name, ground, network
-        self._moving = Moving(ground, packed, pack)
+        self._moving = Moving(ground, packed)
 
     def _stand_in(self, *args: Any, **kwargs: Any) -> Tensor:
         return self._network(kwargs or (args[0] if len(args) == 1 else args))
@@ -84,18 +81,16 @@ class NetworkOfClasses(Networked):
         ground: what to evaluate.
         packed: the rows whose views the network reads.
         network: computes.
-        pack: a whole state -> what the rows hold.
     """
 
     def __init__(
         self,
         name: str,
         ground: Ground,
-        packed: Packed,
+        packed: Rows,
         network: Classifying,
-        pack: Callable[[State], Mapping[str, Tensor]],
     ) -> None:
-        super().__init__(name, ground, packed, network, pack)
+        super().__init__(name, ground, packed, network)
         self._classifying, self._theta = network, packed.theta
         self._rows = packed.theta.new_empty(network.points, len(packed.theta))
         self.together = network.points > 1

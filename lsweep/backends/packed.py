@@ -1,12 +1,12 @@
 """Packed rows: origin, directions and weights as flat vectors; a point costs one axpy per axis.
 
-Any linear relayout (another memory order, batch norm folded at fixed statistics) commutes with
-origin + Σ offset·direction, so it is applied to the rows once and never to a point.
+Another memory order commutes with origin + Σ offset·direction, so it is applied to the rows once
+and never to a point.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor
 ALIGNMENT = 64  # bytes: where every tensor begins, as vector loads like it
 KEPT = 2  # sets of directions that are kept packed
 Tensors = Mapping[str, Tensor]
-Write = Callable[[Tensor], object]
 
 
 @dataclass(frozen=True)
@@ -26,50 +25,66 @@ class Spot:
     step: int = -1
 
 
-class Made(Mapping[str, Tensor]):
-    """Tensors of which some are written where they are wanted: large ones are never there twice.
+class Rows:
+    """Tensors by name as views into one vector.
+
+    A tensor keeps its memory order: one in channels-last order lies so, and its view has the same
+    strides.
 
     Args:
-        like: name -> the tensor itself, or one of its shape, dtype and memory order,
-        writers: for those that are made from it: name -> writes it.
+        like: name -> floating-point tensor of the shape and order to lay out.
+        device: where rows are kept.
+        dtype: of all rows.
 
-    >>> made = Made({"a": torch.ones(2)}, {"a": lambda out: out.fill_(3)})
-    >>> made["a"]
-    tensor([3., 3.])
+    Attributes:
+        size: numbers in a row.
+        theta: the weights at the present point.
+        views: name -> view into ``theta``; move and load change it in place.
     """
 
-    def __init__(self, like: Tensors, writers: Mapping[str, Write]) -> None:
-        self.like, self._writers = like, writers
+    theta: Tensor
+    views: dict[str, Tensor]
 
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._writers:
-            return self.like[name]
-        out = torch.empty_like(self.like[name])
-        self._writers[name](out)
-        return out
+    def __init__(self, like: Tensors, device: torch.device, dtype: torch.dtype) -> None:
+        self._layout: dict[str, tuple[int, torch.Size, tuple[int, ...]]] = {}
+        step, self.size = ALIGNMENT // dtype.itemsize, 0
+        for name, t in like.items():
+            # A tensor that is expanded, or has gaps, has no memory order worth keeping.
+            plain = torch.empty_like(t, device="meta", memory_format=torch.preserve_format)
+            self._layout[name] = (self.size, t.shape, plain.stride())
+            self.size += -(-t.numel() // step) * step
+        self._device, self._dtype = device, dtype
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.like)
+    def views_of(self, row: Tensor) -> dict[str, Tensor]:
+        """Return a row as tensors by name, which share its memory."""
+        return {
+            name: row.as_strided(shape, stride, start)
+            for name, (start, shape, stride) in self._layout.items()
+        }
 
-    def __len__(self) -> int:
-        return len(self.like)
+    def row(self, tensors: Tensors) -> Tensor:
+        """Return tensors as one vector; 0 where a name is missing."""
+        flat = torch.zeros(self.size, dtype=self._dtype, device=self._device)
+        for name, view in self.views_of(flat).items():
+            if name in tensors:
+                view.copy_(tensors[name].detach())
+        return flat
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.like
+    def turn(self, key: Hashable, directions: Callable[[], Sequence[Tensors]]) -> None:
+        """Let the axes be other directions from now on; the last few are remembered by ``key``."""
+        raise NotImplementedError
 
-    def write(self, name: str, out: Tensor) -> None:
-        """Write one of them."""
-        if name in self._writers:
-            self._writers[name](out)
-        else:
-            out.copy_(self.like[name].detach())
+    def move(self, offsets: Sequence[float]) -> None:
+        """Set the weights to those at origin + Σ offset·direction."""
+        raise NotImplementedError
+
+    def load(self, tensors: Tensors) -> None:
+        """Set the weights to a whole checkpoint; names that are not packed are left out."""
+        raise NotImplementedError
 
 
-class Packed:
-    """Tensors by name as views into one vector, which is moved as a whole.
-
-    A tensor keeps the memory order that it has in ``origin``: one in channels-last order is packed
-    so, and its view has the same strides.
+class Packed(Rows):
+    """The network's own tensors, or these in another order, moved as one vector.
 
     Args:
         origin: name -> floating-point tensor at offset 0.
@@ -77,12 +92,11 @@ class Packed:
             does not move, one that ``origin`` lacks is left out.
         device: where the rows are kept.
         dtype: of all rows.
-        relaid: a direction -> what its row holds, where the rows have another layout.
         scratch: of other rows the weights at their present point, whose memory these share: who
             moves the one has moved the other away.
 
     Attributes:
-        views: name -> view into the weights at the present point; move and load change it in place.
+        origin, axes: rows; that of an axis which does not move is empty.
 
     >>> packed = Packed({"w": torch.ones(2)}, [{"w": torch.tensor([1.0, 2.0])}],
     ...                 torch.device("cpu"), torch.float32)
@@ -97,37 +111,22 @@ class Packed:
         directions: Sequence[Tensors],
         device: torch.device,
         dtype: torch.dtype,
-        relaid: Callable[[Tensors], Tensors] = dict,
         scratch: Tensor | None = None,
     ) -> None:
-        self._layout: dict[str, tuple[int, torch.Size, tuple[int, ...]]] = {}
-        step, size = ALIGNMENT // dtype.itemsize, 0
-        for name, t in (origin.like if isinstance(origin, Made) else origin).items():
-            # A tensor that is expanded, or has gaps, has no memory order worth keeping.
-            like = torch.empty_like(t, device="meta", memory_format=torch.preserve_format)
-            self._layout[name] = (size, t.shape, like.stride())
-            size += -(-t.numel() // step) * step
-        self._size, self._device, self._dtype, self._relaid = size, device, dtype, relaid
+        super().__init__(origin, device, dtype)
         self.origin = self.row(origin)
-        self.axes = self._rows(directions)
+        self.axes = self._packed(directions)
         self._turned: dict[Hashable, list[Tensor]] = {}
-        fits = scratch is not None and scratch.dtype == dtype and len(scratch) >= size
+        fits = scratch is not None and scratch.dtype == dtype and len(scratch) >= self.size
         self.theta = (
-            torch.empty_like(self.origin) if scratch is None or not fits else scratch[:size]
+            torch.empty_like(self.origin) if scratch is None or not fits else scratch[: self.size]
         )
         self.theta.copy_(self.origin)
         self.views = self.views_of(self.theta)
 
-    def views_of(self, row: Tensor) -> dict[str, Tensor]:
-        """Return a row as tensors by name, which share its memory."""
-        return {
-            name: row.as_strided(shape, stride, start)
-            for name, (start, shape, stride) in self._layout.items()
-        }
-
-    def _rows(self, directions: Sequence[Tensors]) -> list[Tensor]:
+    def _packed(self, directions: Sequence[Tensors]) -> list[Tensor]:
         nothing = torch.empty(0, dtype=self._dtype, device=self._device)
-        return [self.row(self._relaid(d)) if d else nothing for d in directions]
+        return [self.row(d) if d else nothing for d in directions]
 
     def turn(self, key: Hashable, directions: Callable[[], Sequence[Tensors]]) -> None:
         """Let the axes be other directions from now on; the last few are remembered by ``key``.
@@ -142,17 +141,7 @@ class Packed:
         rows = self._turned.pop(key, None)
         while rows is None and len(self._turned) >= KEPT:
             del self._turned[next(iter(self._turned))]  # before another is made: it is large
-        self.axes = self._turned[key] = rows or self._rows(directions())
-
-    def row(self, tensors: Tensors) -> Tensor:
-        """Return tensors as one vector; 0 where a name is missing."""
-        flat = torch.zeros(self._size, dtype=self._dtype, device=self._device)
-        for name, view in self.views_of(flat).items():
-            if isinstance(tensors, Made) and name in tensors:
-                tensors.write(name, view)
-            elif name in tensors:
-                view.copy_(tensors[name].detach())
-        return flat
+        self.axes = self._turned[key] = rows or self._packed(directions())
 
     def move(self, offsets: Sequence[float]) -> None:
         """Set the weights to origin + Σ offset·direction: from the origin, so nothing drifts."""
@@ -163,7 +152,7 @@ class Packed:
         if start is self.origin:
             self.theta.copy_(start)
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: Tensors) -> None:
         """Set the weights to a whole checkpoint; names that are not packed are left out."""
         self.theta.copy_(self.row(tensors))
 
@@ -174,6 +163,6 @@ class Packed:
         for k, direction in enumerate(self.axes):
             rows += at[:, k, None] * direction
         return {
-            name: rows.as_strided((len(rows), *shape), (self._size, *stride), start)
+            name: rows.as_strided((len(rows), *shape), (self.size, *stride), start)
             for name, (start, shape, stride) in self._layout.items()
         }

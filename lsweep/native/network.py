@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lsweep.backends.graph import Graph
-from lsweep.backends.packed import Packed
+from lsweep.backends.packed import Rows
 from lsweep.backends.tracing import Unsupported
 from lsweep.native.compiling import compiled
 from lsweep.native.lowering import Lowering
@@ -41,7 +41,7 @@ class NativeNetwork:
         Unsupported: no compiler, another machine, an operator that is not known.
     """
 
-    def __init__(self, graph: Graph, packed: Packed, threads: int) -> None:
+    def __init__(self, graph: Graph, packed: Rows, threads: int) -> None:
         self._graph, self._theta, self._threads = graph, packed.theta[None], threads
         self._weights = [packed.views[n] for n in graph.names]
         if not all(t.is_contiguous() for t in self._weights):
