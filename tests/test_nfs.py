@@ -32,6 +32,7 @@ from cases import (
     in_child,
     merged,
     planned,
+    started,
     sweep_file,
     truth,
     wait_for,
@@ -92,11 +93,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Surface:
 
 def start(folder: RunFolder, index: int, *more: str) -> subprocess.Popen[str]:
     """Start a worker on a host of its own."""
-    return subprocess.Popen(
+    return started(
         ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable, "-m",
          "lsweep", "work", str(folder.root), "--index", str(index), "--of", str(NODES),
          "--device", "cpu", "--beat", "1", *more],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 

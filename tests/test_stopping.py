@@ -10,7 +10,18 @@ import time
 from pathlib import Path
 
 import pytest
-from cases import Command, evaluated, finished, hurry, merged, planned, sweep_file, wait_for, worked
+from cases import (
+    Command,
+    evaluated,
+    finished,
+    hurry,
+    merged,
+    planned,
+    started,
+    sweep_file,
+    wait_for,
+    worked,
+)
 
 from lsweep.hosts.requeue import another_turn
 from lsweep.hosts.stopping import MARGIN, Stop, Stopped
@@ -34,12 +45,8 @@ def worker(folder: RunFolder) -> Command:
 
 def process(folder: RunFolder, **environment: str) -> subprocess.Popen[str]:
     """Start ``lsweep work`` as a user does."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "lsweep", "work", str(folder.root), "--beat", "0.1"],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **environment},
-    )
+    words = [sys.executable, "-m", "lsweep", "work", str(folder.root), "--beat", "0.1"]
+    return started(words, env={**os.environ, **environment})
 
 
 def ended(running: Command, folder: RunFolder) -> tuple[int, str, dict[str, object]]:
