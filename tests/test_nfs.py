@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 from cases import (
+    PATIENCE,
     Command,
     Done,
     command,
@@ -101,7 +102,7 @@ def start(folder: RunFolder, index: int, *more: str) -> subprocess.Popen[str]:
 
 
 def ended(process: subprocess.Popen[str]) -> Done:
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=PATIENCE)
     assert "Traceback" not in err, err
     return Done(process.returncode, out, err)
 

@@ -480,7 +480,7 @@ def test_watching_reads_on_and_ends_when_nothing_is_missing(tmp_path: Path) -> N
         if len(set(counts())) > 2:
             break
     hurry(folder)
-    out, err = watching.communicate(timeout=100)
+    out, err = watching.communicate()
     said += out.splitlines()
     assert (watching.returncode, err, os.waitpid(pid, 0)[1]) == (0, "", 0)
     assert counts() == sorted(counts())
