@@ -3,8 +3,9 @@
 The problem: two weights a and b at 1, each one filter, so that an offset (x, y) moves them by ±x
 and ±y, and 64 samples with loss s·(x² + 3y²) + t. Whatever goes wrong in it is asked for by name,
 or by the file ``broken`` beside the factory, so that it can be mended without changing the plan;
-where a point takes a pause, the file ``hurry`` ends that, once what it was for has happened; and
-nobody goes to a point before a ``company`` of so many workers is there.
+where a point takes a pause, the file ``hurry`` ends that, once what it was for has happened;
+nobody goes to a point before a ``company`` of so many workers is there; and nobody leaves its first
+one before as many as ``all_at`` are at one.
 """
 
 from __future__ import annotations
@@ -40,8 +41,10 @@ from lsweep.surfaces.surface import Surface
 from lsweep.working.role import Role
 from lsweep.working.worker import work
 
+PATIENCE = 200  # seconds that anything may take on a busy machine
+
 FACTORY = '''\
-import os, pathlib, signal, time
+import os, pathlib, signal, time, uuid
 import torch
 from torch import nn
 import lsweep
@@ -60,12 +63,12 @@ class Bowl(nn.Module):
         return abs(float(self.a.weight) - 1), abs(float(self.b.weight) - 1)
 
 
-def bowl(pause=0.0, trouble="", scale=1.0, shift=0.0, weight=1.0, company=0):
+def bowl(pause=0.0, trouble="", scale=1.0, shift=0.0, weight=1.0, company=0, all_at=0):
     g = torch.Generator().manual_seed(5)
     s, t = scale * torch.rand(64, generator=g) + 0.5, torch.rand(64, generator=g) + shift
     net = Bowl()
     nn.init.constant_(net.a.weight, weight)
-    spoiled = []
+    spoiled, me = [], uuid.uuid4().hex  # pids of two nodes may be alike
 
     def forward(model, batch):
         s, t = batch
@@ -74,8 +77,14 @@ def bowl(pause=0.0, trouble="", scale=1.0, shift=0.0, weight=1.0, company=0):
         moved = x > 0 or y > 0
         while moved and company and len(list(HERE.glob("*.run/workers/[!.]*"))) < company:
             time.sleep(0.02)
-        if moved and pause and not os.path.exists(HERE / "hurry"):  # False on a sick disk
-            time.sleep(pause)
+        if moved and all_at:
+            (HERE / f"{me}.came").touch()
+        while moved and len(list(HERE.glob("*.came"))) < all_at:
+            time.sleep(0.02)
+        left, end = pause, time.monotonic() + pause
+        while moved and left > 0 and not os.path.exists(HERE / "hurry"):  # False on a sick disk
+            time.sleep(min(left, 0.1))
+            left = end - time.monotonic()
         if trouble == "raise" and here in (0.25, 0.75) and (HERE / "broken").exists():
             raise ValueError(f"no value at {here}")
         if trouble == "words" and here and (HERE / "broken").exists():
@@ -187,6 +196,32 @@ class Died:
         return "HANG" if self.signal == signal.SIGALRM else signal.Signals(self.signal).name
 
 
+_forked: list[int] = []
+_started: list[subprocess.Popen[str]] = []
+
+
+def started(words: list[str], **options: Any) -> subprocess.Popen[str]:
+    """Start a process whose output is read, and which `end_all` ends."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    _started.append(subprocess.Popen(words, **{**pipes, **options}))
+    return _started[-1]
+
+
+def end_all() -> None:
+    """End what a row that failed left running: it would slow others, or fail one of them."""
+    for process in _started:
+        if process.returncode is None:
+            process.kill()
+            process.communicate()
+    for pid in _forked:
+        with contextlib.suppress(ChildProcessError):  # it was waited for
+            if os.waitpid(pid, os.WNOHANG) == (0, 0):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+    _started.clear()
+    _forked.clear()
+
+
 def fork() -> int:
     """Fork; the child has the default signal handlers and one torch thread."""
     sys.stdout.flush()
@@ -199,6 +234,8 @@ def fork() -> int:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         torch.set_num_threads(1)
+    else:
+        _forked.append(pid)
     return pid
 
 
@@ -216,7 +253,7 @@ def start(folder: RunFolder, **task: Any) -> int:
 
 
 def each_in_child(
-    check: Callable[[Any], Any], items: Iterable[Any], seconds: int = 20
+    check: Callable[[Any], Any], items: Iterable[Any], seconds: int = 100
 ) -> list[Any]:
     """Return ``check(item)`` for each item, from forked children: `Raised` and `Died` are answers.
 
@@ -258,7 +295,7 @@ def _answer(check: Callable[[Any], Any], items: list[Any], writing: int, seconds
             pipe.flush()
 
 
-def in_child(function: Callable[..., Any], *arguments: Any, seconds: int = 100) -> Any:
+def in_child(function: Callable[..., Any], *arguments: Any, seconds: int = PATIENCE) -> Any:
     """Return ``function(*arguments)`` from a forked child, `Raised` or `Died`."""
     return each_in_child(lambda _: function(*arguments), [None], seconds)[0]
 
@@ -318,12 +355,7 @@ def command(*arguments: object, cwd: Path | None = None) -> Done:
 
 def process(*arguments: object) -> subprocess.Popen[str]:
     """Start ``python -m lsweep ARGUMENTS``, as a user does."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "lsweep", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return started([sys.executable, "-m", "lsweep", *map(str, arguments)])
 
 
 # -- runs ------------------------------------------------------------------------------------------
@@ -386,7 +418,7 @@ def differences(a: Surface, b: Surface) -> list[str]:
     return names + [n for n, x, y in pairs if x.shape != y.shape or x.tobytes() != y.tobytes()]
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
     """Return what ``condition`` says as soon as it is true."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

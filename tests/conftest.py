@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import end_all
 from cluster import Cluster, NoCluster
 
 # What a test draws without naming a seed, such as a network's first weights. Another whole number
@@ -32,8 +34,18 @@ class DrawnAlike:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """For the examples in docstrings too, which lie beside this folder."""
+    """For the examples in docstrings too, which lie beside this folder; and let Ctrl-C be one."""
     config.pluginmanager.register(DrawnAlike())
+    # A script's background job ignores it, and so would all that rows start, and then interrupt.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on() -> Iterator[None]:
+    """No row leaves a process behind, least of all one that failed."""
+    yield
+    end_all()
 
 
 @pytest.fixture(scope="session")

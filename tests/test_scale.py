@@ -12,7 +12,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import command, finished, merged, planned, process, sweep_file, wait_for, worked
+from cases import (
+    command,
+    finished,
+    hurry,
+    merged,
+    planned,
+    process,
+    start,
+    sweep_file,
+    wait_for,
+    worked,
+)
 
 from lsweep.hosts.machine import host_identity, start_time
 from lsweep.merging.merge import merge
@@ -238,7 +249,7 @@ def run_of(folder: RunFolder) -> tuple[Plan, Rounds]:
 
 
 def test_looking_on_while_workers_commit_finds_what_a_fresh_look_finds(tmp_path: Path) -> None:
-    folder = planned(sweep_file(tmp_path, x=9, y=9, pause=0.01), unit_points=3)
+    folder = planned(sweep_file(tmp_path, x=9, y=9, pause=0.5), unit_points=3)
     plan, rounds = run_of(folder)
     growing = Committed.read(folder, plan, rounds)
     counts = [int(growing.done.sum())]
@@ -249,6 +260,8 @@ def test_looking_on_while_workers_commit_finds_what_a_fresh_look_finds(tmp_path:
     def looked() -> bool:
         growing.look()
         counts.append(int(growing.done.sum()))
+        if len(set(counts)) > 3:
+            hurry(folder)
         return counts[-1] == 81
 
     wait_for(looked)
@@ -372,6 +385,14 @@ def run(done: RunFolder, tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path / "run")
 
 
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> float:
+    """Seconds since the epoch, for all that is told and said: what is late is so by as much."""
+    frozen = time.time()
+    monkeypatch.setattr(time, "time", lambda: frozen)
+    return frozen
+
+
 def tell(folder: RunFolder, name: str, seconds: float, **facts: Any) -> None:
     """Write a worker's file as a worker on this host would that took so long for 100 points."""
     now = time.time()
@@ -384,6 +405,7 @@ def tell(folder: RunFolder, name: str, seconds: float, **facts: Any) -> None:
     replace(folder.worker(name), sealed(value))
 
 
+@pytest.mark.usefixtures("now")
 def test_a_worker_that_takes_twice_as_long_as_the_others_is_slow(run: RunFolder) -> None:
     for i, seconds in enumerate((9.0, 10.0, 11.0, 19.0)):
         tell(run, f"w{i}", seconds)
@@ -398,6 +420,7 @@ def test_a_worker_that_takes_twice_as_long_as_the_others_is_slow(run: RunFolder)
     assert not any(line.startswith("  w0 ") for line in text)
 
 
+@pytest.mark.usefixtures("now")
 def test_one_worker_alone_is_not_slow_and_two_are_compared(run: RunFolder) -> None:
     tell(run, "a", 50.0)
     assert [w["slow"] for w in status(run)["workers"]] == [""]
@@ -405,8 +428,7 @@ def test_one_worker_alone_is_not_slow_and_two_are_compared(run: RunFolder) -> No
     assert [bool(w["slow"]) for w in status(run)["workers"]] == [True, False]
 
 
-def test_a_late_beat_is_slow_and_a_very_late_one_dead(run: RunFolder) -> None:
-    now = time.time()
+def test_a_late_beat_is_slow_and_a_very_late_one_dead(run: RunFolder, now: float) -> None:
     tell(run, "prompt", 10.0)
     tell(run, "late", 10.0, now=now - 60, since=now - 160)
     tell(run, "hung", 200.0, unit=now - 600, host="node7", job="51_3.1")
@@ -444,14 +466,23 @@ def test_status_names_so_many_unwell_workers_and_no_more(run: RunFolder) -> None
 
 
 def test_watching_reads_on_and_ends_when_nothing_is_missing(tmp_path: Path) -> None:
-    folder = planned(sweep_file(tmp_path, x=9, pause=0.3), unit_points=1)
+    folder = planned(sweep_file(tmp_path, x=9, pause=2.0), unit_points=1)
     watching = process("status", folder.root, "--watch", "--interval", "0.05")
-    first = watching.stdout.readline()  # it looks already
-    assert worked(folder) == 9
-    out, err = watching.communicate(timeout=100)
-    out = first + out
-    assert (watching.returncode, err) == (0, "")
-    counts = [int(line.split(": ")[1].split("/")[0]) for line in out.splitlines() if "/9 " in line]
-    assert counts == sorted(counts)
-    assert counts[-1] == 9
-    assert len(set(counts)) > 2
+    lines_of = iter(watching.stdout.readline, "")
+    said = [next(lines_of)]  # it looks already
+
+    def counts() -> list[int]:
+        return [int(line.split(": ")[1].split("/")[0]) for line in said if "/9 " in line]
+
+    pid = start(folder)
+    for line in lines_of:
+        said.append(line)
+        if len(set(counts())) > 2:
+            break
+    hurry(folder)
+    out, err = watching.communicate()
+    said += out.splitlines()
+    assert (watching.returncode, err, os.waitpid(pid, 0)[1]) == (0, "", 0)
+    assert counts() == sorted(counts())
+    assert counts()[-1] == 9
+    assert len(set(counts())) > 2

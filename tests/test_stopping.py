@@ -10,19 +10,32 @@ import time
 from pathlib import Path
 
 import pytest
-from cases import Command, evaluated, finished, hurry, merged, planned, sweep_file, wait_for, worked
+from cases import (
+    PATIENCE,
+    Command,
+    evaluated,
+    finished,
+    hurry,
+    merged,
+    planned,
+    started,
+    sweep_file,
+    wait_for,
+    worked,
+)
 
 from lsweep.hosts.requeue import another_turn
 from lsweep.hosts.stopping import MARGIN, Stop, Stopped
 from lsweep.storage.folder import RunFolder
 from lsweep.storage.workers import State, all_workers
 
-UNIT = 4  # points, of 0.25 s each
+COUNT = 201  # points: more than are done in the longest wait for a busy machine
+UNIT = 4  # of them, of 0.25 s each
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
-    return planned(sweep_file(tmp_path, x=41, pause=0.25), unit_points=UNIT)
+    return planned(sweep_file(tmp_path, x=COUNT, pause=0.25), unit_points=UNIT)
 
 
 def worker(folder: RunFolder) -> Command:
@@ -34,12 +47,8 @@ def worker(folder: RunFolder) -> Command:
 
 def process(folder: RunFolder, **environment: str) -> subprocess.Popen[str]:
     """Start ``lsweep work`` as a user does."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "lsweep", "work", str(folder.root), "--beat", "0.1"],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **environment},
-    )
+    words = [sys.executable, "-m", "lsweep", "work", str(folder.root), "--beat", "0.1"]
+    return started(words, env={**os.environ, **environment})
 
 
 def ended(running: Command, folder: RunFolder) -> tuple[int, str, dict[str, object]]:
@@ -56,31 +65,34 @@ def test_a_signal_ends_a_worker_with_whole_units_and_the_rest_is_done_later(fold
     assert (code, facts["state"], facts["message"]) == (130, State.STOPPED, name)
     assert err == f"lsweep: stopped by {name}; all that was committed is kept\n"
     done = evaluated(folder)
-    assert len(done) == facts["points"] and len(done) % UNIT == 0 and 0 < len(done) < 41
+    assert len(done) == facts["points"] and len(done) % UNIT == 0 and 0 < len(done) < COUNT
     hurry(folder)
-    assert worked(folder) == 41 - len(done)
-    assert len(evaluated(folder)) == 41
+    assert worked(folder) == COUNT - len(done)
+    assert len(evaluated(folder)) == COUNT
 
 
 def test_usr_lets_the_unit_finish_and_term_drops_it(tmp_path):
     # One unit of all points: what is committed after the signal tells which it was.
     names = ("SIGUSR1", "SIGTERM")
-    folders = [planned(sweep_file(tmp_path / n, x=12, pause=0.25), unit_points=12) for n in names]
+    folders = [planned(sweep_file(tmp_path / n, x=12, pause=1000.0), unit_points=12) for n in names]
     both = [process(f) for f in folders]
     for name, folder, running in zip(names, folders, both, strict=True):
         wait_for(lambda folder=folder: list(folder.leases.rglob("*.g0")))
         running.send_signal(getattr(signal, name))
+    hurry(folders[0])
     for points, folder, running in zip((12, 0), folders, both, strict=True):
-        running.communicate(timeout=60)
+        running.communicate(timeout=PATIENCE)
         (facts,) = all_workers(folder)
         # All units done: there was nothing to be stopped from.
         assert (running.returncode, facts["points"]) == ((0 if points else 130), points)
 
 
-def test_no_unit_begins_that_would_run_into_the_time_limit(folder):
-    end = time.time() + MARGIN + 8
+def test_no_unit_begins_that_would_run_into_the_time_limit(tmp_path):
+    # A unit takes ten seconds: the first may begin, and the second however soon the first did.
+    folder = planned(sweep_file(tmp_path, x=COUNT, low="0.1", pause=2.5), unit_points=UNIT)
+    end = time.time() + MARGIN + 25
     running = process(folder, SLURM_JOB_ID="1", SLURM_JOB_END_TIME=str(int(end)))
-    _, err = running.communicate(timeout=60)
+    _, err = running.communicate(timeout=PATIENCE)
     assert time.time() < end
     (facts,) = all_workers(folder)
     assert (running.returncode, facts["state"], facts["message"]) == (
@@ -90,7 +102,7 @@ def test_no_unit_begins_that_would_run_into_the_time_limit(folder):
     )
     # No Slurm answers for this job: said, and nothing else happens.
     assert err.startswith("lsweep: job 1: the time limit; not requeued: ")
-    assert len(evaluated(folder)) == facts["points"] < 41
+    assert len(evaluated(folder)) == facts["points"] == UNIT
 
 
 def test_a_second_term_does_not_disturb_the_end(folder):
@@ -109,7 +121,7 @@ def test_the_values_are_those_of_an_undisturbed_run(tmp_path, folder):
     ended(running, folder)
     hurry(folder)
     worked(folder)
-    calm = merged(finished(sweep_file(tmp_path / "calm", x=41), unit_points=UNIT))[0]
+    calm = merged(finished(sweep_file(tmp_path / "calm", x=COUNT), unit_points=UNIT))[0]
     there = merged(folder)[0]
     assert there["train_loss"].tobytes() == calm["train_loss"].tobytes()
 

@@ -117,10 +117,11 @@ def test_who_left_no_file_or_a_damaged_one_holds_nothing(folder):
 
 
 def test_workers_end_when_their_launcher_is_killed(tmp_path):
-    toml = sweep_file(tmp_path, x=41, y=21, pause=0.05)
+    toml = sweep_file(tmp_path, x=41, y=21, pause=0.5, all_at=2)
     folder = RunFolder(tmp_path / "a.run")
-    launcher = process("run", toml, "--run", folder.root, "--workers", 2, "--no-picture")
-    wait_for(lambda: len([w for w in all_workers(folder) if w["points"]]) == 2)
+    words = ("run", toml, "--run", folder.root, "--workers", 2, "--no-picture")
+    launcher = process(*words, "--unit-points", 1)
+    wait_for(lambda: len(folder.all_parts()) == 2)  # both have done some
     launcher.send_signal(signal.SIGKILL)
     launcher.communicate()
     wait_for(lambda: {w["state"] for w in all_workers(folder)} == {State.STOPPED})
@@ -129,7 +130,7 @@ def test_workers_end_when_their_launcher_is_killed(tmp_path):
 
 def test_of_a_crowd_who_finds_nothing_left_goes_home(tmp_path):
     # One lease for all: whoever is second has nothing to do, and only some stand by for deaths.
-    folder = planned(sweep_file(tmp_path, x=9, pause=2.0), unit_points=9)
+    folder = planned(sweep_file(tmp_path, x=9, pause=1000.0), unit_points=9)
     first = process("work", folder.root, "--index", 0, "--of", 200)
     wait_for(lambda: list(folder.leases.rglob("*.g0")))
     second = process("work", folder.root, "--index", 1, "--of", 200)
@@ -141,7 +142,7 @@ def test_of_a_crowd_who_finds_nothing_left_goes_home(tmp_path):
 
 
 def test_cheap_units_share_leases_and_whoever_cuts_them_otherwise_is_not_waited_for(tmp_path):
-    folder = planned(sweep_file(tmp_path, x=33, y=8, pause=0.01), unit_points=1)
+    folder = planned(sweep_file(tmp_path, x=33, y=8, pause=0.1), unit_points=1)
     pids = [start(folder, index=0, of=3)]
     wait_for(lambda: share_done(folder)[0] > 20)
     assert 3 * len(list(folder.leases.rglob("*.g0"))) <= 20 + share_done(folder)[0]
@@ -150,6 +151,7 @@ def test_cheap_units_share_leases_and_whoever_cuts_them_otherwise_is_not_waited_
         replace(folder.lease_size(0), sealed({"units": units}))
         pids.append(start(folder, index=index, of=3))
         wait_for(lambda index=index: len(folder.all_workers()) > index)
+    hurry(folder)
     assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0, 0]
     assert set(evaluated(folder)) == {(p, 0) for p in range(33 * 8)}
     folder.lease_size(0).write_text("{")
@@ -158,18 +160,19 @@ def test_cheap_units_share_leases_and_whoever_cuts_them_otherwise_is_not_waited_
 
 def test_what_a_hanging_worker_holds_others_do_and_count_no_death(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "PATIENCE", 1.0)
-    folder = planned(sweep_file(tmp_path, x=9, pause=0.1), unit_points=1)
+    folder = planned(sweep_file(tmp_path, x=9, pause=1000.0), unit_points=1)
     pid = start(folder, index=0, of=2)
     try:
-        wait_for(lambda: share_done(folder)[0])
+        wait_for(lambda: share_done(folder)[0] and len(list(folder.leases.rglob("*.g0"))) == 2)
         os.kill(pid, signal.SIGSTOP)
+        hurry(folder)
         assert isinstance(worked(folder, index=1, of=2), int)
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     assert set(evaluated(folder)) == {(p, 0) for p in range(9)}
     taken = [p for p in folder.all_leases() if p.suffix == ".g1"]
-    assert {leases.newest(folder, 0, int(p.stem)).deaths for p in taken} <= {0}
+    assert {leases.newest(folder, 0, int(p.stem)).deaths for p in taken} == {0}
 
 
 def test_who_beats_but_is_too_long_at_one_unit_hangs_unless_it_is_the_first(folder):
@@ -185,7 +188,7 @@ def test_who_beats_but_is_too_long_at_one_unit_hangs_unless_it_is_the_first(fold
 def test_a_launcher_ends_a_worker_that_hangs_once_nothing_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "GRACE", 1.0)
     monkeypatch.setattr(launch, "MARGIN", 1.0)
-    folder = planned(sweep_file(tmp_path, x=9), unit_points=1)
+    folder = planned(sweep_file(tmp_path, x=9, pause=1000.0), unit_points=1)
     launcher = Command("run", folder.root, "--workers", 2, "--no-picture")
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
 
@@ -196,6 +199,7 @@ def test_a_launcher_ends_a_worker_that_hangs_once_nothing_is_missing(tmp_path, m
 
     hung = wait_for(begun)[0]
     os.kill(hung, signal.SIGSTOP)
+    hurry(folder)
     done = launcher.wait()
     assert (done.code, "hangs and is ended: nothing is missing" in done.err) == (0, True), done
     assert start_time(hung) is None
