@@ -375,6 +375,8 @@ DATA = [
     ("read-only numpy", read_only),  # what np.load(..., mmap_mode="r") gives; torch warns of it
     ("dict of tensors", lambda x, y: {"input": x, "labels": y}),
     ("dict of numpy", lambda x, y: {"input": x.numpy(), "labels": y.numpy()}),
+    ("inputs in a tuple", lambda x, y: ((x,), y)),
+    ("inputs in a dict", lambda x, y: ({"input": x}, y)),
     ("dataset", Pairs),
     ("torch dataset", TensorDataset),
     ("data loader", lambda x, y: DataLoader(Pairs(x, y), batch_size=3)),
@@ -786,7 +788,7 @@ REFUSED = OrderedDict(
         "text": (lambda: ask(lambda: "train.csv"), r"data\['train'\] is a str: give tensors"),
         "no target": (
             lambda: ask(lambda: X),
-            r"neither \(input, target\) nor a dict: give forward",
+            r"neither \(input, target\) nor a dict with a target.*give one, or forward",
         ),
         "dict without target": (
             lambda: ask(lambda: {"input": X, "klass": Y}),

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -344,13 +344,21 @@ def _as_tensors(data: Any) -> Any:
 
 
 def _is_bundle(data: Any) -> bool:
-    """Tensors of equal length: the whole split at once. A list is a sequence of batches."""
+    """Tensors of equal length: the whole split at once. A list is a sequence of batches.
+
+    >>> x = torch.zeros(3)
+    >>> [_is_bundle(data) for data in ((x, x), ((x, x), x), ({"a": x}, x), ((x, x), (x, x)))]
+    [True, True, True, False]
+    """
     if isinstance(data, Tensor):
         return True
-    if isinstance(data, Mapping):
-        values: Sequence[Any] = list(data.values())
-    elif isinstance(data, tuple):
-        values = data
+    if isinstance(data, tuple) and data and isinstance(data[-1], Tensor):
+        inputs = [v for v in data if isinstance(v, tuple | Mapping)]  # batches would be all alike
+        if not all(_is_bundle(v) for v in inputs):
+            return False
+        values = [v for v in data if not isinstance(v, tuple | Mapping)] + tensors_of(inputs)
+    elif isinstance(data, Mapping):
+        values = list(data.values())
     else:
         return False
     return (

@@ -20,8 +20,9 @@ import torch
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lsweep.errors import LsweepError
+from lsweep.problems.calling import split_batch
 from lsweep.problems.data import Split
-from lsweep.problems.problem import Problem, split_batch
+from lsweep.problems.problem import Problem
 
 IntArray = npt.NDArray[np.int64]
 TARGET_ATTRIBUTES = ("targets", "labels", "y")  # where datasets keep them, as torchvision does
