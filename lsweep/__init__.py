@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lsweep.errors import LsweepError as LsweepError
     from lsweep.measures.measures import measure as measure
     from lsweep.merging.opening import open_surface as open
     from lsweep.pictures.drawing import render as render
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from lsweep.working.inprocess import sweep as sweep
 
 _HOMES = {
+    "LsweepError": ("lsweep.errors", "LsweepError"),
     "Problem": ("lsweep.problems.problem", "Problem"),
     "sweep": ("lsweep.working.inprocess", "sweep"),
     "open": ("lsweep.merging.opening", "open_surface"),
@@ -31,6 +33,7 @@ _HOMES = {
     "load_state": ("lsweep.problems.weights", "load_state"),
 }
 __all__ = [
+    "LsweepError",
     "Problem",
     "accuracy",
     "causal_lm",

@@ -375,6 +375,8 @@ DATA = [
     ("read-only numpy", read_only),  # what np.load(..., mmap_mode="r") gives; torch warns of it
     ("dict of tensors", lambda x, y: {"input": x, "labels": y}),
     ("dict of numpy", lambda x, y: {"input": x.numpy(), "labels": y.numpy()}),
+    ("inputs in a tuple", lambda x, y: ((x,), y)),
+    ("inputs in a dict", lambda x, y: ({"input": x}, y)),
     ("dataset", Pairs),
     ("torch dataset", TensorDataset),
     ("data loader", lambda x, y: DataLoader(Pairs(x, y), batch_size=3)),
@@ -713,6 +715,54 @@ class Keeps(nn.Linear):
         return F.linear(x, self.kept)
 
 
+class Holds(nn.Linear):
+    """The same in a place of any kind, which is empty at first: a function says how it is used."""
+
+    def __init__(self, place, use):
+        super().__init__(4, 3)
+        self.place, self.use = place, use
+
+    def forward(self, x):
+        return F.linear(x, self.use(self.place, lambda: 2 * self.weight.detach()))
+
+
+def filled(table, make):
+    return table if bool(table.any()) else table.copy_(make())
+
+
+# where, and what is there at first
+PLACES = {
+    "place.a": (dict, lambda d, make: d["a"] if d else d.setdefault("a", make())),
+    "place.0": (list, lambda a, make: a[0] if a else (a.append(make()), a[0])[1]),
+    "place.a.0": (
+        lambda: {"a": []},
+        lambda d, make: d["a"][0] if d["a"] else (d["a"].append(make()), d["a"][0])[1],
+    ),
+    "place": (lambda: torch.zeros(3, 4), filled),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_what_a_network_keeps_of_its_weights_is_found_and_taken_away(name):
+    place, use = PLACES[name]
+    model = fixed(Holds(place(), use))
+    before = copy.deepcopy(model.place)
+    reason = rf"the network keeps {name}: made of weights in one call and used in the next"
+    with pytest.raises(LsweepError, match=reason):
+        ask(model=model)
+    assert torch.equal(model.place, before) if name == "place" else model.place == before
+
+
+def test_a_table_that_depends_on_no_weight_may_be_kept_anywhere():
+    class Masked(Holds):
+        def forward(self, x):
+            mask = self.place.setdefault(len(x), torch.ones(3, 4))
+            return F.linear(x, self.weight * mask)
+
+    model = fixed(Masked({}, None))
+    assert np.ptp(ask(model=model)["train_loss"]) > 0 and model.place == {}
+
+
 class Whole(nn.Module):
     """A quantised weight beside a real one."""
 
@@ -786,7 +836,7 @@ REFUSED = OrderedDict(
         "text": (lambda: ask(lambda: "train.csv"), r"data\['train'\] is a str: give tensors"),
         "no target": (
             lambda: ask(lambda: X),
-            r"neither \(input, target\) nor a dict: give forward",
+            r"neither \(input, target\) nor a dict with a target.*give one, or forward",
         ),
         "dict without target": (
             lambda: ask(lambda: {"input": X, "klass": Y}),

@@ -577,6 +577,18 @@ def test_a_precision_in_which_eager_overflows_is_not_taken():
     assert "(1 times eager's speed, not comparable)" in shown
 
 
+def test_where_less_precision_is_allowed_the_speed_says_of_which_eager():
+    facts = {"device": "cpu", "precision": "float32", "centre": {}, "samples": {"train": 40}}
+    facts |= {"seconds_per_point": 1.0, "memory": 0, "backend": "fused", "speed": 3, "error": 1e-7}
+    in_both = [
+        {"backend": "eager", "precision": "bfloat16", "seconds": 3.0},
+        {"backend": "fused", **facts},
+    ]
+    assert "times eager's speed in bfloat16, off" in preflight_line({**facts, "tried": in_both}, 9)
+    alone = [{**in_both[0], "precision": "float32"}, in_both[1]]
+    assert "(3 times eager's speed, off by" in preflight_line({**facts, "tried": alone}, 9)
+
+
 def test_batch_sizes_are_tried_where_they_are_free():
     free = chosen(mlp(), points=400, batch_size="auto")
     assert {t.batch_sizes["train"] for t in free.tried} >= {2048, 20}

@@ -19,7 +19,7 @@ import torch
 from tiny import PROBLEM, SWEEP, contents, lsweep, write_sweep
 from torch import nn
 
-from lsweep import Problem, sweep
+from lsweep import Problem, causal_lm, sweep
 from lsweep.errors import LsweepError
 from lsweep.storage.files import sealed
 
@@ -617,9 +617,29 @@ def test_wrong_keywords_of_sweep_are_refused(tmp_path):
         sweep(problem, x=(0, 1, 2), run=tmp_path / "a.run")
 
 
-def regression(output, loss=None):
-    x = torch.ones(4, 2)
-    return Problem(nn.Linear(2, output), {"train": (x, x[:, 0])}, loss=loss or nn.MSELoss())
+ONES = torch.ones(4, 2)
+
+
+def regression(output, loss=None, forward=None, **metrics):
+    x = torch.arange(8.0).reshape(4, 2)
+    loss = loss or (None if forward else nn.MSELoss())
+    given = {"loss": loss, "forward": forward, "metrics": metrics}
+    return Problem(nn.Linear(2, output), {"train": (x, x[:, 0])}, **given)
+
+
+def named(forward=None, **data):
+    loss = None if forward else nn.MSELoss()
+    return Problem(nn.Linear(2, 2), {"train": data}, loss=loss, forward=forward)
+
+
+class Speaking(nn.Linear):
+    """Logits beside other things, as Hugging Face returns them."""
+
+    def __init__(self):
+        super().__init__(2, 2)
+
+    def forward(self, x):
+        return {"logits": super().forward(x), "loss": x.mean()}
 
 
 def spoiled():
@@ -645,6 +665,45 @@ def narrower():
         (lambda: regression(1), "loss: outputs (4, 1) and targets (4,) would be broadcast"),
         (lambda: regression(1, lambda o, t: (o - t) ** 2), "would be broadcast, each compared"),
         (
+            lambda: regression(1, lambda o, t: ((o - t) ** 2).mean()),  # a mean shows no shape
+            "loss: outputs (4, 1) and targets (4,) would be broadcast",
+        ),
+        (
+            lambda: regression(1, lambda o, t: (o[:, 0] - t) ** 2, mae=lambda o, t: (o - t).abs()),
+            "mae: outputs (4, 1) and targets (4,) would be broadcast",
+        ),
+        (
+            lambda: regression(1, forward=lambda m, b: {"loss": (m(b[0]) - b[1]) ** 2}),
+            "forward: loss of 4 samples has values (4, 4), each sample compared with all",
+        ),
+        (
+            lambda: named(x=ONES, labels=ONES),
+            "batch is x (4, 2) float32, labels (4, 2) float32, the call loss(model(x=…), labels): "
+            "give the arguments of the network's forward(input) under their names, or forward=…",
+        ),
+        (
+            lambda: named(input=ONES, answer=ONES),
+            "keys input, answer has no target: the loss compares with labels, label, targets, "
+            "target or y, the network takes the other keys as its arguments; name one so, or give",
+        ),
+        (
+            lambda: Problem(nn.Linear(2, 2), {"train": (ONES, ONES, ONES)}, loss=nn.MSELoss()),
+            "the call loss(model(batch[0], batch[1]), batch[2]): give the arguments of the "
+            "network's forward(input), or forward=…",
+        ),
+        (
+            lambda: Problem(Speaking(), {"train": (ONES, ONES)}, loss=lambda o, t: o.loss),
+            "where the loss takes the logits (4, 2) float32 alone: for more of the output give fo",
+        ),
+        (
+            lambda: Problem(nn.LSTM(2, 2), {"train": (ONES, ONES)}, loss=nn.MSELoss()),
+            "where the network returns a tuple: a loss of torch takes a tensor; return one, or",
+        ),
+        (
+            lambda: named(forward=causal_lm, labels=ONES),
+            "with keys labels has no input_ids, which causal_lm predicts",
+        ),
+        (
             lambda: Problem(nn.LazyLinear(1), regression(1).data, nn.MSELoss()),
             "weight has no shape ye",
         ),
@@ -660,7 +719,10 @@ def narrower():
             lambda: Problem(nn.Linear(2, 1), regression(1).data, forward=derived),
             "Problem(…, grad=True)",
         ),
-        (narrower, "shapes cannot be multiplied (4x2 and 3x2); its train batch is (4, 2) float32,"),
+        (
+            narrower,
+            "shapes cannot be multiplied (4x2 and 3x2); in train, the batch is (4, 2) float32,",
+        ),
     ],
 )
 def test_a_wrong_problem_is_refused_in_one_line(make, words):

@@ -334,6 +334,23 @@ def test_a_copy_of_a_run_uses_what_lies_beside_the_copy(half_done, tmp_path, cap
     assert "no checkpoint at" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("low", "said"),
+    [
+        (-0.5, ""),
+        (0, ""),  # one-sided, and meant so
+        (-0.05, "x from -0.05 to 1 has at its edge the network's own weights, x = 0: a symmetric"),
+        (0.25, "x from 0.25 to 1 leaves out the network's own weights, x = 0: a symmetric range"),
+    ],
+)
+def test_a_range_that_has_the_centre_at_its_edge_or_outside_is_remarked_on(toml, capfd, low, said):
+    text = re.sub(r"(\[grid.x\]\nrange = ).*", rf"\1[{low}, 1.0]", toml.read_text())
+    toml.write_text(text)
+    assert command("plan", toml) == 0
+    out = capfd.readouterr().out
+    assert said in out and ("own weights" in out) == bool(said)
+
+
 def test_command_line_over_toml_over_defaults(toml, tmp_path):
     def seed(*more: str) -> int:
         run = tmp_path / f"{len(list(tmp_path.iterdir()))}.run"

@@ -22,7 +22,7 @@ from lsweep.backends.folded import Folded
 from lsweep.backends.fused import FusedNetwork, attention
 from lsweep.backends.graph import Unsupported, traced
 from lsweep.backends.packed import Packed
-from lsweep.problems.problem import call
+from lsweep.problems.calling import call
 from lsweep.problems.weights import buffers_of, parameters_of
 
 CPU = torch.device("cpu")

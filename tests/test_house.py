@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lsweep"
 LONGEST = 420
 PUBLIC = {
+    "LsweepError",
     "Problem",
     "sweep",
     "open",

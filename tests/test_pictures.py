@@ -213,6 +213,23 @@ def test_minimum_and_centre_stand_where_the_values_say(kind, log):
     assert legend(ax)[:2] == ["centre 20", "minimum 9 at (−1, −1)"]
 
 
+@pytest.mark.parametrize("kind", MAPS)
+def test_of_an_accuracy_the_maximum_is_marked_and_nothing_near_it_cut_off(kind):
+    x = np.linspace(-1, 1, 21)
+    peak = 90.0 * np.exp(-400 * ((x[None, :] - 0.5) ** 2 + (x[:, None] + 0.5) ** 2))
+    s = Surface({"x": x, "y": x}, {"train_accuracy": peak})
+    ax = draw(s, kind=kind)
+    assert legend(ax)[1] == "maximum 90 at (0.5, −0.5)"
+    assert not any("above" in text for text in legend(ax))
+    assert repr(s).endswith("maximum 90 at x = 0.5, y = -0.5>")
+
+
+def test_of_a_line_of_accuracy_the_maximum_is_marked():
+    values = {"train_accuracy": np.array([5.0, 80.0, 90.0])}
+    ax = draw(Surface({"x": np.array([-1.0, 0.0, 1.0])}, values), name="train_accuracy")
+    assert "maximum 90 at 1" in legend(ax) and marker(ax, "*") == [1, 90]
+
+
 def test_minimum_and_centre_of_a_relief_lie_on_it():
     ax = relief(slope(), None, Figure().add_subplot(projection="3d"))
     star, cross = (

@@ -14,7 +14,7 @@ import pytest
 import torch
 from cases import command, committed, finished, merged, planned, sweep_file
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 import lsweep
 from lsweep.backends.packed import Spot
@@ -117,6 +117,7 @@ X, Y = torch.zeros(6, 2), torch.tensor([0, 1, 2, 0, 1, 2])
         ((X, Y), True),
         ({"x": X, "labels": Y}, True),
         (TensorDataset(X, Y), True),
+        (DataLoader(TensorDataset(X, Y), batch_size=4), True),
         (Subset(TensorDataset(torch.cat([X, X]), torch.cat([Y, 1 - Y])), range(6)), True),
         (Items(6, [0, 1, 2, 0, 1, 2]), True),
         (Items(6), False),
@@ -147,7 +148,7 @@ def made(tmp_path: Path, text: str, **grid: int):
 CLASSES = """
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 import lsweep
 
 def make():
@@ -165,7 +166,8 @@ def make():
 
 def test_the_same_subset_serves_every_point_however_it_comes(tmp_path):
     surfaces = []
-    for form in ("(x, y)", "TensorDataset(x, y)"):
+    loader = "DataLoader(TensorDataset(x, y), batch_size=240)"
+    for form in ("(x, y)", "TensorDataset(x, y)", loader):
         base = tmp_path / form[0]
         base.mkdir()
         folder = finished(made(base, CLASSES.replace("FORM", form), x=5))
@@ -179,8 +181,9 @@ def test_the_same_subset_serves_every_point_however_it_comes(tmp_path):
         assert split.indices.tolist() == draw(np.arange(240) % 4, 24, "train").tolist()
         weights = {r["sums"][0, 0] for part in committed(folder).parts for r in part.rows}
         assert weights == {24.0}
-    a, b = surfaces
-    assert all(a.values[n].tobytes() == b.values[n].tobytes() for n in a.values)
+    a, *others = surfaces
+    for b in others:
+        assert all(a.values[n].tobytes() == b.values[n].tobytes() for n in a.values)
 
 
 def test_a_surface_says_what_it_stands_on_and_the_errors_cover_the_truth(tmp_path):
@@ -297,6 +300,25 @@ def test_the_anchor_is_the_whole_centre_in_float32_whatever_is_asked_for(precisi
     assert found == {"train_loss": pytest.approx(truth, rel=1e-6)}
 
 
+def loader(**options):
+    return DataLoader(TensorDataset(X, Y), **options)
+
+
+def test_what_is_cut_out_of_a_loader_is_collated_as_the_loader_would():
+    def collated(samples):
+        return {
+            "x": torch.stack([x for x, _ in samples]),
+            "labels": torch.ones(len(samples)).long(),
+        }
+
+    data = {"train": loader(batch_size=3, collate_fn=collated)}
+    problem = lsweep.Problem(nn.Linear(2, 3), data, loss=nn.CrossEntropyLoss())
+    settings = {"samples": 2, "splits": ["train"], "batch_norm": "eval"}
+    split = subsampled(problem, settings).splits["train"]
+    (batch,) = split.batches(8)
+    assert batch["labels"].tolist() == [1, 1] and (split.samples, split.whole.pickable) == (2, 6)
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 
@@ -306,6 +328,9 @@ def test_the_anchor_is_the_whole_centre_in_float32_whatever_is_asked_for(precisi
         ("fresh", (X, Y), "fresh ones at each point are refused.*36-50 on a surface that has 1"),
         (1, (X, Y), "samples = 1: must be at least 2"),
         (3, [(X, Y)], "samples = 3: the data split 'train' is batches of its own.*leave samples"),
+        (3, loader(shuffle=True, batch_size=4), "is batches of its own.*takes one in its order"),
+        (3, loader(drop_last=True, batch_size=4), "is batches of its own.*drop_last=False"),
+        (3, loader(batch_size=None), "is batches of its own"),
     ],
 )
 def test_refused_with_the_reason(samples, data, said):

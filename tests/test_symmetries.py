@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from lsweep.digits import Network
 from lsweep.invariance.bench import inputs_of
 from lsweep.invariance.symmetries import Discovered, Slot, Units, discover, permuted
-from lsweep.problems.problem import Problem, call
+from lsweep.problems.calling import call
+from lsweep.problems.problem import Problem
 from lsweep.problems.weights import State, buffers_of, parameters_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))

@@ -14,8 +14,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lsweep.backends.eager import Ground, Moving
 from lsweep.backends.packed import Rows, Spot
+from lsweep.problems.calling import split_batch
 from lsweep.problems.data import Batch
-from lsweep.problems.problem import Sampled, causal_lm, classifier, split_batch
+from lsweep.problems.problem import Sampled, causal_lm, classifier
 
 CALLS_ONLY = (None, classifier, causal_lm)  # as ``forward``, use nothing of a model but its output
 

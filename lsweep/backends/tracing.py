@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from lsweep.backends.recording import Recording
 from lsweep.backends.recording import Unsupported as Unsupported
 from lsweep.backends.simplifying import computed_constants, tidy
-from lsweep.problems.problem import call
+from lsweep.problems.calling import call
 from lsweep.problems.takeover import generators_kept, model_kept
 
 aten = torch.ops.aten

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lsweep.problems.problem import Problem
 
 INTERRUPTED, INCOMPLETE = 130, 3
+EDGE = 0.1  # of a range: a centre that is nearer to its end is seen from one side
 
 
 def run_of(options: Namespace) -> RunFolder:
@@ -116,8 +117,9 @@ def along_eigenvectors(folder: RunFolder) -> dict[str, list[str]]:
 
 
 def otherwise(folder: RunFolder) -> list[str]:
-    """Return lines on what is not as one may think: all samples taken, weights rounded."""
+    """Return lines on what is not as one may think: all samples taken, 0 at an edge, rounding."""
     from lsweep.plans.plan import Plan
+    from lsweep.plans.rounds import Rounds
 
     plan = Plan.read(folder)
     wanted = plan.evaluate["samples"]
@@ -125,11 +127,38 @@ def otherwise(folder: RunFolder) -> list[str]:
     rounded = (
         f'the weights are float64, and precision = "{precision}" rounds them: "float64" does not'
     )
-    return [rounded] * ("weights" in plan.facts) + [
-        f"samples = {wanted}: {split} has {data['samples']}, and all of them are taken"
-        for split, data in plan.data.items()
-        if wanted is not None and "of" not in data
-    ]
+    return (
+        [rounded] * ("weights" in plan.facts)
+        + [
+            f"samples = {wanted}: {split} has {data['samples']}, and all of them are taken"
+            for split, data in plan.data.items()
+            if wanted is not None and "of" not in data
+        ]
+        + [
+            line
+            for axis, (low, high, *_) in Rounds.read(folder, plan).last.grid.items()
+            if plan.directions[axis]["kind"] in ("random", "hessian")
+            and (line := lopsided(axis, float(low), float(high)))
+        ]
+    )
+
+
+def lopsided(axis: str, low: float, high: float) -> str:
+    """Return a hint where a range leaves out the network's own weights, or has them at an edge.
+
+    >>> lopsided("x", -1, 1), lopsided("x", -0.5, 1), lopsided("x", 0, 1)
+    ('', '', '')
+    >>> lopsided("x", 0.5, 1)
+    "x from 0.5 to 1 leaves out the network's own weights, x = 0: a symmetric range has them inside"
+    """
+    off = low > 0 or high < 0
+    if not off and (low * high == 0 or min(-low, high) > EDGE * (high - low)):
+        return ""
+    where = "leaves out" if off else "has at its edge"
+    return (
+        f"{axis} from {low:g} to {high:g} {where} the network's own weights, {axis} = 0: a "
+        "symmetric range has them inside"
+    )
 
 
 def wanted_children(options: Namespace) -> list[Child]:

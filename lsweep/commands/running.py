@@ -290,7 +290,7 @@ def _merge_and_show(folder: RunFolder, look: Look) -> int:
     for hint in _hints(surface, name):
         print(f"lsweep: {hint}", file=sys.stderr)
     if look.values and np.isfinite(surface[name]).any():
-        where, least = surface.minimum(name)
+        word, where, best = surface.best(name)
         at = ", ".join(f"{axis} = {offset:.4g}" for axis, offset in where.items())
         center = surface.center(name)
         fact = surface.provenance.get("sampling", {}).get(name, {})
@@ -298,7 +298,7 @@ def _merge_and_show(folder: RunFolder, look: Look) -> int:
         over = f" (anchored to all {fact['of']} samples)" if anchored else ""
         middle = f"{center:.6g} at the centre{over}, " if np.isfinite(center) else ""
         guess = guessed(surface, name, where)
-        print(f"{name}: {middle}minimum {least:.6g} at {at}" + (f" ({guess})" if guess else ""))
+        print(f"{name}: {middle}{word} {best:.6g} at {at}" + (f" ({guess})" if guess else ""))
     print(f"wrote {folder.surface}")
     with stage("removing leases", sys.stderr):
         forget_leases(folder)

@@ -17,8 +17,9 @@ from lsweep.derivatives.curvature import keyed
 from lsweep.derivatives.objective import Objective
 from lsweep.errors import LsweepError
 from lsweep.problems.batchnorm import BatchNorm
+from lsweep.problems.calling import call, full, split_batch
 from lsweep.problems.data import Batch, map_tensors, samples_in, tensors_of
-from lsweep.problems.problem import Problem, Sampled, call, classifier, full, split_batch
+from lsweep.problems.problem import Problem, Sampled, classifier
 
 EXACT = 64  # outputs: up to so many, one backward pass for each
 PROBES = 16  # for more

@@ -1,13 +1,15 @@
 """Following: what a network keeps of its weights must follow them, as all that it computes with.
 
 Only parameters and buffers are moved. Of its other tensors most are masks and tables, which depend
-on no weight; but a slice of a weight that ``__init__`` took, or a product of weights that the first
-call keeps for later ones, would stay what it was, and a picture be flat that is not.
+on no weight; but a slice of a weight that ``__init__`` took, or what the first call makes of
+weights and keeps for later ones (a tensor or number in an attribute, a dict or a list; a table that
+it fills), would stay what it was, and a picture be flat that is not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +17,8 @@ from torch import Tensor, nn
 from lsweep.backends.packed import Spot
 from lsweep.errors import LsweepError
 from lsweep.evaluating.evaluate import Evaluator
-from lsweep.problems.data import tensors_of
 from lsweep.problems.problem import Sampled
-from lsweep.problems.takeover import model_kept
+from lsweep.problems.takeover import kept_by, model_kept
 
 SAME = 1e-5  # relative and absolute: a GPU may round otherwise the second time
 
@@ -41,10 +42,15 @@ def require_following(evaluator: Evaluator, split: str, far: Spot) -> None:
         eager.here(batch)
         after = _kept(model)
         weights = {id(p) for p in model.parameters()}
-        views = [n for n, t in after.items() if before.get(n) is t and id(t._base) in weights]
+        views = [
+            n
+            for n, (v, _) in after.items()
+            if isinstance(v, Tensor) and id(v._base) in weights and before.get(n, (0,))[0] is v
+        ]
         if views:
             raise _stays(views, "a view of a weight, taken once")
-        made = [n for n, t in after.items() if before.get(n) is not t]
+        made = [n for n, seen in after.items() if not _is_same(before.get(n), seen)]
+        made.sort(key=lambda n: not isinstance(after[n][0], Tensor))
         if not made:
             return
         try:
@@ -59,16 +65,22 @@ def require_following(evaluator: Evaluator, split: str, far: Spot) -> None:
         raise _stays(made, "made of weights in one call and used in the next")
 
 
-def _kept(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors among a network's plain attributes, by name."""
+def _kept(model: nn.Module) -> dict[str, tuple[Any, int]]:
+    """Return the values that a network keeps in plain attributes, by name, with their versions."""
     return {
-        f"{path}.{key}.{k}".strip(".") if k else f"{path}.{key}".strip("."): t
+        f"{path}.{name}".strip("."): (v, v._version if _is_counted(v) else 0)
         for path, module in model.named_modules()
-        for key, value in module.__dict__.items()
-        if key not in ("_parameters", "_buffers", "_modules")
-        for k, t in enumerate(tensors_of(value))
-        if not isinstance(t, nn.Parameter)
+        for name, v in kept_by(module).items()
+        if not isinstance(v, dict | list | tuple)
     }
+
+
+def _is_counted(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_inference()
+
+
+def _is_same(before: tuple[Any, int] | None, after: tuple[Any, int]) -> bool:
+    return before is not None and before[0] is after[0] and before[1] == after[1]
 
 
 def _stays(names: list[str], what: str) -> LsweepError:

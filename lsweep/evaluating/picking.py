@@ -46,14 +46,14 @@ class Picker:
         if mode != "eval":
             raise LsweepError(f'batch_norm = "{mode}": a value depends on the rest of its batch')
         split = self._split(name)
-        if split.samples is None:
+        if split.pickable is None:
             raise LsweepError(f"data[{split.name!r}] is batches of its own, which cannot be cut")
         found = self._centre(name)
         if any(s.opaque for s in found):
             raise LsweepError(f"{name} is one number for each batch")
-        if sum(len(s.values) for s in found) != split.samples:
+        if sum(len(s.values) for s in found) != split.pickable:
             raise LsweepError(f"{name} has not one value for each sample")
-        return split.samples
+        return split.pickable
 
     def losses(self, name: str, samples: IntArray, offsets: FloatArray) -> FloatArray:
         """Return (K, m) values, so weighted that their mean over all samples is the variable's.

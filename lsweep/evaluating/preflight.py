@@ -27,9 +27,10 @@ from lsweep.hosts.device import Spent, device_class, human, is_out_of_memory, me
 from lsweep.outcomes.frozen import CHOSEN, of_this_version
 from lsweep.plans.plan import Plan
 from lsweep.problems import batchnorm
+from lsweep.problems.calling import account
 from lsweep.problems.data import map_tensors, tensors_of
 from lsweep.problems.factory import describe
-from lsweep.problems.problem import Problem
+from lsweep.problems.problem import Problem, classifier
 from lsweep.problems.takeover import model_kept
 from lsweep.storage.files import publish, read_json, sealed
 from lsweep.storage.folder import RunFolder
@@ -103,9 +104,7 @@ def preflight(
         except Exception as e:
             if is_out_of_memory(e):
                 raise  # smaller batches are tried
-            batch = tensors_of(next(iter(evaluator.batches(split))))
-            shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype)[6:]}" for t in batch)
-            raise LsweepError(f"{FAILS}: {describe(e)}; its {split} batch is {shapes}") from e
+            raise LsweepError(f"{FAILS}: {describe(e)}; {_account(evaluator, split)}") from e
     first, seconds = centre_of(evaluator)
     again = evaluator.samples([evaluator.origin], limit=REPEATED_SAMPLES)[0]
     _check_repeat(evaluator, evaluator.centre(0), again)
@@ -170,13 +169,21 @@ def _as_before(evaluator: Evaluator, choice: Choice) -> tuple[list[Samples], Spe
         ) from e
 
 
+def _account(evaluator: Evaluator, split: str) -> str:
+    problem = evaluator.problem
+    batch = next(iter(evaluator.batches(split)))
+    with model_kept(problem.model):
+        said = account(problem.model, batch, problem.forward in (None, classifier))
+    return f"in {split}, {said}"
+
+
 def _check_batch(evaluator: Evaluator, split: str) -> None:
     """Check on one batch that the loss is the mean it says, and that inputs are left alone."""
     evaluator.eager.move(evaluator.origin)
     batch = map_tensors(next(iter(evaluator.batches(split))), torch.clone)
     before = [t._version for t in tensors_of(batch)]
     with evaluator.ground.context():
-        evaluator.problem.check_mean(batch)
+        evaluator.problem.check_mean(batch, evaluator.metrics)
     evaluator.eager.here(batch)
     lost = evaluator.seat.lost()
     if lost:

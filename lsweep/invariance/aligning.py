@@ -19,7 +19,8 @@ from lsweep.errors import LsweepError
 from lsweep.invariance.alignment import Alignment, align
 from lsweep.invariance.bench import inputs_of
 from lsweep.invariance.symmetries import Discovered, discover
-from lsweep.problems.problem import Problem, call, full
+from lsweep.problems.calling import call, full
+from lsweep.problems.problem import Problem
 from lsweep.problems.takeover import generators_kept, model_kept
 from lsweep.problems.weights import (
     State,

@@ -21,10 +21,11 @@ from lsweep.hosts.device import room
 from lsweep.invariance.rescaling import Element, Transform, acted
 from lsweep.plans.pointwise import POINTWISE
 from lsweep.problems import batchnorm, weights
+from lsweep.problems.calling import logits_of
 from lsweep.problems.data import Batch, map_tensors, moved, samples_in, tensors_of
 from lsweep.problems.factory import describe
 from lsweep.problems.filters import is_norm
-from lsweep.problems.problem import Problem, logits_of
+from lsweep.problems.problem import Problem
 from lsweep.problems.subsets import subsampled
 from lsweep.problems.supply import default_batch_size
 from lsweep.problems.takeover import generators_kept, model_kept

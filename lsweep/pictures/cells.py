@@ -121,8 +121,8 @@ def pooled_scale(
     center = float(centers.min()) if len(centers) else float("nan")
     if log is None and all(in_per_cent(s, name) for s in surfaces):
         log = False
-    # Of an error the highest is what one looks for.
-    most = 1.0 if name.endswith("_error") else 0.98
+    # Of an error or an accuracy the highest is what one looks for.
+    most = 1.0 if name.endswith(("_error", "_accuracy", "_acc")) else 0.98
     scaled = partial(Scale.of, values, center=center, vmin=vmin, vmax=vmax)
     scale = scaled(log=log, quantile=most)
     if whole and scale.transform.name != "linear":

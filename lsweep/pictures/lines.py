@@ -258,7 +258,7 @@ def _plot(surface: Surface, name: str, ax: Axes, text: str, style: dict[str, Any
 
 
 def _mark(surface: Surface, name: str, ax: Axes, color: str, several: bool) -> None:
-    """Mark the centre, the minimum, the trajectory, and the points that have no value."""
+    """Mark the centre, the best point, the trajectory, and the points that have no value."""
     x, value = surface.x, drawn_values(surface, name)
     labels = {t.get_label() for t in ax.get_lines()}
     if x.min() <= 0 <= x.max() and "centre" not in labels:
@@ -266,13 +266,13 @@ def _mark(surface: Surface, name: str, ax: Axes, color: str, several: bool) -> N
     finite = np.isfinite(value)
     if finite.any():
         shown = replace(surface, values={**surface.values, name: value})
-        where, least = shown.minimum(name)
+        word, where, best = shown.best(name)
         guess = guessed(surface, name, where)
-        text = f"minimum {number(least)} at {number(where['x'])}" + (f" ({guess})" if guess else "")
-        text = f"constant {number(least)}" if shown.constant(name) else text
-        text = "minimum" if several else text
+        text = f"{word} {number(best)} at {number(where['x'])}" + (f" ({guess})" if guess else "")
+        text = f"constant {number(best)}" if shown.constant(name) else text
+        text = word if several else text
         star: dict[str, Any] = {"marker": "*", "ms": 10, "mfc": color, "mec": "white", "mew": 0.7}
-        ax.plot([where["x"]], [least], ls="none", label=text, zorder=6, **star)
+        ax.plot([where["x"]], [best], ls="none", label=text, zorder=6, **star)
     pending = surface.status == Status.PENDING
     bad = ~finite & surface.evaluated
     edge = edges(x)
@@ -314,6 +314,6 @@ def _put_legend(ax: Axes, twin: Axes | None) -> None:
 
 def _rank(entry: Artist) -> int:
     """Runs come first in a legend, then what their styles mean, then marks."""
-    if str(entry.get_label()).startswith(("centre", "minimum", "±", _BAD)):
+    if str(entry.get_label()).startswith(("centre", "minimum", "maximum", "±", _BAD)):
         return 2
     return int(isinstance(entry, Line2D) and entry.get_color() == _STYLE)

@@ -126,7 +126,7 @@ def mark_points(
 ) -> list[Artist]:
     """Mark the minimum with a star and the centre with a cross; return their legend entries.
 
-    Of an error neither is of interest.
+    Of an accuracy the star is the maximum; of an error neither is of interest.
     """
     entries: list[Artist] = []
     if name.endswith(("_error", "_se")):
@@ -143,11 +143,11 @@ def mark_points(
         style["mew"] = 1.3
         entries += _marker(ax, 0.0, 0.0, height, label=text, **style)
     if np.isfinite(surface[name]).any() and not (constant and entries):
-        where, value = surface.minimum(name)
+        word, where, value = surface.best(name)
         at = f"({number(where['x'])}, {number(where['y'])})"
         style = {"marker": "*", "ms": 8.5, "mfc": "white", "mec": "black"}
         guess = guessed(surface, name, where)
-        text = f"minimum {number(value)} at {at}" + (f" ({guess})" if guess else "")
+        text = f"{word} {number(value)} at {at}" + (f" ({guess})" if guess else "")
         entries += _marker(ax, where["x"], where["y"], height, label=text, **style)
     return entries
 

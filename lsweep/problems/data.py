@@ -8,14 +8,22 @@ import hashlib
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, Subset, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    Subset,
+    default_collate,
+)
 
 from lsweep.errors import LsweepError
 from lsweep.problems.takeover import generators_kept
@@ -105,6 +113,7 @@ class Split:
         self._dataset: Dataset[Any] | None = None
         self._stream: IterableDataset[Any] | None = None
         self._iterable: Iterable[Batch] | None = None
+        self._collate: Callable[[list[Any]], Batch] = default_collate
         if _is_bundle(data):
             self._tensors = data
         elif isinstance(data, IterableDataset):
@@ -139,6 +148,14 @@ class Split:
         if self._dataset is not None:
             return len(self._dataset)  # type: ignore[arg-type]
         return None
+
+    @property
+    def pickable(self) -> int | None:
+        """Of how many samples `cut` can pick; None where the data is batches of its own.
+
+        Behind a `DataLoader` that takes a dataset in its order is that dataset.
+        """
+        return len(self.data.dataset) if _is_sequential(self.data) else self.samples
 
     @functools.cached_property
     @generators_kept()
@@ -176,10 +193,14 @@ class Split:
             part = Split(self.name, map_tensors(self._tensors, lambda t: t[rows.to(t.device)]))
         elif self._dataset is not None:
             part = Split(self.name, Subset(self._dataset, indices.tolist()))
+            part._collate = self._collate
+        elif _is_sequential(self.data):
+            part = Split(self.name, Subset(self.data.dataset, indices.tolist()))
+            part._collate = self.data.collate_fn
         else:
             raise LsweepError(
-                f"data[{self.name!r}] is batches of its own, which cannot be cut: give tensors or "
-                "a Dataset"
+                f"data[{self.name!r}] is batches of its own, which cannot be cut: give tensors, "
+                "a Dataset or a DataLoader that takes one in its order"
             )
         part.whole, part.indices, part.classes = self, indices, classes
         return part
@@ -237,7 +258,7 @@ class Split:
                     self._tensors, lambda t, a=a, b=b, c=aligned: _aligned(t[a:b]) if c else t[a:b]
                 )
             else:
-                yield default_collate([self._dataset[i] for i in range(a, b)])  # type: ignore[index]
+                yield self._collate([self._dataset[i] for i in range(a, b)])  # type: ignore[index]
 
     def _collated(self, size: int) -> Iterator[Batch]:
         samples = iter(self._stream)  # type: ignore[arg-type]
@@ -291,7 +312,7 @@ class Split:
             if self._tensors is not None:
                 yield i, map_tensors(self._tensors, lambda t, i=i: t[i : i + 1])
             else:
-                yield i, default_collate([self._dataset[i]])  # type: ignore[index]
+                yield i, self._collate([self._dataset[i]])  # type: ignore[index]
 
     def full_digest(self, size: int) -> str:
         """Return the sha256 over every sample in order, whatever the batch size."""
@@ -299,6 +320,8 @@ class Split:
             return self._source.full_digest(size)
         if self._digest:
             return self._digest
+        if self._collate is not default_collate:  # it may pad to the longest of a batch
+            size = 1
         hashes: dict[int, Any] = {}
         for batch in self.batches(size):
             for i, t in enumerate(tensors_of(batch)):
@@ -321,19 +344,37 @@ def _as_tensors(data: Any) -> Any:
 
 
 def _is_bundle(data: Any) -> bool:
-    """Tensors of equal length: the whole split at once. A list is a sequence of batches."""
+    """Tensors of equal length: the whole split at once. A list is a sequence of batches.
+
+    >>> x = torch.zeros(3)
+    >>> [_is_bundle(data) for data in ((x, x), ((x, x), x), ({"a": x}, x), ((x, x), (x, x)))]
+    [True, True, True, False]
+    """
     if isinstance(data, Tensor):
         return True
-    if isinstance(data, Mapping):
-        values: Sequence[Any] = list(data.values())
-    elif isinstance(data, tuple):
-        values = data
+    if isinstance(data, tuple) and data and isinstance(data[-1], Tensor):
+        inputs = [v for v in data if isinstance(v, tuple | Mapping)]  # batches would be all alike
+        if not all(_is_bundle(v) for v in inputs):
+            return False
+        values = [v for v in data if not isinstance(v, tuple | Mapping)] + tensors_of(inputs)
+    elif isinstance(data, Mapping):
+        values = list(data.values())
     else:
         return False
     return (
         bool(values)
         and all(isinstance(v, Tensor) and v.dim() for v in values)
         and len({len(v) for v in values}) == 1
+    )
+
+
+def _is_sequential(data: Any) -> bool:
+    """Whether a plain DataLoader takes every sample of a dataset in its order."""
+    return (
+        type(data) is DataLoader
+        and type(data.batch_sampler) is BatchSampler
+        and type(data.sampler) is SequentialSampler
+        and not data.drop_last
     )
 
 

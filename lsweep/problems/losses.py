@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import math
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -58,9 +56,9 @@ def per_sample(loss: Callable[..., Any]) -> Callable[[Any, Any], Values]:
         single.reduction = "none"  # type: ignore[assignment]
         if isinstance(single, nn.CrossEntropyLoss | nn.NLLLoss):
             return functools.partial(_class_loss, single)
-        return functools.partial(_element_loss, single, reduction == "batchmean")
+        return functools.partial(element_loss, single, reduction == "batchmean")
     if reduction == "mean":
-        return functools.partial(_element_loss, functools.partial(loss, reduction="none"), False)
+        return functools.partial(element_loss, functools.partial(loss, reduction="none"), False)
     return loss
 
 
@@ -144,7 +142,8 @@ def _is_narrow(output: Any, target: Tensor) -> bool:
     )
 
 
-def _element_loss(loss: Callable[..., Tensor], batchmean: bool, output: Any, target: Any) -> Values:
+def element_loss(loss: Callable[..., Tensor], batchmean: bool, output: Any, target: Any) -> Values:
+    """Return a loss that has a value for each element as one for each sample."""
     values: Tensor = whole(loss, output, target)
     if batchmean:
         return values.flatten(1).sum(1)
@@ -164,29 +163,6 @@ def flatten(values: Tensor, weights: Tensor | None) -> Values:
     total = w.sum(1)
     mean = torch.where(w != 0, w * v, 0.0).sum(1) / torch.where(total == 0, 1.0, total)
     return mean, total
-
-
-def is_broadcast(function: Callable[..., Any], found: Values, output: Any, target: Any) -> bool:
-    """Whether a per-sample loss compared every output with every target, which is never meant.
-
-    >>> def square(a, b):
-    ...     return (a - b) ** 2
-    >>> x, y = torch.zeros(3, 1), torch.zeros(3)
-    >>> is_broadcast(square, square(x, y), x, y)
-    True
-    """
-    if not isinstance(output, Tensor) or not isinstance(target, Tensor):
-        return False
-    try:
-        shape = np.broadcast_shapes(output.shape, target.shape)  # torch's imports all of SymPy
-    except ValueError:
-        return False
-    count = math.prod(shape)
-    if count <= max(output.numel(), target.numel()):
-        return False
-    if isinstance(function, functools.partial) and function.func is _element_loss:
-        return isinstance(found, tuple) and int(found[1].sum()) == count
-    return isinstance(found, Tensor) and found.shape == shape
 
 
 def accuracy(output: Tensor, target: Tensor) -> Values:

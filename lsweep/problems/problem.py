@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from lsweep.errors import LsweepError, nearest
 from lsweep.plans.settings import ProblemSource
+from lsweep.problems.broadcasting import refuse_broadcast, refuse_squares
+from lsweep.problems.calling import call, full, split_batch
 from lsweep.problems.data import Batch, Split, map_tensors, moved, samples_in, tensors_of
 from lsweep.problems.factory import call_factory, describe
 from lsweep.problems.losses import (
@@ -22,14 +24,12 @@ from lsweep.problems.losses import (
     accuracy,
     flatten,
     ignored_label,
-    is_broadcast,
     per_sample,
     whole,
 )
 from lsweep.problems.takeover import generators_kept, model_kept
 
 Forward = Callable[[nn.Module, Batch], Mapping[str, Values]]
-TARGETS = ("labels", "label", "targets", "target", "y")
 
 
 @dataclass(frozen=True)
@@ -196,13 +196,22 @@ class Problem:
             out[name] = _sampled(results[name], n, name, graph)
         return out
 
-    def check_mean(self, batch: Batch) -> None:
+    def check_mean(self, batch: Batch, names: Iterable[str] = ()) -> None:
         """Check on one batch that per-sample values average to the loss as it was given.
+
+        Args:
+            batch: on the model's device.
+            names: of the metrics that are looked at, too.
 
         Raises:
             LsweepError: they do not, so Σwv/Σw would be another number than the user's loss; or
                 output and target are broadcast to more than either.
         """
+        if self.forward is not None:
+            with torch.set_grad_enabled(self.grad):
+                results = self.forward(self.model, batch)
+                again = functools.partial(self.forward, self.model)
+                refuse_squares(results, again, batch, samples_in(batch))
         if self.loss is None:
             return
         inputs, target = split_batch(batch)
@@ -211,13 +220,9 @@ class Problem:
             warnings.filterwarnings("ignore", "Using a target size")  # it is refused, below
             output = full(call(self.model, inputs))
             with torch.autocast(_device_type(batch), enabled=False):
-                found = self._functions["loss"](output, target)
-            if is_broadcast(self._functions["loss"], found, output, target):
-                raise LsweepError(
-                    f"loss: outputs {tuple(output.shape)} and targets {tuple(target.shape)} would "
-                    "be broadcast, each compared with all: give both one shape, as by "
-                    "output.squeeze(1) or target[:, None]"
-                )
+                for name in [n for n in names if n in self.metrics] + ["loss"]:
+                    found = self._functions[name](output, target)
+                    refuse_broadcast(name, self._functions[name], found, output, target)
             own = reduction is None and self._functions["loss"] is self.loss
             if own or reduction == "none":
                 return
@@ -249,62 +254,8 @@ def make_problem(
     return replace(problem, source=source, seconds=time.perf_counter() - start)
 
 
-def split_batch(batch: Batch) -> tuple[Any, Any]:
-    """Return inputs and target of a batch: the last of a tuple, or ``labels`` of a dict.
-
-    >>> split_batch({"x": 1, "labels": 2})
-    ({'x': 1}, 2)
-    """
-    if isinstance(batch, Mapping):
-        for key in TARGETS:
-            if key in batch:
-                return {k: v for k, v in batch.items() if k != key}, batch[key]
-        raise LsweepError(
-            f"a dict batch with keys {', '.join(batch)} has no target ({', '.join(TARGETS)}): "
-            "give forward=…"
-        )
-    if isinstance(batch, list | tuple) and len(batch) >= 2:
-        return (batch[0] if len(batch) == 2 else tuple(batch[:-1])), batch[-1]
-    raise LsweepError("a batch is neither (input, target) nor a dict: give forward=…")
-
-
-def call(model: Callable[..., Any], inputs: Any) -> Any:
-    """Run a network on a tensor, a tuple or a dict of inputs; return its logits or output."""
-    if isinstance(inputs, Mapping):
-        output = model(**inputs)
-    elif isinstance(inputs, tuple):
-        output = model(*inputs)
-    else:
-        output = model(inputs)
-    return logits_of(output)
-
-
-def logits_of(output: Any) -> Any:
-    """Return what a network that returns several things has to say: its logits, or all of it.
-
-    >>> logits_of({"logits": 1, "hidden": 2}), logits_of(3)
-    (1, 3)
-    """
-    if isinstance(output, Mapping) and "logits" in output:
-        return output["logits"]
-    return getattr(output, "logits", output)
-
-
 def _device_type(batch: Batch) -> str:
     return next((t.device.type for t in tensors_of(batch)), "cpu")
-
-
-def full(output: Any) -> Any:
-    """Return a network's output in float32 or better, as a loss needs it.
-
-    >>> full(torch.zeros(1, dtype=torch.bfloat16)).dtype, full(torch.zeros(1).double()).dtype
-    (torch.float32, torch.float64)
-    """
-    if type(output) in (tuple, list):
-        return type(output)(full(o) for o in output)
-    if isinstance(output, Tensor) and output.dtype in (torch.float16, torch.bfloat16):
-        return output.float()
-    return output
 
 
 def _sampled(result: Values, n: int, name: str, graph: bool = False) -> Sampled:
@@ -381,6 +332,11 @@ def causal_lm(model: nn.Module, batch: Batch) -> dict[str, Values]:
     """
     if isinstance(batch, Mapping):
         inputs = {k: v for k, v in batch.items() if k != "labels"}
+        if "input_ids" not in batch:
+            raise LsweepError(
+                f"a dict batch with keys {', '.join(batch)} has no input_ids, which causal_lm "
+                "predicts: name them so, or give a forward of your own"
+            )
         labels = batch.get("labels", batch["input_ids"])
         if "labels" not in batch and "attention_mask" in batch:
             labels = torch.where(batch["attention_mask"].bool(), labels, -100)

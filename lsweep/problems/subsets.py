@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lsweep.errors import LsweepError
+from lsweep.problems.calling import split_batch
 from lsweep.problems.data import Split
-from lsweep.problems.problem import Problem, split_batch
+from lsweep.problems.problem import Problem
 
 IntArray = npt.NDArray[np.int64]
 TARGET_ATTRIBUTES = ("targets", "labels", "y")  # where datasets keep them, as torchvision does
@@ -61,10 +62,12 @@ def classes_of(split: Split) -> IntArray | None:
     >>> classes_of(Split("train", (torch.zeros(3, 2), torch.tensor([1, 0, 1]))))
     array([1, 0, 1])
     """
-    return _whole_numbers(_targets(split.data), split.samples)
+    return _whole_numbers(_targets(split.data), split.pickable)
 
 
 def _targets(data: Any) -> Any:
+    if isinstance(data, DataLoader):
+        data = data.dataset
     if isinstance(data, Subset):
         inner = _targets(data.dataset)
         return None if inner is None else torch.as_tensor(inner)[list(data.indices)]
@@ -108,14 +111,15 @@ def subsampled(problem: Problem, evaluate: dict[str, Any]) -> Problem:
     data = {**problem.data}
     for name in dict.fromkeys(wanted):
         split = problem.splits[name]
-        if split.samples is None:
+        if split.pickable is None:
             raise LsweepError(
                 f"samples = {count}: the data split {name!r} is batches of its own, of which no "
-                "sample can be picked: give tensors or a Dataset, or leave samples out"
+                "sample can be picked: give tensors, a Dataset or a DataLoader that takes one in "
+                "its order (shuffle=False, drop_last=False), or leave samples out"
             )
-        if split.samples > count:
+        if split.pickable > count:
             found = classes_of(split)
-            classes = np.zeros(split.samples, dtype=np.int64) if found is None else found
+            classes = np.zeros(split.pickable, dtype=np.int64) if found is None else found
             known = 0 if found is None else len(np.unique(found))
             data[name] = split.cut(draw(classes, count, name), known)
     return dataclasses.replace(problem, data=data)
@@ -133,5 +137,5 @@ def described(split: Split) -> dict[str, Any]:
     assert split.whole is not None
     picked = hashlib.sha256(split.indices.astype("<i8").tobytes()).hexdigest()
     whole = split.whole.fingerprint()
-    of, classes = split.whole.samples, split.classes
+    of, classes = split.whole.pickable, split.classes
     return {**out, "of": of, "classes": classes, "indices": picked, "whole": whole}

@@ -9,17 +9,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+OWN = ("_parameters", "_buffers", "_modules")  # of a module's attributes: no plain ones
 
 
 @contextlib.contextmanager
 def model_kept(model: nn.Module) -> Iterator[None]:
     """Give back every tensor, gradient, flag and attribute of the model, whatever happens.
 
-    Attributes too: many networks cache a mask or a table, in the precision of their last call.
+    Attributes too: many networks cache a mask or a table, in the precision of their last call. So
+    do dicts and lists that hold such, and tables that a call fills.
     """
     tensors = [(p, p.data, p.grad, p.requires_grad) for p in model.parameters()]
     modules = [(m, dict(m._buffers), dict(m.__dict__)) for m in model.modules()]
+    filled = [v for m in model.modules() for v in _filled(m)]
     for p, *_ in tensors:
         p.grad = None  # a loss that calls backward() must not add to it
     try:
@@ -34,6 +38,48 @@ def model_kept(model: nn.Module) -> Iterator[None]:
             m._buffers.update(buffers)
             m.__dict__.clear()
             m.__dict__.update(attributes)
+        for held, content in filled:
+            if isinstance(held, dict):
+                held.clear()
+                held.update(content)
+            elif isinstance(held, list):
+                held[:] = content
+            elif held.shape == content.shape and not torch.equal(held, content):
+                held.detach().copy_(content)
+
+
+def _filled(module: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """Yield what a call may fill, dicts, lists and tensors of plain attributes, with a copy."""
+    for value in kept_by(module).values():
+        if isinstance(value, dict):
+            yield value, dict(value)
+        elif isinstance(value, list):
+            yield value, list(value)
+        elif isinstance(value, Tensor) and not value.is_meta:
+            yield value, value.detach().clone()
+
+
+def kept_by(module: nn.Module) -> dict[str, Any]:
+    """Return the values of a module's plain attributes by name, what dicts and lists hold, too.
+
+    >>> module = nn.Identity()
+    >>> module.cache = {"a": [1]}
+    >>> {name: v for name, v in kept_by(module).items() if name.startswith("cache")}
+    {'cache': {'a': [1]}, 'cache.a': [1], 'cache.a.0': 1}
+    """
+    out: dict[str, Any] = {}
+    waiting = [(k, v) for k, v in module.__dict__.items() if k not in OWN]
+    containers: set[int] = set()  # one may hold itself
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, nn.Parameter) or id(value) in containers:
+            continue
+        out[name] = value
+        if isinstance(value, dict | list | tuple):
+            containers.add(id(value))
+            held = value.items() if isinstance(value, dict) else enumerate(value)
+            waiting += [(f"{name}.{k}", v) for k, v in held]
+    return out
 
 
 @contextlib.contextmanager

@@ -153,7 +153,10 @@ def preflight_line(found: dict[str, Any], points: int) -> str:
     if found.get("speed") and found["backend"] != "eager":
         error = found["error"]  # None where one of the two is not finite
         off = "not comparable" if error is None else f"off by {error:.1g}"
-        backend += f" ({found['speed']:.3g} times eager's speed, {off})"
+        tried = found.get("tried") or ()
+        timed = [t["precision"] for t in tried if t["backend"] == "eager" and t["seconds"]]
+        among = f" in {timed[0]}" if len({t["precision"] for t in tried}) > 1 else ""
+        backend += f" ({found['speed']:.3g} times eager's speed{among}, {off})"
     drawn = " and ".join(f"{n}" for n in dict.fromkeys(found["samples"].values()))
     over = f" (over {drawn} drawn samples)" if anchor else ""
     start = f"pre-flight on {found['device']}: {centre} at the centre{over}; {backend}: "

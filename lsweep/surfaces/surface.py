@@ -15,7 +15,7 @@ import io
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,12 +187,12 @@ class Surface:
         lines = [f"<Surface {self.title!r}: {axes}; {counts}", ", ".join(self.values)]
         for name in self.metrics[:1]:
             if np.isfinite(self[name]).any():
-                where, least = self.minimum(name)
+                word, where, best = self.best(name)
                 at = ", ".join(f"{a} = {offset:.6g}" for a, offset in where.items())
                 same = "constant, " if self.constant(name) else ""
                 value = self.center(name)
                 center = f"{value:.6g} at the centre, " if np.isfinite(value) else ""
-                lines.append(f"{name}: {same}{center}minimum {least:.6g} at {at}")
+                lines.append(f"{name}: {same}{center}{word} {best:.6g} at {at}")
         return "\n  ".join(lines) + ">"
 
     def __getitem__(self, name: str) -> FloatArray:
@@ -250,6 +250,13 @@ class Surface:
         index = np.unravel_index(int(np.argmin(far)), value.shape)
         where = {d: float(self.axes[d][i]) for d, i in zip(self.dimensions, index, strict=True)}
         return dict(sorted(where.items())), float(value[index])
+
+    def best(self, name: str) -> tuple[str, dict[str, float], float]:
+        """Return "minimum" with where and what it is; of an accuracy "maximum", likewise."""
+        turned = -1.0 if name.endswith(("_accuracy", "_acc")) else 1.0
+        held = replace(self, values={**self.values, name: turned * self[name]})
+        where, value = held.minimum(name)
+        return "minimum" if turned > 0 else "maximum", where, turned * value
 
     def constant(self, name: str) -> bool:
         """Return whether two or more finite values of ``name`` are equal, but for rounding.
