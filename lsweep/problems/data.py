@@ -226,6 +226,11 @@ class Split:
     def sample_numbers(self) -> int:
         """Return how many numbers one sample's inputs hold, from which a batch size follows."""
         first = next(iter(self.batches(1)))
+        if not tensors_of(first):
+            raise LsweepError(
+                f"data[{self.name!r}]: a batch of type {type(first).__name__} holds no tensor: "
+                "give tensors (x, y), a Dataset, or a list of such batches"
+            )
         return max(t.numel() // max(1, samples_in(first)) for t in tensors_of(first))
 
     def batches(self, size: int, slice_: int = 0, slices: int = 1) -> Iterator[Batch]:
