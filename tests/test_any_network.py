@@ -829,6 +829,10 @@ REFUSED = OrderedDict(
             lambda: ask(lambda: ((X[i : i + 8], Y[i : i + 8]) for i in (0, 8))),
             r"data\['train'\] is an iterator, which can be read once: give a list",
         ),
+        "samples of unequal length": (
+            lambda: ask(lambda: Pairs([X[0], X[1, :2]], Y)),
+            r"data\['train'\]: samples 0 to 1 make no batch \(RuntimeError.*collate_fn, which pads",
+        ),
         "empty tensors": (lambda: ask(lambda: (X[:0], Y[:0])), r"data\['train'\] is empty"),
         "empty dataset": (lambda: ask(lambda: Pairs(X[:0], Y[:0])), r"data\['train'\] is empty"),
         "empty list": (lambda: ask(list), r"data\['train'\] yields no batch"),

@@ -605,6 +605,14 @@ def test_wrong_keywords_of_sweep_are_refused(tmp_path):
         ),
         (
             problem,
+            {
+                "x": (0, 1, 3),
+                "directions": {"kind": "to", "checkpoint": nn.Sequential(nn.Tanh())},
+            },
+            "sweep(): directions.x: checkpoint = (an object of type Sequential): expected a string",
+        ),
+        (
+            problem,
             {"x": (0, 1, 3), "direction": 1},
             "sweep() has no argument 'direction'; did you me",
         ),

@@ -26,6 +26,8 @@ from torch.utils.data import (
 )
 
 from lsweep.errors import LsweepError
+from lsweep.hosts.device import is_out_of_memory
+from lsweep.problems.factory import describe
 from lsweep.problems.takeover import generators_kept
 
 Batch = Any
@@ -263,12 +265,24 @@ class Split:
                     self._tensors, lambda t, a=a, b=b, c=aligned: _aligned(t[a:b]) if c else t[a:b]
                 )
             else:
-                yield self._collate([self._dataset[i] for i in range(a, b)])  # type: ignore[index]
+                items = [self._dataset[i] for i in range(a, b)]  # type: ignore[index]
+                yield self._collated_once(items, a)
+
+    def _collated_once(self, items: list[Any], first: int) -> Batch:
+        try:
+            return self._collate(items)
+        except (RuntimeError, TypeError, ValueError) as e:
+            if is_out_of_memory(e):
+                raise  # smaller batches are tried
+            raise LsweepError(
+                f"data[{self.name!r}]: samples {first} to {first + len(items) - 1} make no batch "
+                f"({describe(e)}): give a DataLoader with a collate_fn, which pads them"
+            ) from e
 
     def _collated(self, size: int) -> Iterator[Batch]:
         samples = iter(self._stream)  # type: ignore[arg-type]
         while some := list(itertools.islice(samples, size)):
-            yield default_collate(some)
+            yield self._collated_once(some, 0)
 
     @generators_kept()
     def fingerprint(self) -> str:
