@@ -829,6 +829,10 @@ REFUSED = OrderedDict(
             lambda: ask(lambda: ((X[i : i + 8], Y[i : i + 8]) for i in (0, 8))),
             r"data\['train'\] is an iterator, which can be read once: give a list",
         ),
+        "samples of unequal length": (
+            lambda: ask(lambda: Pairs([X[0], X[1, :2]], Y)),
+            r"data\['train'\]: samples 0 to 1 make no batch \(RuntimeError.*collate_fn, which pads",
+        ),
         "empty tensors": (lambda: ask(lambda: (X[:0], Y[:0])), r"data\['train'\] is empty"),
         "empty dataset": (lambda: ask(lambda: Pairs(X[:0], Y[:0])), r"data\['train'\] is empty"),
         "empty list": (lambda: ask(list), r"data\['train'\] yields no batch"),
@@ -836,7 +840,7 @@ REFUSED = OrderedDict(
         "text": (lambda: ask(lambda: "train.csv"), r"data\['train'\] is a str: give tensors"),
         "no target": (
             lambda: ask(lambda: X),
-            r"neither \(input, target\) nor a dict with a target.*give one, or forward",
+            r"neither \(input, target\) nor a dict with a target.*, .x, x. for an autoencoder",
         ),
         "dict without target": (
             lambda: ask(lambda: {"input": X, "klass": Y}),
@@ -923,6 +927,15 @@ def test_refused_with_the_reason(name):
     asked, reason = REFUSED[name]
     with pytest.raises(LsweepError, match=reason):
         asked()
+
+
+def test_a_mean_over_batches_is_over_all_their_samples():
+    data = {"train": [(X[:40], Y[:40]), (X[40:], Y[40:])]}
+    model = fixed(nn.Linear(4, 3))
+    problem = lsweep.Problem(model, data, loss=lambda o, t: F.cross_entropy(o, t))
+    found = lsweep.sweep(problem, x=(-1, 1, 3))
+    assert "; 64 train samples, the same" in found.provenance["caption"]
+    assert found["train_loss"][1] == pytest.approx(float(F.cross_entropy(model(X).detach(), Y)))
 
 
 def test_expected_that_is_right_passes():

@@ -605,6 +605,14 @@ def test_wrong_keywords_of_sweep_are_refused(tmp_path):
         ),
         (
             problem,
+            {
+                "x": (0, 1, 3),
+                "directions": {"kind": "to", "checkpoint": nn.Sequential(nn.Tanh())},
+            },
+            "sweep(): directions.x: checkpoint = (an object of type Sequential): expected a string",
+        ),
+        (
+            problem,
             {"x": (0, 1, 3), "direction": 1},
             "sweep() has no argument 'direction'; did you me",
         ),
@@ -667,6 +675,27 @@ def narrower():
         (
             lambda: regression(1, lambda o, t: ((o - t) ** 2).mean()),  # a mean shows no shape
             "loss: outputs (4, 1) and targets (4,) would be broadcast",
+        ),
+        (
+            lambda: regression(1, lambda o, t: ((o[:, 0] - t) ** 2).sum()),
+            "twice as large, hence a sum and no mean over samples: use mean(), or return",
+        ),
+        (
+            lambda: regression(1, nn.MSELoss),
+            "loss = MSELoss is a class: give what it makes, MSELoss(…)",
+        ),
+        (
+            lambda: regression(2, forward=lambda m, b: m(b[0]).mean()),
+            "forward returned a Tensor, not {metric: values}, such as",
+        ),
+        (
+            lambda: Problem(nn.Linear(1, 1), {"train": [[1.0, 2.0], [3.0]]}, loss=nn.MSELoss()),
+            "data['train']: a batch of type list holds no tensor: give tensors (x, y), a Dataset,",
+        ),
+        (
+            lambda: Problem(nn.Linear(2, 2), {"train": ONES}, loss=nn.MSELoss()),
+            "a batch of type Tensor is neither (input, target) nor a dict with a target, which the "
+            "loss compares the network's output with: give (x, y), (x, x) for an autoencoder",
         ),
         (
             lambda: regression(1, lambda o, t: (o[:, 0] - t) ** 2, mae=lambda o, t: (o - t).abs()),

@@ -141,7 +141,7 @@ def preflight(
         },
         "opaque": [v for v, s in zip(evaluator.names, first, strict=True) if s.opaque],
         "samples": {
-            s: len(first[i * len(evaluator.metrics)].values) for i, s in enumerate(evaluator.splits)
+            s: _counted(first[i * len(evaluator.metrics)]) for i, s in enumerate(evaluator.splits)
         },
         "data": data,
         "seconds_per_point": seconds.wall,
@@ -213,6 +213,11 @@ def probe(problem: Problem, settings: Mapping[str, Any]) -> dict[str, float | No
             return evaluator.first_batch()
     except Exception:  # the pre-flight of a worker tells what is wrong, where it can run
         return None
+
+
+def _counted(found: Samples) -> int:
+    """Return over how many samples a metric was taken; an opaque one has a value for each batch."""
+    return round(float(found.weights.sum())) if found.opaque else len(found.values)
 
 
 def _check_data(evaluator: Evaluator, split: str) -> str:

@@ -37,8 +37,9 @@ def split_batch(batch: Batch) -> tuple[Any, Any]:
     if isinstance(batch, list | tuple) and len(batch) >= 2:
         return (batch[0] if len(batch) == 2 else tuple(batch[:-1])), batch[-1]
     raise LsweepError(
-        "a batch is neither (input, target) nor a dict with a target, which the loss compares the "
-        "network's output with: give one, or forward=…"
+        f"a batch of type {type(batch).__name__} is neither (input, target) nor a dict with a "
+        "target, which the loss compares the network's output with: give (x, y), (x, x) for an "
+        "autoencoder (a list is a list of batches), or forward=…"
     )
 
 

@@ -26,6 +26,8 @@ from torch.utils.data import (
 )
 
 from lsweep.errors import LsweepError
+from lsweep.hosts.device import is_out_of_memory
+from lsweep.problems.factory import describe
 from lsweep.problems.takeover import generators_kept
 
 Batch = Any
@@ -226,6 +228,11 @@ class Split:
     def sample_numbers(self) -> int:
         """Return how many numbers one sample's inputs hold, from which a batch size follows."""
         first = next(iter(self.batches(1)))
+        if not tensors_of(first):
+            raise LsweepError(
+                f"data[{self.name!r}]: a batch of type {type(first).__name__} holds no tensor: "
+                "give tensors (x, y), a Dataset, or a list of such batches"
+            )
         return max(t.numel() // max(1, samples_in(first)) for t in tensors_of(first))
 
     def batches(self, size: int, slice_: int = 0, slices: int = 1) -> Iterator[Batch]:
@@ -258,12 +265,24 @@ class Split:
                     self._tensors, lambda t, a=a, b=b, c=aligned: _aligned(t[a:b]) if c else t[a:b]
                 )
             else:
-                yield self._collate([self._dataset[i] for i in range(a, b)])  # type: ignore[index]
+                items = [self._dataset[i] for i in range(a, b)]  # type: ignore[index]
+                yield self._collated_once(items, a)
+
+    def _collated_once(self, items: list[Any], first: int) -> Batch:
+        try:
+            return self._collate(items)
+        except (RuntimeError, TypeError, ValueError) as e:
+            if is_out_of_memory(e):
+                raise  # smaller batches are tried
+            raise LsweepError(
+                f"data[{self.name!r}]: samples {first} to {first + len(items) - 1} make no batch "
+                f"({describe(e)}): give a DataLoader with a collate_fn, which pads them"
+            ) from e
 
     def _collated(self, size: int) -> Iterator[Batch]:
         samples = iter(self._stream)  # type: ignore[arg-type]
         while some := list(itertools.islice(samples, size)):
-            yield default_collate(some)
+            yield self._collated_once(some, 0)
 
     @generators_kept()
     def fingerprint(self) -> str:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from lsweep.errors import LsweepError, nearest
 from lsweep.plans.settings import ProblemSource
-from lsweep.problems.broadcasting import refuse_broadcast, refuse_squares
 from lsweep.problems.calling import call, full, split_batch
 from lsweep.problems.data import Batch, Split, map_tensors, moved, samples_in, tensors_of
 from lsweep.problems.factory import call_factory, describe
@@ -27,6 +26,7 @@ from lsweep.problems.losses import (
     per_sample,
     whole,
 )
+from lsweep.problems.means import refuse_broadcast, refuse_squares, refuse_sum
 from lsweep.problems.takeover import generators_kept, model_kept
 
 Forward = Callable[[nn.Module, Batch], Mapping[str, Values]]
@@ -97,6 +97,10 @@ class Problem:
         if not isinstance(self.metrics, Mapping):
             raise LsweepError('metrics must be a dict, such as {"accuracy": lsweep.accuracy}')
         for name, f in {"loss": self.loss, **self.metrics, "forward": self.forward}.items():
+            if isinstance(f, type) and issubclass(f, nn.Module):
+                raise LsweepError(
+                    f"{name} = {f.__name__} is a class: give what it makes, {f.__name__}(…)"
+                )
             if f is not None and not callable(f):
                 raise LsweepError(
                     f"{name} = {f!r} cannot be called: give a function or a module, such as "
@@ -136,7 +140,9 @@ class Problem:
             batch = next(iter(split.batches(2)))
             batch = map_tensors(batch, lambda t: moved(t, like.device, like.dtype))
             try:
-                return tuple(self.forward(self.model, batch))
+                found = self.forward(self.model, batch)
+                _require_metrics(found)
+                return tuple(found)
             except LsweepError:
                 raise
             except Exception as e:
@@ -178,10 +184,7 @@ class Problem:
         called = self.model if network is None else network
         if self.forward is not None:
             results = self.forward(called, batch)  # type: ignore[arg-type]
-            if not isinstance(results, Mapping):
-                raise LsweepError(
-                    f"forward returned a {type(results).__name__}, not {{metric: values}}"
-                )
+            _require_metrics(results)
         else:
             inputs, target = split_batch(batch)
             output = full(call(called, inputs))
@@ -223,6 +226,7 @@ class Problem:
                 for name in [n for n in names if n in self.metrics] + ["loss"]:
                     found = self._functions[name](output, target)
                     refuse_broadcast(name, self._functions[name], found, output, target)
+            refuse_sum(self._functions["loss"], found, output, target)
             own = reduction is None and self._functions["loss"] is self.loss
             if own or reduction == "none":
                 return
@@ -258,6 +262,14 @@ def _device_type(batch: Batch) -> str:
     return next((t.device.type for t in tensors_of(batch)), "cpu")
 
 
+def _require_metrics(results: Any) -> None:
+    if not isinstance(results, Mapping):
+        raise LsweepError(
+            f"forward returned a {type(results).__name__}, not {{metric: values}}, such as "
+            '{"loss": loss}'
+        )
+
+
 def _sampled(result: Values, n: int, name: str, graph: bool = False) -> Sampled:
     values, weights = result if isinstance(result, tuple) else (result, None)
     if not isinstance(values, Tensor):
@@ -270,7 +282,7 @@ def _sampled(result: Values, n: int, name: str, graph: bool = False) -> Sampled:
             raise LsweepError(
                 f"metric {name!r} returned one number for a batch of {n} samples. A metric is a "
                 "mean over samples; batch values of F1, AUC and other non-means cannot be merged. "
-                "Return one value per sample"
+                "Return one value per sample, as lsweep.accuracy does"
             )
         total = torch.tensor(float(n)) if weights is None else weights.detach().double().sum()
         return Sampled(values.reshape(1), total.reshape(1).to(values.device), opaque=True)

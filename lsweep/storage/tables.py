@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from lsweep.errors import LsweepError, nearest
 
 T = TypeVar("T")
+LONGEST = 200  # characters of a value that are shown
 
 
 def parse_toml(text: str, where: str) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return {k: _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, list | tuple):
-            raise LsweepError(f"{where} = {plain(value)!r}: expected a list")
+            raise LsweepError(f"{where} = {_shown(value)}: expected a list")
         if len(args) == 2 and args[1] is Ellipsis:
             return tuple(_convert(args[0], v, where) for v in value)
         if len(value) != len(args):
@@ -122,7 +123,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint in (str, bool) and isinstance(value, hint):
         return value
     names = {Decimal: "a number", float: "a number", int: "a whole number", str: "a string"}
-    raise LsweepError(f"{where} = {plain(value)!r}: expected {names.get(hint, 'true or false')}")
+    raise LsweepError(f"{where} = {_shown(value)}: expected {names.get(hint, 'true or false')}")
 
 
 def plain(value: Any) -> Any:
@@ -154,3 +155,9 @@ def one_of(name: str, value: Any, valid: tuple[str, ...]) -> None:
     """
     if value not in valid:
         raise LsweepError(f"{name} = {value!r}{nearest(str(value), valid)}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(plain(value))
+    whole = len(text) <= LONGEST and "\n" not in text  # a network, say, where a path belongs
+    return text if whole else f"(an object of type {type(value).__name__})"

@@ -1,11 +1,13 @@
-"""Broadcasting: of outputs (N, 1) and targets (N,) each is compared with all, without a word.
+"""Means: a loss must be a mean over samples, of which each is compared with its own target.
 
-That is never meant, and the loss is another one than its author thinks. It shows in values (N, N);
+A sum is none. And of outputs (N, 1) and targets (N,) each is compared with all, without a word:
+that is never meant, and the loss is another one than its author thinks. It shows in values (N, N);
 in a mean over them by that it does not matter which target belongs to which output.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -59,7 +61,7 @@ compared with all: give both one shape, as by output.squeeze(1) or target[:, Non
     if isinstance(function, functools.partial) and function.func is element_loss:
         broadcast = isinstance(found, tuple) and int(found[1].sum()) == count
     elif isinstance(found, Tensor) and found.numel() == 1:
-        broadcast = _mixes(function, float(found), output, target)
+        broadcast = _mixes(function, float(found.detach()), output, target)
     else:
         broadcast = isinstance(found, Tensor) and found.shape == shape
     if broadcast:
@@ -74,10 +76,32 @@ def _mixes(function: Callable[..., Any], found: float, output: Tensor, target: T
     """Whether a mean stays when targets change places, though it depends on targets and outputs."""
 
     def moves(o: Tensor, t: Tensor) -> bool:
-        return abs(float(function(o, t)) - found) > SAME * max(1.0, abs(found))
+        return abs(float(function(o, t).detach()) - found) > SAME * max(1.0, abs(found))
 
-    alike = moves(output, target[:1].expand_as(target)), moves(output[:1].expand_as(output), target)
-    return all(alike) and not moves(output, target.roll(1, 0))
+    one = output[:1].expand_as(output), target[:1].expand_as(target)
+    with contextlib.suppress(Exception):  # a loss may take its own batches alone
+        depends = moves(output, one[1]) and moves(one[0], target)
+        return depends and not moves(output, target.roll(1, 0))
+    return False
+
+
+def refuse_sum(function: Callable[..., Any], found: Values, output: Any, target: Any) -> None:
+    """Refuse a loss that is one number for a batch, and twice as much for the batch twice over.
+
+    Raises:
+        LsweepError: it is so: a sum, of which no mean over batches can be made.
+    """
+    if not isinstance(found, Tensor) or found.numel() != 1 or not float(found.detach()):
+        return
+    twice = [map_tensors(b, lambda t: t.repeat(2, *[1] * (t.dim() - 1))) for b in (output, target)]
+    ratio = 1.0
+    with contextlib.suppress(Exception):  # a loss may know how long its batches are
+        ratio = float(function(*twice).detach() / found.detach())
+    if abs(ratio - 2.0) < SAME:
+        raise LsweepError(
+            "loss: of a batch twice over it is twice as large, hence a sum and no mean over "
+            "samples: use mean(), or return one value per sample"
+        )
 
 
 def refuse_squares(results: Any, again: Callable[[Batch], Any], batch: Batch, samples: int) -> None:
