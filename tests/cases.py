@@ -79,7 +79,7 @@ def bowl(pause=0.0, trouble="", scale=1.0, shift=0.0, weight=1.0, company=0, all
             time.sleep(0.02)
         if moved and all_at:
             (HERE / f"{me}.came").touch()
-        while moved and len(list(HERE.glob("*.came"))) < all_at:
+        while moved and all_at and len(list(HERE.glob("*.came"))) < all_at:
             time.sleep(0.02)
         left, end = pause, time.monotonic() + pause
         while moved and left > 0 and not os.path.exists(HERE / "hurry"):  # False on a sick disk
