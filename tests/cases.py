@@ -68,7 +68,8 @@ def bowl(pause=0.0, trouble="", scale=1.0, shift=0.0, weight=1.0, company=0, all
     s, t = scale * torch.rand(64, generator=g) + 0.5, torch.rand(64, generator=g) + shift
     net = Bowl()
     nn.init.constant_(net.a.weight, weight)
-    spoiled, me = [], uuid.uuid4().hex  # pids of two nodes may be alike
+    spoiled = []
+    me = uuid.uuid4().hex  # pids of two nodes may be alike
 
     def forward(model, batch):
         s, t = batch
