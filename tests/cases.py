@@ -68,7 +68,8 @@ def bowl(pause=0.0, trouble="", scale=1.0, shift=0.0, weight=1.0, company=0, all
     s, t = scale * torch.rand(64, generator=g) + 0.5, torch.rand(64, generator=g) + shift
     net = Bowl()
     nn.init.constant_(net.a.weight, weight)
-    spoiled, me = [], uuid.uuid4().hex  # pids of two nodes may be alike
+    spoiled = []
+    me = uuid.uuid4().hex  # pids of two nodes may be alike
 
     def forward(model, batch):
         s, t = batch
@@ -79,7 +80,7 @@ def bowl(pause=0.0, trouble="", scale=1.0, shift=0.0, weight=1.0, company=0, all
             time.sleep(0.02)
         if moved and all_at:
             (HERE / f"{me}.came").touch()
-        while moved and len(list(HERE.glob("*.came"))) < all_at:
+        while moved and all_at and len(list(HERE.glob("*.came"))) < all_at:
             time.sleep(0.02)
         left, end = pause, time.monotonic() + pause
         while moved and left > 0 and not os.path.exists(HERE / "hurry"):  # False on a sick disk

@@ -18,12 +18,19 @@ from lsweep.runs.doctor import Diagnosis, Finding, Level
 SEEN = [f"other node's {what}" for what in ("names in a listing", "names looked for", "rows",
                                             "sizes", "heartbeats")]  # fmt: skip
 RACED = "claims raced by two nodes"
+HOWEVER_SLOW = """
+import sys
+from lsweep.commands import cli
+from lsweep.runs import doctor
+doctor.SLOW_CLAIM = 1e3  # of this machine, which may be busy, nothing is asked
+sys.exit(cli.main())
+"""
 
 
 def both(folders: list[Path], *more: str) -> list[dict[str, Any]]:
     """Start a doctor in a pid namespace of its own on each folder; return what they say."""
-    words = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-m", "lsweep",
-             "doctor", "--wait", "60", "--json", *more]  # fmt: skip
+    words = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable, "-c",
+             HOWEVER_SLOW, "doctor", "--wait", "150", "--json", *more]  # fmt: skip
     running = [started([*words, str(f)]) for f in folders]
     said = []
     for p in running:
@@ -48,7 +55,8 @@ def on_two_nodes(base: Path, **settings: Any) -> list[dict[str, Any]]:
     return said
 
 
-def test_alone_it_probes_what_one_node_can_see(tmp_path):
+def test_alone_it_probes_what_one_node_can_see(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "SLOW_CLAIM", 1e3)
     done = command("doctor", tmp_path, "--wait", "0.2")
     assert done.code == 0, done.err
     lines = done.out.splitlines()
@@ -75,12 +83,13 @@ def test_a_third_waits_for_a_fourth(tmp_path):
 
 
 def test_what_is_remembered_is_named_and_safe(tmp_path):
-    for found in on_two_nodes(tmp_path, seconds=4, open_folder_asks=False):
+    for found in on_two_nodes(tmp_path, seconds=6, open_folder_asks=False):
         assert (found["code"], found["verdict"]) == (0, "safe with leases"), found
         late = {what: found["by name"][what]["figures"]["seconds"] for what in SEEN}
-        # A look is made half a second before the other acts, and is remembered for four.
-        assert 2 < late["other node's names in a listing"] < 60
-        assert 2 < late["other node's names looked for"] < 60
+        # A look is made half a second before the other acts, and is remembered for six; the
+        # other may be late to act by most of that, so that less of it is seen.
+        assert 1 < late["other node's names in a listing"] < 60
+        assert 1 < late["other node's names looked for"] < 60
         assert late["other node's rows"] < late["other node's names looked for"]
         assert "seen after" in found["by name"][SEEN[0]]["text"]
 

@@ -247,7 +247,7 @@ def test_a_child_is_a_run_like_any_other(run, capfd):
 
 
 def test_interrupted_children_go_on_where_they_were(tmp_path):
-    toml = cases.sweep_file(tmp_path, x=3, low="-1", pause=0.02)
+    toml = cases.sweep_file(tmp_path, x=3, low="-1", pause=0.5)
     arguments = (
         "run",
         toml,
@@ -273,6 +273,7 @@ def test_interrupted_children_go_on_where_they_were(tmp_path):
     assert line == (f"sharpness: {63 - rows} of 63 points are missing: 'lsweep run {run.root} "
                     "--measures sharpness' computes them")  # fmt: skip
     assert not any(n.startswith("sharpness") for n in measured(run.root))  # none are used
+    cases.hurry(run)
     second = cases.command(*arguments)
     assert second.code == 0, second.err
     assert f"sharpness: {63 - rows} of 63 points to evaluate" in second.out

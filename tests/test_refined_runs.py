@@ -54,7 +54,7 @@ from lsweep.working import shift, worker
 from lsweep.working.role import Role
 
 FACTORY = """\
-import math, pathlib, time
+import math, pathlib, time, uuid
 import torch
 from torch import nn
 import lsweep
@@ -71,11 +71,16 @@ class Flat(nn.Module):
 
 def flat(shape="bowl", pause=0.003):
     s, t = torch.linspace(0.5, 1.5, 16), torch.linspace(0.0, 0.4, 16)
+    me = uuid.uuid4().hex
 
     def forward(model, batch):
         s, t = batch
         time.sleep(pause)
         x, y = abs(float(model.a.weight) - 1), abs(float(model.b.weight) - 1)
+        if x + y > 0 and (HERE / "company").exists():
+            (HERE / f"{me}.came").touch()
+            while len(list(HERE.glob("*.came"))) < int((HERE / "company").read_text()):
+                time.sleep(0.02)
         if shape == "raise" and x > 0.7 and (HERE / "broken").exists():
             raise ValueError("no value out there")
         loss = s * (x * x + 3 * y * y) + t
@@ -170,6 +175,18 @@ def fresh(base: Path, name: str) -> RunFolder:
     return asked_in(base, base / f"{name}.run")
 
 
+@pytest.fixture
+def company(base: Path) -> Iterator[Callable[[int], None]]:
+    """Let nobody leave its first point before so many workers are at one."""
+
+    def wanted(workers: int) -> None:
+        (base / "company").write_text(str(workers))
+
+    yield wanted
+    for path in (base / "company", *base.glob("*.came")):
+        path.unlink(missing_ok=True)
+
+
 def copied(calm: RunFolder, path: Path) -> RunFolder:
     shutil.copytree(calm.root, path)
     return RunFolder(path)
@@ -239,9 +256,10 @@ def test_the_error_and_the_evaluated_points_can_be_drawn(calm: RunFolder, tmp_pa
 
 @pytest.mark.parametrize("of", [3, 400])  # of 400 the others never come, and these do not stand by
 def test_three_workers_ask_the_same_and_evaluate_ahead(
-    base: Path, calm: RunFolder, reference: Surface, of: int
+    base: Path, calm: RunFolder, reference: Surface, of: int, company: Callable[[int], None]
 ) -> None:
     folder = fresh(base, f"three-of-{of}")
+    company(3)
     first = 0 if of == 3 else 1
     pids = [start(folder, index=first + i, of=of) for i in range(3)]
     assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0, 0]
@@ -323,8 +341,11 @@ def dear(folder: RunFolder, calm: RunFolder) -> RunFolder:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_tasks_of_slurm_refine_together(base: Path, calm: RunFolder, reference: Surface) -> None:
+def test_tasks_of_slurm_refine_together(
+    base: Path, calm: RunFolder, reference: Surface, company: Callable[[int], None]
+) -> None:
     folder = dear(fresh(base, "tasks"), calm)
+    company(2)
     done = command("submit", folder.root, "--tasks", 2, "--ranks", 2, "--time", 5, "--wait")
     assert done.code == 0, done
     assert differences(Surface.load(folder.surface), reference) == []
@@ -458,7 +479,7 @@ def test_failed_points_count_as_done_and_can_be_asked_again(
     assert is_complete(folder)
     surface, report = merged(folder)
     failed = surface.status == Status.FAILED
-    assert report.failed == {"ValueError: no value out there (problem.py:24)": int(failed.sum())}
+    assert report.failed == {"ValueError: no value out there (problem.py:29)": int(failed.sum())}
     assert failed.any() and (np.abs(surface.x[np.nonzero(failed)[1]]) > 0.7).all()
     inner = np.abs(surface.x) < 0.6
     assert np.allclose(surface["train_loss"][:, inner], truth(surface)[:, inner], rtol=0.1)
