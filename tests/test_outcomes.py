@@ -164,7 +164,8 @@ def test_a_problem_that_fails_at_its_own_weights_is_one_line_and_writes_nothing(
     assert code == 1
     assert said.splitlines()[-1] == (
         "lsweep: the problem fails at its own weights, before any is moved: KeyError: 'labels' "
-        f"(problem.py:{line_of('KeyError')}); its train batch is (64,) float32, (64,) float32"
+        f"(problem.py:{line_of('KeyError')}); in train, the batch is (64,) float32, "
+        "(64,) float32"
     )
     assert "Traceback" not in said
     assert not folder.all_parts()

@@ -27,25 +27,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     >>> main(["status", "nowhere.run"])
     1
     """
-    options = parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+    finally:  # of --help, which ends the program
+        _flush()
     if not hasattr(options, "run_command"):
         _parser().print_help()
         return 2
     try:
         code = int(options.run_command(options))
-        sys.stdout.flush()
+        _flush()
         return code
     except KeyboardInterrupt:
         print("lsweep: interrupted; all that was committed is kept", file=sys.stderr)
         return commands.INTERRUPTED
     except BrokenPipeError:  # 'lsweep status RUN | head' has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _flush()
         return 0
     except (LsweepError, OSError) as e:
         if options.verbose:
             traceback.print_exc()
         print("lsweep:", " ".join(str(e).splitlines()), file=sys.stderr)
         return e.exit_code if isinstance(e, LsweepError) else LsweepError.exit_code
+
+
+def _flush() -> None:
+    """Let what was printed be read; a reader that has seen enough is no error."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # nor is it one when the interpreter ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
