@@ -795,6 +795,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
         reading, writing = os.pipe()
         os.close(reading)  # nobody reads, from the first letter on
         run = [sys.executable, "-m", "lsweep", *words.split()]
-        done = subprocess.run(run, stdout=writing, stderr=subprocess.PIPE, text=True)
+        pipes = {"stdout": writing, "stderr": subprocess.PIPE, "text": True}
+        done = subprocess.run(run, **pipes, env={**os.environ, "PYTHONUNBUFFERED": ""})
         os.close(writing)
         assert (done.returncode, done.stderr) == (0, "")
