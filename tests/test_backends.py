@@ -451,6 +451,9 @@ def test_beside_native_code_that_is_fast_enough_nothing_is_tried(monkeypatch, pr
     found = chosen(cnn(), points=400, precision=precision)
     timed_ = {t.kind for t in found.tried if t.seconds}
     assert timed_ == {("native", "float32"), ("eager", precision)}
+    kinds = [(t.kind, t.batch_sizes == found.tried[0].batch_sizes) for t in found.tried]
+    other = kinds.index((("native", "float32"), False))  # at its best batch size it may be enough
+    assert other < kinds.index((("fused", "float32"), True))
     why_not = {t.kind: t.why_not for t in found.tried}
     for kind in (("fused", "float32"), ("fused", precision), ("channels_last", precision)):
         assert "not tried: native is " in why_not[kind]

@@ -146,6 +146,8 @@ def choose(evaluator: Evaluator, spots: Sequence[Spot], seconds: float, points: 
         for kind in sorted(kinds, key=trials.is_spare):
             if kind != ("eager", precisions[0]):
                 trials.first(kind, catalogue.KINDS[kind[0]].set_up)
+            if kind[0] == "native":  # which may be enough at a larger batch size
+                trials.sizes(kind)
     trials.sizes(trials.fastest(1)[0])
     for kind in trials.fastest(2, NEAR)[1:]:  # no batch size makes up for more than that
         trials.sizes(kind)
@@ -290,8 +292,10 @@ class _Trials:
         return catalogue.KINDS[name].set_up >= LONG or (better and name not in SHORTER)
 
     def sizes(self, kind: Kind) -> None:
-        """Try other batch sizes for a backend."""
-        ev = self._evaluator
+        """Try other batch sizes for a backend, once it was timed at the default ones."""
+        ev, timed_ = self._evaluator, [t for t in self._timed() if t.kind == kind]
+        if not timed_ or any(t.kind == kind and t.batch_sizes != self._default for t in self._done):
+            return
         free = ev.settings["batch_size"] == "auto" and ev.settings["batch_norm"] == "eval"
         long = max(t.set_up for t in self._done if t.kind == kind) > self._left
         if long or not free or self._opaque or not ev.problem.splits[self._split].sizable:
