@@ -448,7 +448,7 @@ def test_what_agrees_is_timed_and_what_does_not_says_why(monkeypatch):
 def test_beside_native_code_that_is_fast_enough_nothing_is_tried(monkeypatch, precision):
     """What is not tried takes neither time nor memory; eager, the reference, is there anyway."""
     monkeypatch.setattr(choice, "ENOUGH", 0.0)
-    found = chosen(cnn(), points=400, precision=precision)
+    found = chosen(cnn(), points=400, precision=precision, batch_size="auto")
     timed_ = {t.kind for t in found.tried if t.seconds}
     assert timed_ == {("native", "float32"), ("eager", precision)}
     kinds = [(t.kind, t.batch_sizes == found.tried[0].batch_sizes) for t in found.tried]
