@@ -48,7 +48,7 @@ def test_resolution_sweeps_to_the_tolerance(tmp_path):
     seconds, evaluated, stated, error = map(float, row.groups())
     assert seconds > 0 and 0 < evaluated <= 289
     assert stated <= 1 and error <= 1
-    assert re.search(r"peak memory, .+: \d+ MiB above the \d+", text)
+    assert re.search(r"peak memory, .+: \d+ MiB \(\d+ to \d+\) above the \d+", text)
 
 
 def test_honesty_refines_against_dense_truth():

@@ -464,6 +464,19 @@ def test_each_byte_of_a_surface_counts_or_changes_nothing(here, rich):
     assert odd == []
 
 
+def test_a_block_of_zeros_in_a_surface_is_refused_and_kills_nobody(here, rich):
+    good, said = rich
+    path = here / "damaged.h5"
+
+    def read(at):
+        path.write_bytes(damaged(good, [("zero", at / len(good), b"0")]))
+        return content(Surface.load(path)) == said
+
+    places = range(0, len(good), max(1, 16 // MANY))
+    answers = each_in_child(read, places, seconds=10)
+    assert [(at, a) for at, a in zip(places, answers, strict=True) if isinstance(a, Died)] == []
+
+
 def test_a_wrong_bit_in_a_value_is_always_seen(here, rich):
     good, said = rich
     path = here / "damaged.h5"

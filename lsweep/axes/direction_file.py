@@ -17,7 +17,7 @@ from lsweep.storage.folder import RunFolder
 def write_directions(folder: RunFolder, plan: Plan, directions: Directions) -> None:
     """Write norms and fingerprints of the directions; no arrays, for the recipe remakes them."""
     image = io.BytesIO()
-    with h5py.File(image, "w", libver=("v108", "v108")) as f:
+    with h5py.File(image, "w", libver=("v110", "v110")) as f:
         f.attrs["plan"] = np.bytes_(plan.digest)
         f.create_dataset("gram", data=directions.gram, fletcher32=True)
         f.create_dataset("cosines", data=directions.cosines(), fletcher32=True)

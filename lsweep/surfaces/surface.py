@@ -309,7 +309,7 @@ class Surface:
         Equal surfaces give equal bytes: no timestamps, fixed-length attributes.
         """
         image = io.BytesIO()  # HDF5 does not survive a full disk; a write of finished bytes does
-        with h5py.File(image, "w", libver=("v108", "v108")) as f:
+        with h5py.File(image, "w", libver=("v110", "v110")) as f:  # v108 checks no chunk's place
             self._write(f)
             f.attrs["lsweep_sha256"] = np.bytes_(content_digest(f))
         write_whole(path, image.getvalue())
