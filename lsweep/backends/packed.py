@@ -6,6 +6,7 @@ and never to a point.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ class Spot:
     step: int = -1
 
 
-class Rows:
+class Rows(ABC):
     """Tensors by name as views into one vector.
 
     A tensor keeps its memory order: one in channels-last order lies so, and its view has the same
@@ -70,17 +71,17 @@ class Rows:
                 view.copy_(tensors[name].detach())
         return flat
 
+    @abstractmethod
     def turn(self, key: Hashable, directions: Callable[[], Sequence[Tensors]]) -> None:
         """Let the axes be other directions from now on; the last few are remembered by ``key``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def move(self, offsets: Sequence[float]) -> None:
         """Set the weights to those at origin + Σ offset·direction."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self, tensors: Tensors) -> None:
         """Set the weights to a whole checkpoint; names that are not packed are left out."""
-        raise NotImplementedError
 
 
 class Packed(Rows):
