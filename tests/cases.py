@@ -86,6 +86,9 @@ def bowl(pause=0.0, trouble="", scale=1.0, shift=0.0, weight=1.0, company=0, all
         while moved and left > 0 and not os.path.exists(HERE / "hurry"):  # False on a sick disk
             time.sleep(min(left, 0.1))
             left = end - time.monotonic()
+        if trouble == "hangs" and here == 0.375 and not (HERE / "hung").exists():
+            (HERE / "hung").touch()
+            time.sleep(1e6)
         if trouble == "raise" and here in (0.25, 0.75) and (HERE / "broken").exists():
             raise ValueError(f"no value at {here}")
         if trouble == "words" and here and (HERE / "broken").exists():

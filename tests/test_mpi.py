@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cases import (
     FACTORY,
@@ -36,9 +37,11 @@ from cases import (
     planned,
     started,
     sweep_file,
+    truth,
     wait_for,
 )
 
+import lsweep
 from lsweep.hosts.machine import host_identity, start_time
 from lsweep.hosts.ranks import Rank, own_rank
 from lsweep.hosts.startup import turn
@@ -663,6 +666,29 @@ def test_who_dies_or_hangs_while_it_loads_holds_nobody_up(tmp_path: Path, how: s
         if holder:
             os.kill(holder, signal.SIGKILL)
             os.waitpid(holder, 0)
+
+
+# What takes minutes otherwise.
+IMPATIENT = """
+import sys
+from lsweep.commands import cli
+from lsweep.storage import workers
+from lsweep.working import watchdog
+workers.PATIENCE, watchdog.LOOK = 3.0, 0.5
+sys.exit(cli.main())
+"""
+
+
+def test_a_rank_that_hangs_at_what_others_did_holds_up_nobody(mpich: Launcher, tmp_path: Path):
+    toml = sweep_file(tmp_path, x=9, trouble="hangs", company=2)
+    command("plan", toml, "--unit-points", 1)
+    program = sys.executable, "-c", IMPATIENT, "run", toml, "--on", "mpi", "--no-picture"
+    done = mpich.run(2, *program, module=False)
+    assert (done.code, "this worker hangs at a unit that others did" in done.err) == (0, True), done
+    folder = RunFolder(tmp_path / "sweep.run")
+    assert sorted(w["state"] for w in all_workers(folder)) == [State.DONE, State.FAILED]
+    surface = lsweep.open(folder.root)
+    np.testing.assert_allclose(surface["train_loss"], truth(surface), rtol=1e-6)
 
 
 def test_a_run_without_workers_per_rank_is_refused_by_name(tmp_path: Path) -> None:

@@ -87,6 +87,12 @@ class Heartbeat:
         """Seconds of the longest unit so far."""
         return float(self._facts["longest"])
 
+    @property
+    def hangs(self) -> bool:
+        """Whether this worker is too long at one unit, be it its first."""
+        with self._lock:
+            return at_one_unit(self._facts, time.time()) > patience(self._facts["longest"])
+
     def did(self, points: int, seconds: float, minimum: float | None) -> None:
         """Count finished work."""
         with self._lock:

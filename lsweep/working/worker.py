@@ -41,6 +41,7 @@ from lsweep.surfaces.surface import Status
 from lsweep.working.ledger import Ledger
 from lsweep.working.role import Role
 from lsweep.working.shift import Shift
+from lsweep.working.watchdog import watched
 
 CHOOSING = 600.0  # seconds, at most, that a worker waits for another's choice of a backend
 AUDIT_SHARE = 100  # one point in so many is evaluated twice
@@ -118,9 +119,12 @@ def _work(
             _planned(folder, plan.digest)
             bench = _Bench(plan, shift, evaluator, ledger, stop)
             picker = Picker(evaluator, plan, stop)
+            # Alone it has nobody who would do its unit, and its process may be a notebook's.
+            watch = watched(folder, ledger.heart) if role.of > 1 else contextlib.nullcontext()
             try:
-                for round_, number, lease in shift.leases(picker, known["seconds_per_point"]):
-                    bench.do(round_, number, lease)
+                with watch:
+                    for round_, number, lease in shift.leases(picker, known["seconds_per_point"]):
+                        bench.do(round_, number, lease)
             except Stopped as e:
                 e.points = ledger.points
                 raise
