@@ -6,6 +6,7 @@ Two routes must agree: the module itself and its graph, in float64 to 1e-12 and 
 
 from __future__ import annotations
 
+import copy
 import math
 import subprocess
 import sys
@@ -346,8 +347,85 @@ def test_overflow_is_never_hidden():
             torch.testing.assert_close(fused(x), want, equal_nan=True)
 
 
+def normed(m: nn.Module, x: Tensor, eps: float) -> Tensor:
+    return F.batch_norm(x, m.n.running_mean, m.n.running_var, m.n.weight, m.n.bias, eps=eps)
+
+
+class Parts(nn.Module):
+    """A network of a function of itself and its input, with parameters and modules by name."""
+
+    def __init__(self, forward, **parts) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
+        self.apply_to = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.apply_to(self, x)
+
+
+LAST = torch.linspace(-1, 1, 20).view(5, 4)
+QUIRKS = {
+    "one statistics, two scales": Parts(
+        lambda m, x: normed(m, F.linear(x, m.w, m.b), 1e-5) + normed(m, F.linear(x, m.w, m.c), 1.0),
+        w=LAST, b=LAST[:, 0], c=LAST[:, 1], n=nn.BatchNorm1d(5),
+    ),
+    "a convolution of one sample": Parts(
+        lambda m, x: x + m.n(m.c(m.w)).mean(0), w=LAST.T[:2], c=nn.Conv1d(2, 4, 2),
+        n=nn.BatchNorm1d(4),
+    ),
+    "a sum that is float64": Parts(
+        lambda m, x: m.a(x) + x.double() * 1e9 - x.double() * 1e9, a=nn.Linear(4, 4)
+    ),
+    "one number as a bias": Parts(
+        lambda m, x: F.linear(x, m.w, m.b).relu() @ m.w, w=LAST, b=torch.tensor(2.0)
+    ),
+    "a bias of two dimensions": Parts(
+        lambda m, x: m.n(F.linear(x, m.w, m.b)), w=LAST, b=LAST[None, :, 0], n=nn.BatchNorm1d(5)
+    ),
+    "a slope of 0": Parts(lambda m, x: m.g(F.leaky_relu(m.a(x / x.abs().clamp(max=2)), 0.0)),
+                          a=nn.Linear(4, 6), g=nn.Linear(6, 3)),
+    "large numbers before a tanh": Parts(
+        lambda m, x: m.g(torch.tanh(torch.relu(m.a(x * 1e33)))),
+        a=nn.Linear(4, 6), g=nn.Linear(6, 3),
+    ),
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", QUIRKS)
+def test_unusual_uses_are_what_they_are_in_torch(name):
+    net = QUIRKS[name].eval()
+    x = torch.linspace(-3, 3, 28).view(7, 4)
+    x[3, 2] = 0.0  # and of 0/0 comes a NaN
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm1d):
+            m.running_mean.copy_(torch.linspace(-1, 1, len(m.running_mean)))
+    graph = traced(net, x)
+    packed = graph.pack(state_of(net))
+    fused = FusedNetwork(graph, packed, x, CPU, torch.float32, 1)
+    want = net(x)
+    assert want.isnan().any() == (name == "a slope of 0")
+    for found in (fused(x), graph.module(*packed.values(), x)):
+        torch.testing.assert_close(found.to(want.dtype), want, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@torch.no_grad()
+def test_reduced_precision_leaves_inputs_that_count_something():
+    """Of 299 and 300 bfloat16 makes one number; so it does of what they meet on the way."""
+    table = torch.arange(400.0)[:, None] / 1000
+
+    def look_up(m: nn.Module, x: Tensor) -> Tensor:
+        return m.e((x[:, 0] * m.scale + m.shift).floor().long()) + m.a(x[:, 1:])
+
+    net = Parts(look_up, e=nn.Embedding(400, 1, _weight=table), a=nn.Linear(3, 1),
+                scale=torch.tensor(1.001), shift=torch.tensor(0.5))  # fmt: skip
+    x = torch.cat([torch.arange(280.0, 320.0)[:, None], torch.zeros(40, 3)], 1)
+    fused = FusedNetwork(traced(net, x), state_of(net), x, CPU, torch.bfloat16, 1)
+    assert (fused(x) - net(x)).abs().max() < 2e-3  # of the table's 0.3
+
+
 def test_minus_infinity_before_a_relu_is_zero_as_everywhere():
-    """oneDNN's leaky relu keeps it: the graph itself is run again."""
     net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
     x = torch.tensor([[3e38, 3e38], [1.0, 1.0]])
     with torch.no_grad():
@@ -403,7 +481,11 @@ def counting(m: Forward, x: Tensor) -> Tensor:
         (lambda m, x: x * m.weight.data.add_(1), "changes weight while it runs"),
         (lambda m, x: x * m.weight / float(np.linalg.norm(m.weight.detach())), "looks at its data"),
         (lambda m, x: x * m.weight / float(np.from_dlpack(m.weight.detach())[0]), "at its data"),
-        (lambda m, x: x * m.weight * torch.as_tensor(list(m.weight)), "computes otherwise"),
+        (lambda m, x: x * m.weight * torch.as_tensor(list(m.weight)), "looks at its data"),
+        (lambda m, x: x * torch.Tensor([m.weight[0], 1, 1, 1]).sign(), "computes otherwise"),
+        (lambda m, x: x * nn.Parameter(m.weight.sign()), "a parameter that is none of its module"),
+        (lambda m, x: x * copy.deepcopy(m.weight).sign(), "a parameter that is none of its module"),
+        (lambda m, x: x * m.weight * (2 if len(x) == 1 else 1), "computes otherwise"),
         (lambda m, x: x * m.weight * (2 - len(x) % 2), "computes otherwise"),
         (lambda m, x: x * m.weight * min(len(x), 8), "computes otherwise"),
         (lambda m, x: (x * m.weight)[:16], "batch length is fixed"),

@@ -77,6 +77,19 @@ def flat() -> nn.Module:
                          nn.Linear(17, 5, bias=False), nn.ReLU6())  # fmt: skip
 
 
+class Planes(nn.Module):
+    """Pools of images without channels: torch takes the samples for these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(13, 36), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).view(-1, 6, 6)
+        both = F.avg_pool2d(y, (2, 1)), F.max_pool2d(y, (6, 1))
+        return self.head(torch.cat([p.flatten(1) for p in both], 1))
+
+
 class Squeezed(nn.Module):
     """Ends in a squeeze of all dimensions of length 1, of which the batch may be one."""
 
@@ -99,14 +112,14 @@ def graph_of(model: nn.Module, x: Tensor) -> tuple[Graph, Packed]:
 
 
 @builds
-@pytest.mark.parametrize("make", [Residual, Windows, flat, Squeezed])
+@pytest.mark.parametrize("make", [Residual, Windows, flat, Planes, Squeezed])
 def test_it_computes_what_the_network_computes(make):
     torch.manual_seed(1)
     model = make().eval()
     for name, buffer in model.named_buffers():
         if "running" in name:
             buffer.uniform_(0.5, 2)
-    x = torch.randn(70, 13) if make is flat else torch.randn(70, 3, 13, 15)
+    x = torch.randn(70, 13) if make in (flat, Planes) else torch.randn(70, 3, 13, 15)
     graph, packed = graph_of(model, x)
     network, both = NativeNetwork(graph, packed, 1), NativeNetwork(graph, packed, 2)
     assert (network._prepared.numel() > 0) == (make is Residual)  # Winograd's algorithm

@@ -5,26 +5,39 @@ is added in place. In bfloat16 activations are kept in it, weights are moved in 
 once per point, attention without a mask is products of many heads at once, and the output is
 float32.
 
-oneDNN's relu turns NaN into 0, so a relu is fused as a leaky one of slope 2^-100, which keeps it;
-and where an output is not finite the graph is run again as it is, so that overflow has the same
-outcome as everywhere.
+oneDNN's relu turns NaN into 0, so a relu is torch's, in place, which takes 1 or 2 % longer. Where
+an output is not finite the graph is run again as it is, so that overflow has the same outcome as
+everywhere.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from lsweep.backends.graph import Graph, Unsupported
 
 aten = torch.ops.aten
-SLOPE = 2.0**-100  # of a negative number: vanishes beside anything, and keeps NaN and infinities
 CONVOLUTIONS = (aten.conv2d.default, aten.conv3d.default)
 LAYERS = (*CONVOLUTIONS, aten.linear.default, aten.addmm.default)
+PRODUCTS = (
+    "conv",
+    "linear",
+    "mm",
+    "mv",
+    "matmul",
+    "dot",
+    "einsum",
+    "attention",
+    "lstm",
+    "gru",
+    "rnn",
+)
 SCORES = 2**19  # of attention that are held at once: they stay in a core's cache
 FLOAT = (
     aten.log_softmax.int,
@@ -73,11 +86,18 @@ class FusedNetwork:
         self._exact = graph.module.forward
         reduced = dtype == torch.bfloat16
         self._fuses = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
-        self._casts = [w.to(dtype) for w in self._weights] if reduced else []
+        self._given: list[Tensor] = list(self._weights)
+        self._casts: dict[int, Tensor] = {}
         self._version = -1
         try:
             module = _rewritten(graph.module, self._fuses, dtype if reduced else None)
             self._forward = module.forward
+            named = [n for n in module.graph.nodes if "name" in n.meta]
+            self._casts = {
+                i: self._weights[i].to(dtype) for i, n in enumerate(named) if "reduced" in n.meta
+            }
+            for i, cast_ in self._casts.items():
+                self._given[i] = cast_
             if self._fuses:
                 _keeps_nan()
             with torch.no_grad():
@@ -89,14 +109,13 @@ class FusedNetwork:
     def __call__(self, inputs: Any) -> Tensor:
         """Return the output on a batch, float32 or better."""
         leaves = self._leaves(inputs)
-        weights: Sequence[Tensor] = self._weights
         if self._casts:
             version = self._weights[0]._version
             if version != self._version:  # in place changes count themselves: this is a new point
-                torch._foreach_copy_(self._casts, self._weights)
+                whole = [self._weights[i] for i in self._casts]
+                torch._foreach_copy_(list(self._casts.values()), whole)
                 self._version = version
-            weights = self._casts
-        output: Tensor = self._forward(*weights, *leaves)
+        output: Tensor = self._forward(*self._given, *leaves)
         if self._fuses and not math.isfinite(output.sum().item()):
             return cast(Tensor, self._exact(*self._weights, *leaves))
         return output
@@ -110,7 +129,7 @@ def _keeps_nan() -> None:
     """Check that the fused operations exist and let NaN pass."""
     x = torch.full((1, 1, 1, 1), math.nan)
     w = torch.ones(1, 1, 1, 1)
-    leaky = ("leaky_relu", [SLOPE], "")
+    leaky = ("leaky_relu", [0.01], "")
     found = [
         torch.ops.mkldnn._convolution_pointwise(x, w, None, [0] * 2, [1] * 2, [1] * 2, 1, *leaky),
         torch.ops.mkldnn._linear_pointwise(x.view(1, 1), w.view(1, 1), None, *leaky),
@@ -149,7 +168,7 @@ def _prepare(graph: fx.Graph, node: fx.Node, reduced: torch.dtype | None) -> Non
     value = node.meta["val"]
     images = value.dim() == 4 and any(n.target in CONVOLUTIONS for n in graph.nodes)
     keywords: dict[str, Any] = {"memory_format": torch.channels_last} if images else {}
-    if reduced is not None and value.is_floating_point():
+    if reduced is not None and value.is_floating_point() and all(map(_multiplies, node.users)):
         keywords["dtype"] = reduced
     if keywords:
         users = list(node.users)
@@ -161,7 +180,7 @@ def _prepare(graph: fx.Graph, node: fx.Node, reduced: torch.dtype | None) -> Non
 
 
 def _fuse(graph: fx.Graph, node: fx.Node) -> None:
-    """Write a layer as one operation with its activation, then what is added to it in place."""
+    """Write a layer as one operation with its activation; what else follows is done in place."""
     last = node
     activation: tuple[str, list[float], str] = ("none", [], "")
     user = _only_user(node)
@@ -179,12 +198,13 @@ def _fuse(graph: fx.Graph, node: fx.Node) -> None:
     user = _only_user(new)
     if user is not None and user.target is aten.add.Tensor and not user.kwargs:
         other = next((a for a in user.args if a is not new), None)
-        if not isinstance(other, fx.Node) or user.meta["val"].shape != new.meta["val"].shape:
+        sum_, own = user.meta["val"], new.meta["val"]
+        if not isinstance(other, fx.Node) or (sum_.shape, sum_.dtype) != (own.shape, own.dtype):
             return
         user.target, user.args = aten.add_.Tensor, (new, other)
-        after = _only_user(user)
-        if after is not None and after.target is aten.relu.default:
-            after.target = aten.relu_.default
+        user = _only_user(user)
+    if user is not None and user.target is aten.relu.default:
+        user.target = aten.relu_.default
 
 
 def _layer(graph: fx.Graph, node: fx.Node, activation: tuple[Any, ...]) -> fx.Node | None:
@@ -201,11 +221,12 @@ def _layer(graph: fx.Graph, node: fx.Node, activation: tuple[Any, ...]) -> fx.No
     elif node.kwargs:  # addmm with factors of its own
         return None
     else:
-        b, x, matrix = node.args
-        if b.meta["val"].dim() != 1:  # type: ignore[union-attr]
-            return None
+        b, x, w = cast(Any, node.args)
+    if b is not None and b.meta["val"].dim() != 1:
+        return None
+    if node.target is aten.addmm.default:
         with graph.inserting_before(node):
-            w = graph.call_function(aten.t.default, (matrix,))
+            w = graph.call_function(aten.t.default, (w,))
     return graph.call_function(torch.ops.mkldnn._linear_pointwise.default, (x, w, b, *activation))
 
 
@@ -270,32 +291,61 @@ def _activation(node: fx.Node) -> tuple[str, list[float], str] | None:
     }
     if node.target in plain:
         return plain[node.target], [], ""
-    if node.target is aten.relu.default:
-        return "leaky_relu", [SLOPE], ""
-    if node.target is aten.leaky_relu.default:
-        return "leaky_relu", [_filled(node, (None, 0.01))[1]], ""
+    if node.target is aten.leaky_relu.default and (slope := _filled(node, (None, 0.01))[1]):
+        return "leaky_relu", [slope], ""
     if node.target is aten.gelu.default:
         return "gelu", [], node.kwargs.get("approximate", "none")  # type: ignore[return-value]
     return None
 
 
 def _reduce(module: fx.GraphModule, dtype: torch.dtype) -> None:
-    """Keep exponentials and logarithms in float32, the operands of layers and attention reduced."""
+    """Reduce the operands of products, and what is made of products.
+
+    Exponentials and logarithms stay float32, and so do inputs until a product takes them, with all
+    that they meet: a number may count something, and be an index later.
+    """
     graph = module.graph
-    for name, constant in list(module.named_buffers()):
-        if constant.is_floating_point():
-            module.register_buffer(name, constant.to(dtype))
-    late = False  # something before is float32
-    for node in list(graph.nodes):
-        to = None
-        if node.target in FLOAT:
-            to, late = torch.float32, True
-        elif late and ("mkldnn" in str(node.target) or node.target in LAYERS):
-            to = dtype
-        if to is not None:
-            with graph.inserting_before(node):
-                cast_ = graph.call_method("to", (node.args[0], to))
-            node.replace_input_with(node.args[0], cast_)
+    exact: set[fx.Node] = set()
+    held = [n for n in graph.nodes if n.op == "get_attr" or "name" in n.meta]
+    for node in [n for n in graph.nodes if n not in held]:
+        if node.op == "placeholder":
+            stays = "dtype" not in next((u.kwargs for u in node.users if u.op == "call_method"), {})
+        elif node.target in FLOAT:
+            _cast(graph, node, node.args[:1], torch.float32)
+            stays = True
+        elif _multiplies(node):
+            _cast(graph, node, exact.intersection(node.all_input_nodes), dtype)
+            stays = False
+        else:
+            stays = not exact.isdisjoint(node.all_input_nodes)
+        if stays and any(t.is_floating_point() for t in _tensors(node)):
+            exact.add(node)
+    for node in held:
+        users = [u for u in node.users if u not in exact or _multiplies(u)]
+        if not any(t.is_floating_point() for t in _tensors(node)):
+            continue
+        if len(users) == len(node.users):
+            node.meta["reduced"] = True
+            if node.op == "get_attr":
+                constant = getattr(module, str(node.target))
+                module.register_buffer(str(node.target), constant.to(dtype))
+        for user in users if "reduced" not in node.meta else ():
+            _cast(graph, user, [node], dtype)
     output = graph.output_node()
     with graph.inserting_before(output):
         output.args = (graph.call_method("to", (output.args[0], torch.float32)),)
+
+
+def _multiplies(node: fx.Node) -> bool:
+    """Whether it is a product of matrices, whose operands have one dtype."""
+    return any(word in str(node.target) for word in PRODUCTS)
+
+
+def _tensors(node: fx.Node) -> list[Tensor]:
+    return [t for t in tree_leaves(node.meta.get("val")) if isinstance(t, Tensor)]
+
+
+def _cast(graph: fx.Graph, node: fx.Node, operands: Iterable[Any], dtype: torch.dtype) -> None:
+    for operand in list(operands):
+        with graph.inserting_before(node):
+            node.replace_input_with(operand, graph.call_method("to", (operand, dtype)))

@@ -174,10 +174,13 @@ def _fold(module: fx.GraphModule) -> tuple[Fold, ...]:
     """Fold each batch norm that follows a convolution or linear layer with no other user."""
     graph, folds = module.graph, dict[tuple[str, str], Fold]()
     packed: dict[str, fx.Node] = {}
+    made: dict[str, Fold] = {}
     for node in [n for n in graph.nodes if n.target is aten.batch_norm.default]:
         fold = _foldable(node)
-        if fold is None or fold.weight in packed or folds.get(fold.names, fold) != fold:
-            continue  # a second one behind the first, or another of the same name
+        if fold is None or fold.weight in packed:  # a second one behind the first
+            continue
+        if any(made.setdefault(name, fold) != fold for name in fold.names):  # another of that name
+            continue
         layer = node.args[0]
         sources = (layer.args[1], node.args[3])
         for name, like in zip(fold.names, sources, strict=True):
@@ -198,10 +201,13 @@ def _foldable(node: fx.Node) -> Fold | None:
     layer, gamma, beta, mean, variance, training, _, eps, *_ = cast(Any, node.args)
     if training or len(layer.users) != 1:
         return None
-    plain = layer.target is aten.linear.default and layer.meta["val"].dim() == 2
-    if not plain and layer.target not in CONVOLUTIONS:
+    if layer.target is not aten.linear.default and layer.target not in CONVOLUTIONS:
         return None
     arguments = (*layer.args, None)[1:3]
+    ranks = [n.meta["val"].dim() for n in arguments if isinstance(n, fx.Node)]
+    # Units lie along dimension 1 of a batch; a lone sample and sequences have them elsewhere.
+    if ranks != [layer.meta["val"].dim(), 1][: len(ranks)]:
+        return None
     names = [  # "" where it is computed, or is a constant that no state has
         n.meta.get("name", "") if isinstance(n, fx.Node) else n
         for n in (*arguments, gamma, beta, mean, variance)

@@ -191,6 +191,8 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for other, known in self._own.values():  # a parameter's ``data``
             if (other.data_ptr(), other.shape, other.stride()) == place and t.numel():
                 return known
+        if isinstance(t, nn.Parameter):  # made of another one, maybe, past the dispatcher
+            raise Unsupported("it does not trace: it has a parameter that is none of its module's")
         name = f"constant_{len(self.constants)}"
         self.constants[name] = t
         with self.graph.inserting_before(next(iter(self.graph.nodes))):

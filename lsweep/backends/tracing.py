@@ -12,7 +12,7 @@ import inspect
 import operator
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from lsweep.backends.recording import Recording
 from lsweep.backends.recording import Unsupported as Unsupported
@@ -33,7 +34,13 @@ SECONDS = 120.0  # a trace that takes longer than this costs more than it can sa
 LENGTHS = (3, 5)  # of the batches on which it is recorded
 OTHER = 8  # of the one on which the graph is compared at other weights: even, as those are odd
 AGREES = 1e-3  # relative to a usual number: another computation, not another rounding
+CHANGES: tuple[Callable[[Tensor], Tensor], ...] = (  # of each weight, where the two are compared
+    lambda p: p * torch.linspace(1.05, 1.2, p.numel()).view(p.shape).to(p),
+    lambda p: -p.flip(list(range(p.dim()))),  # no sign and no order stays what it was
+)
 READS = (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__, Tensor.untyped_storage)
+
+MAKES = (torch.tensor, torch.as_tensor, torch.asarray)
 
 
 @dataclass(frozen=True)
@@ -111,10 +118,14 @@ def plain_graph(
         check = _Check(module)
         check.compare(state, leaves, wanted)
         other = _samples(leaves, OTHER if free else None, -1)
-        with model_kept(model):
-            for p in (p for p in model.parameters() if p.is_floating_point()):
-                p.data = p * torch.linspace(1.05, 1.2, p.numel()).view(p.shape).to(p)
-            check.compare(state, other, network([t.clone() for t in other]))
+        for change in CHANGES:
+            with model_kept(model):
+                for p in (p for p in model.parameters() if p.is_floating_point()):
+                    p.data = change(p)
+                check.compare_with(network, state, other)
+        if free:  # a last batch may have one sample
+            with model_kept(model):
+                check.compare_with(network, state, _samples(leaves, 1, 1))
     return module
 
 
@@ -128,11 +139,26 @@ def _samples(leaves: Sequence[Tensor], length: int | None, step: int) -> list[Te
 class _Check(fx.Interpreter):
     """Compares a graph with the network: what it computes, and the shapes that it tells."""
 
+    def compare_with(
+        self,
+        network: Callable[[Sequence[Tensor]], Any],
+        state: Mapping[str, Tensor],
+        leaves: Sequence[Tensor],
+    ) -> None:
+        """Raise where they differ on a batch on which the network itself does not fail."""
+        try:
+            wanted = network([t.clone() for t in leaves])
+        except Exception:
+            return
+        self.compare(state, leaves, wanted)
+
     def compare(self, state: Mapping[str, Tensor], leaves: Sequence[Tensor], wanted: Any) -> None:
         """Raise where they differ."""
         self._length, self.extra_traceback = len(leaves[0]), False
         names = [n.meta["name"] for n in self.graph.nodes if "name" in n.meta]
         found = self.run(*(state[n].detach() for n in names), *leaves)
+        if self._length == 1 and found.numel() == wanted.numel():
+            wanted = wanted.reshape(found.shape)  # a lone sample is easily squeezed away
         if found.shape != wanted.shape or not _agree(found, wanted):
             raise Unsupported("it does not trace: it computes otherwise on other samples")
 
@@ -140,7 +166,7 @@ class _Check(fx.Interpreter):
         """Compute a node, whose shape must follow from the batch's length as it was found to."""
         found, shape = super().run_node(n), n.meta.get("shape")
         told = [s.at(self._length) if isinstance(s, Length) else s for s in shape or ()]
-        if shape is not None and told != list(found.shape):
+        if shape is not None and self._length > 1 and told != list(found.shape):
             raise _fixed(f"{n.name} is {list(found.shape)} for {self._length} samples, not {told}")
         return found
 
@@ -274,6 +300,10 @@ class _Watching(TorchFunctionMode):
         """Call ``func``, or attention as plain operations."""
         if func in READS:
             self._run.require_constant(args[0], func.__name__)
+        if func in MAKES:  # reads what it is given past the dispatcher
+            for t in tree_leaves(args):
+                if isinstance(t, Tensor):
+                    self._run.require_constant(t, func.__name__)
         if func is F.multi_head_attention_forward:
             return _attention(func, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))

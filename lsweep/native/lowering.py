@@ -248,8 +248,8 @@ class Lowering:
         if ph or pw:
             x = self._padded(node, x, (pw, pw, ph, ph), -math.inf if most else 0)
         strides, gaps = _pair(given["stride"] or size), _pair(given.get("dilation", 1))
-        windows = x.lies
-        for d, n, stride, gap in zip((2, 3), size, strides, gaps, strict=True):
+        windows, rank = x.lies, x.lies.dim()
+        for d, n, stride, gap in zip((rank - 2, rank - 1), size, strides, gaps, strict=True):
             windows = windows.unfold(d, (n - 1) * gap + 1, stride)[..., ::gap]
         return self._folded(node, Array(windows, x.source), 2, most)
 
