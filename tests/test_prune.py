@@ -105,7 +105,7 @@ def test_a_pruned_run_holds_every_row_in_one_part_and_gives_the_same(run: RunFol
     assert held(run) == rows
     assert (leases(run), run.all_workers()) == ([], [])
     assert differences(merged(run)[0], before) == []
-    assert before.difference(merged(run)[0]) == ""
+    assert difference(before, merged(run)[0]) == ""
     state = status(run)
     assert (state["missing"], state["failed"], state["damaged"]) == (0, failed, {})
     found = verify(run)
@@ -238,7 +238,7 @@ def test_slices_are_pruned_like_points(tmp_path: Path) -> None:
     before, rows = merge_it(folder), held(folder)
     prune(folder)
     assert (held(folder), len(folder.all_parts())) == (rows, 1)
-    assert merge_it(folder).difference(before) == ""
+    assert difference(merge_it(folder), before) == ""
 
 
 def rival(folder: RunFolder, part: Part, name: str, device: str, change: float = 0.0) -> None:
@@ -274,7 +274,7 @@ def test_rows_that_won_win_again(tmp_path: Path, first: str, change: float, conf
     assert held(folder) == rows
     assert len(folder.all_parts()) == 3  # of the class that won its winners, then the rest of both
     again, report = merged(folder)
-    assert (again.difference(before), report.conflicts) == ("", conflicts)
+    assert (difference(again, before), report.conflicts) == ("", conflicts)
     assert prune(folder).after == 0
 
 
@@ -288,7 +288,7 @@ def test_more_reasons_than_a_part_has_room_for_take_another_part(tmp_path: Path)
     prune(folder)
     assert len(folder.all_parts()) == 2
     assert (status(folder)["failed"], held(folder)) == (reasons, rows)
-    assert merge_it(folder).difference(before) == ""
+    assert difference(merge_it(folder), before) == ""
 
 
 # -- killed ----------------------------------------------------------------------------------------

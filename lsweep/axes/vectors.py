@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -93,13 +94,14 @@ class Direction:
 
 
 def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    """Return the inner product over common names in float64.
+    """Return the inner product over common names in float64, the same on any number of threads.
 
     >>> dot({"w": torch.ones(3)}, {"w": torch.ones(3), "b": torch.ones(1)})
     3.0
     """
     return math.fsum(
-        float(torch.dot(x.double(), y.double()))
+        # Numpy's sum is one thread's: a plan's digest hangs on the last bit.
+        float(np.sum((x.double() * y.double()).cpu().numpy()))
         for n in a if n in b
         for x, y in zip(*(torch.split(t[n].flatten(), BLOCK) for t in (a, b)), strict=True)
     )  # fmt: skip

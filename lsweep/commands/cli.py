@@ -7,6 +7,7 @@ points; 130 interrupted, all committed. Torch is imported by the commands that c
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import traceback
@@ -47,16 +48,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (LsweepError, OSError) as e:
         if options.verbose:
             traceback.print_exc()
-        print("lsweep:", " ".join(str(e).splitlines()), file=sys.stderr)
+        text = str(e) if isinstance(e, LsweepError) else _named(e)
+        print("lsweep:", " ".join(text.splitlines()), file=sys.stderr)
         return e.exit_code if isinstance(e, LsweepError) else LsweepError.exit_code
 
 
 def _flush() -> None:
     """Let what was printed be read; a reader that has seen enough is no error."""
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is None where it was closed before this began
+            sys.stdout.flush()
     except BrokenPipeError:  # nor is it one when the interpreter ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _named(error: OSError) -> str:
+    """Return where the disk refused, and why; what has no name is where this prints."""
+    if error.strerror is None or (error.filename is None and error.errno != errno.ENOSPC):
+        return str(error)
+    return f"{error.filename or 'cannot print to standard output'}: {error.strerror}"
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

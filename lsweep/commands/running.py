@@ -100,7 +100,7 @@ def _run_here(folder: RunFolder, problem: Problem | None, options: Namespace, lo
 
     _, rounds, committed = read_run(folder)
     done, total = committed.share
-    code, interrupted = 0, False
+    code, interrupted, now = 0, False, rounds
     asked, beside = _asked(rounds)
     if committed.complete and beside:
         print(f"{folder.root}: {asked - beside} of {asked} computed points are on this grid and "
@@ -119,7 +119,7 @@ def _run_here(folder: RunFolder, problem: Problem | None, options: Namespace, lo
         before = done
         with Stop(end_of_job()) as stop, Display(folder, total, done, sys.stderr) as display:
             code, interrupted = _evaluate(folder, options, problem, display, stop, plan)
-        _, _, committed = read_run(folder)
+        _, now, committed = read_run(folder)
         done, total = committed.share
     if interrupted:
         again = another_turn(stop.reason, done - before)
@@ -131,7 +131,17 @@ def _run_here(folder: RunFolder, problem: Problem | None, options: Namespace, lo
     if code and not done:
         return code
     merged = _merge_and_show(folder, look)
+    if now.last.grid != rounds.last.grid or _tolerance(now) != _tolerance(rounds):
+        print(f"lsweep: {folder.root}: meanwhile another command asked for another grid or "
+              "tolerance, and this is its surface; the same command again goes on with yours",
+              file=sys.stderr)  # fmt: skip
+        return INCOMPLETE
     return merged if committed.complete else (code or merged)
+
+
+def _tolerance(rounds: Rounds) -> float | None:
+    """Return what a refinement aims at; None where every point is asked for."""
+    return rounds.last.refine.tolerance if rounds.last.refine else None
 
 
 def _asked(rounds: Rounds) -> tuple[int, int]:

@@ -45,6 +45,7 @@ class Report:
         check: what the interpolation check found, or why it was not made.
         contradictions: what the audit of interpolated points says against their stated error.
         missing: how many of them are pending.
+        asked: how many were asked so far, where a refinement is open; else 0.
         failed: reason -> how many points.
         nonfinite: how many are NaN or infinite, a result like others.
         conflicts: points whose rows disagree: non-determinism, or a device that errs.
@@ -58,6 +59,7 @@ class Report:
     check: str = ""
     contradictions: list[str] = field(default_factory=list)
     missing: int = 0
+    asked: int = 0
     failed: dict[str, int] = field(default_factory=dict)
     nonfinite: int = 0
     conflicts: int = 0
@@ -76,7 +78,11 @@ class Report:
             out.append(f"{self.evaluated} of {self.points} points evaluated, {self.refined}")
         out += [self.check] if self.check else []
         out += self.contradictions
-        if self.missing:
+        if self.asked:
+            if self.asked > self.evaluated:
+                left = f"{self.asked - self.evaluated} of {self.asked} points asked so far"
+                out.append(f"{left} are missing")
+        elif self.missing:
             out.append(f"{self.missing} of {self.points} points are missing")
         for reason, count in self.failed.items():
             out.append(f"{counted(count, 'point')} failed: {reason}")
@@ -134,6 +140,7 @@ def merge(folder: RunFolder, parts: Sequence[Path] | None = None) -> tuple[Surfa
         check=gaps.check,
         contradictions=gaps.contradictions,
         missing=int((status == Status.PENDING).sum()),
+        asked=int((numbers >= 0).sum()) if rounds.refining else 0,
         failed=_reasons(winners, failed),
         nonfinite=int((status == Status.NONFINITE).sum()),
         conflicts=winners.conflicts(tolerance),

@@ -32,6 +32,7 @@ from lsweep.storage.insist import discard
 from lsweep.storage.parts import PartWriter
 from lsweep.storage.rows import TEXTS, Rows
 from lsweep.storage.workers import Observer, State
+from lsweep.surfaces.differing import difference
 from lsweep.surfaces.surface import Surface
 
 Header = tuple[tuple[str, str], ...]
@@ -73,7 +74,7 @@ def prune(folder: RunFolder) -> Pruned:
         what = f"{total - done} points are missing" if done < total else "its refinement is open"
         raise LsweepError(f"{folder.root}: {what}: 'lsweep run' it first")
     surface = Surface.load(folder.surface)
-    if surface.difference(merge(folder)[0]):
+    if difference(surface, merge(folder)[0]):
         raise LsweepError(f"{folder.surface} is not what the parts give: 'lsweep merge' it first")
     # What holds no row of this plan is not ours to remove.
     old = [reader.path for reader in winners.committed.readers if reader.salvaged != 0]
@@ -129,7 +130,7 @@ def _require_same(
     held = Committed(folder, plan, rounds, new)
     found = sum(len(piece) for _, _, piece in held.news())
     same = found == rows and np.array_equal(held.status, winners.committed.status)
-    wrong = surface.difference(merge(folder, new)[0])
+    wrong = difference(surface, merge(folder, new)[0])
     if wrong or not same:
         raise LsweepError(
             f"{folder.root}: rewritten parts give another {wrong or 'outcome'}: the old ones stay"

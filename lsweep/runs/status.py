@@ -88,7 +88,7 @@ class Overview:
             "missing": total - done,
             "nonfinite": int(np.count_nonzero(outcome == Status.NONFINITE)),
             "failed": failed,
-            "interpolated": _interpolated(rounds) if merged else 0,
+            "interpolated": _interpolated(rounds),
             "refine": dataclasses.asdict(refine) if refine else None,
             "complete": self._committed.complete,
             "rate": rate,
@@ -226,7 +226,7 @@ def _progress(state: dict[str, Any]) -> list[str]:
             f"  {line}" for line in (phrase(refine.audit), *contradictions(refine.audit)) if line
         ]
     if state["interpolated"]:
-        out.append(f"  {state['interpolated']} interpolated")
+        out.append(f"  {state['interpolated']} {'' if state['merged'] else 'to be '}interpolated")
     out += [f"  {n} failed: {reason}" for reason, n in state["failed"].items()]
     out += [f"  {name}: {what}" for name, what in state["damaged"].items()]
     return out

@@ -15,6 +15,7 @@ from lsweep.plans.rounds import Rounds
 from lsweep.storage.files import read_json
 from lsweep.storage.folder import RunFolder
 from lsweep.storage.stored import read_arrays
+from lsweep.surfaces.differing import difference
 from lsweep.surfaces.surface import Surface
 
 
@@ -148,11 +149,8 @@ def _check_surface(folder: RunFolder, plan: Plan, merged: Surface, found: Findin
     if surface.provenance.get("plan_sha256") != plan.digest:
         found.problems.append(f"{folder.surface} belongs to another plan")
         return
-    for name in plan.variable_names:
-        same = surface[name].shape == merged[name].shape
-        if not same or surface[name].tobytes() != merged[name].tobytes():
-            found.notes.append(f"{folder.surface.name} is older than the parts: 'lsweep merge' it")
-            return
+    if difference(surface, merged):
+        found.notes.append(f"{folder.surface.name} is older than the parts: 'lsweep merge' it")
 
 
 def _check_data(folder: RunFolder, plan: Plan, found: Findings, trust: bool) -> None:

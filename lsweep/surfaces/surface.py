@@ -203,29 +203,6 @@ class Surface:
     def __iter__(self) -> Iterator[str]:
         return iter(self.values)
 
-    def difference(self, other: Surface) -> str:
-        """Return the name of an axis or variable that is not equal bit for bit, or "".
-
-        >>> a, b = (Surface({"x": np.arange(2.0)}, {"a": np.array([1.0, v])}) for v in (2.0, 3.0))
-        >>> a.difference(a), a.difference(b)
-        ('', 'a')
-        """
-        a, b = self._arrays(), other._arrays()
-        for name in sorted({*a, *b}):
-            if name not in a or name not in b or a[name].shape != b[name].shape:
-                return name
-            if a[name].tobytes() != b[name].tobytes():
-                return name
-        return ""
-
-    def _arrays(self) -> dict[str, npt.NDArray[Any]]:
-        arrays: dict[str, npt.NDArray[Any]] = {**self.axes, **self.values, "status": self.status}
-        if self.trajectory is not None:
-            t = self.trajectory
-            found = {"offset": t.offsets, "residual": t.residual, "in_plane": t.in_plane}
-            arrays |= {f"trajectory {n}": v for n, v in {**found, **t.values}.items()}
-        return arrays
-
     def minimum(self, name: str) -> tuple[dict[str, float], float]:
         """Return the offsets and the value of the least finite value of ``name``.
 

@@ -79,7 +79,7 @@ def run_workers(
     """
     outcome = Outcome()
     threads = str(role.threads)
-    command = [sys.executable, "-m", "lsweep", "work", str(folder.root)]
+    command = [sys.executable, "-m", "lsweep", "work", str(folder.root.absolute())]
     command += ["--of", str(role.of * count), "--device", role.device, "--threads", threads]
     command += ["--claims", role.claims, "--beat", str(role.beat), "--parent", str(os.getpid())]
     command += ["--trust"] if role.trust else []

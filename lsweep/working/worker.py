@@ -183,7 +183,8 @@ def _require_same_centre(evaluator: Evaluator, count: int, known: dict[str, Any]
         if there is not None and not abs(here - there) <= relative * abs(there) + absolute:
             raise SickDevice(
                 f"{socket.gethostname()} {evaluator.device}: {name} at the centre is {here!r}, the "
-                f"first worker of its class {known['class']} found {there!r}; nothing was written"
+                f"first worker of its class {known['class']} found {there!r}; nothing was written "
+                "(where the data has changed meanwhile 'lsweep verify --data' says so)"
             )
 
 
