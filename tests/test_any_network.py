@@ -829,6 +829,10 @@ REFUSED = OrderedDict(
             lambda: ask(lambda: ((X[i : i + 8], Y[i : i + 8]) for i in (0, 8))),
             r"data\['train'\] is an iterator, which can be read once: give a list",
         ),
+        "samples that are no tensors": (
+            lambda: ask(lambda: Pairs([object()] * 16, Y)),
+            r"samples 0 to 0 make no batch \(TypeError.*: give a transform that makes tensors, or",
+        ),
         "samples of unequal length": (
             lambda: ask(lambda: Pairs([X[0], X[1, :2]], Y)),
             r"data\['train'\]: samples 0 to 1 make no batch \(RuntimeError.*collate_fn, which pads",

@@ -737,6 +737,24 @@ def narrower():
             "weight has no shape ye",
         ),
         (
+            lambda: Problem(
+                nn.Sequential(nn.Tanh(), torch.jit.ScriptModule()), {"a": 1}, nn.MSELoss()
+            ),
+            "1 is compiled TorchScript",
+        ),
+        (
+            lambda: Problem(
+                torch.export.export(nn.Tanh(), (torch.ones(2, 1),)).module(),
+                {"a": 1},
+                nn.MSELoss(),
+            ),
+            "model comes from torch.export, which fixes its mode",
+        ),
+        (
+            lambda: regression(1, loss_se=lambda o, t: t[:, None] * 1.0),
+            "train_loss_se is what the surface calls something else: rename it",
+        ),
+        (
             lambda: Problem(torch.jit.ScriptModule(), {"a": 1}, nn.MSELoss()),
             "compiled TorchScript",
         ),

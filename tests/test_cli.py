@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import committed, evaluated, fork, process, wait_for
+from cases import Command, committed, evaluated, fork, hurry, process, sweep_file, wait_for
 from tiny import contents, write_sweep
 from tiny import lsweep as command
 
@@ -300,6 +300,44 @@ def test_a_finer_grid_is_one_more_round_and_reuses_common_points(toml, run, capf
 
 
 # -- where things are ------------------------------------------------------------------------------
+
+
+def test_a_run_whose_name_looks_like_an_option_is_run(toml, tmp_path):
+    odd = tmp_path / "-odd"
+    odd.mkdir()
+    for file in toml.parent.iterdir():
+        if file.is_file():
+            shutil.copy(file, odd)
+    done = subprocess.run(
+        [sys.executable, "-m", "lsweep", "run", f"./-odd/{toml.name}", "--workers", "2",
+         "--no-picture"], cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_nobody_need_listen_and_a_full_listener_is_named(half_done):
+    def say(redirection: str) -> tuple[int, str]:
+        words = f"exec {sys.executable} -m lsweep status '{half_done}' {redirection}"
+        done = subprocess.run(["sh", "-c", words], stderr=subprocess.PIPE, text=True, check=False)
+        return done.returncode, done.stderr
+
+    assert say(">&-") == (0, "")
+    full = "lsweep: cannot print to standard output: No space left on device\n"
+    assert say("> /dev/full") == (1, full)
+
+
+def test_who_is_overtaken_by_another_grid_is_told(tmp_path):
+    file = sweep_file(tmp_path, x=9, pause=1000.0)
+    running = Command("run", file, "--no-picture", "--workers", 1, "--unit-points", 1)
+    folder = RunFolder(file.with_suffix(".run"))
+    wait_for(folder.all_workers)
+    asked = Command("plan", file, "--set", "grid.x.count=3").wait()
+    assert asked.code == 0, asked
+    hurry(folder)
+    done = running.wait()
+    assert (done.code, "meanwhile another command asked for another" in done.err) == (3, True), done
+    again = Command("run", file, "--no-picture", "--workers", 1).wait()
+    assert again.code == 0 and lsweep.open(folder.root).shape == (9,)
 
 
 def test_relative_paths_are_those_of_the_sweep_file(toml, run, tmp_path, monkeypatch):

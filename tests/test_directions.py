@@ -27,7 +27,7 @@ import lsweep
 from lsweep.axes.directions import make_directions
 from lsweep.axes.noise import random_tensor
 from lsweep.axes.trajectory import project, random_walk_null
-from lsweep.axes.vectors import Origin
+from lsweep.axes.vectors import Origin, dot
 from lsweep.errors import DamagedFile, LsweepError
 from lsweep.plans.settings import Settings
 from lsweep.problems.weights import canonical_name
@@ -363,6 +363,39 @@ def test_to_reaches_a_float32_checkpoint_to_its_last_bits(tmp_path):
     for n, t in d.tensors.items():
         torch.testing.assert_close(origin[n] + t, state[n].float(), rtol=3e-7, atol=1e-7)
     assert d.ignored == ()  # biases and norms are part of the way
+
+
+def test_another_checkpoint_is_reached_where_no_parameter_is_a_matrix(tmp_path):
+    """There biases are all that curvature could be taken over."""
+
+    class Line(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(3))
+
+        def forward(self, x):
+            return x @ self.w
+
+    torch.save({"w": torch.ones(3)}, tmp_path / "b.pt")
+    x = torch.arange(12.0).view(4, 3)
+    problem = lsweep.Problem(Line(), {"train": (x, x.sum(1))}, loss=nn.MSELoss())
+    to = {"kind": "to", "checkpoint": str(tmp_path / "b.pt")}
+    found = lsweep.sweep(problem, x=(0, 1, 3), directions=to, progress=False)["train_loss"]
+    np.testing.assert_allclose(found, float((x.sum(1) ** 2).mean()) * np.array([1, 0.25, 0]))
+    with pytest.raises(LsweepError, match="leaves nothing to move"):
+        lsweep.sweep(problem, x=(0, 1, 3), progress=False)
+
+
+def test_lengths_do_not_hang_on_the_number_of_threads():
+    """They are part of the plan, whose digest draws the points that refinement holds out."""
+    v = {"w": torch.randn(300_001, generator=torch.Generator().manual_seed(1))}
+    before, found = torch.get_num_threads(), set()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.add(dot(v, v))
+    torch.set_num_threads(before)
+    assert len(found) == 1
+    assert found.pop() == pytest.approx(math.fsum((v["w"].double() ** 2).tolist()), rel=1e-14)
 
 
 def test_trajectory_is_projected_by_least_squares_with_its_true_losses(tmp_path):

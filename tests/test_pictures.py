@@ -542,6 +542,21 @@ def test_a_trajectory_in_the_plane_needs_no_warning_and_steps_outside_are_counte
     assert "1 step outside the picture" in legend(draw(replace(bowl(), trajectory=far)))
 
 
+@pytest.mark.parametrize("kind", FLAT)
+def test_the_ends_of_axes_are_no_path_and_their_names_keep_off_the_title(kind):
+    ends = Trajectory(np.array([[1 + 1e-15, 0.0], [0.0, 1.0]]), np.zeros(2), np.ones(2),
+                      {"train_loss": np.ones(2)}, ("b.pt", "c.pt"))  # fmt: skip
+    plan = {"directions": {a: {"kind": "plane"} for a in "xy"}, "facts": {"track": []}}
+    surface = replace(bowl(), trajectory=ends, provenance={"plan": plan})
+    ax = draw(surface, kind=kind)
+    assert not any(p.get_color() == "#D55E00" and len(p.get_xdata()) > 1 for p in ax.get_lines())
+    assert "checkpoints (marker area: residual / in-plane)" in legend(ax)
+    assert not any("outside" in text for text in legend(ax))
+    (upper,) = [a for a in ax.texts if a.get_text() == "c.pt"]
+    box = upper.get_window_extent(FigureCanvasAgg(ax.figure).get_renderer())
+    assert box.y1 <= ax.get_window_extent().y1
+
+
 def test_a_trajectory_lies_on_the_relief():
     t = path_of(0.1, 0.1, 0.1)
     ax = draw(replace(slope(), trajectory=t), kind="3d")

@@ -36,6 +36,7 @@ from lsweep.storage.files import replace, sealed
 from lsweep.storage.folder import RunFolder
 from lsweep.storage.parts import PartWriter
 from lsweep.storage.rows import Kind, device_code
+from lsweep.surfaces.differing import difference
 from lsweep.surfaces.surface import Status, Surface
 
 

@@ -220,6 +220,30 @@ def test_the_order_in_which_points_come_in_changes_nothing() -> None:
     assert np.array_equal(fills[0].error, fills[1].error)
 
 
+def test_what_another_grid_left_neither_counts_nor_makes_the_rest_dense() -> None:
+    """The middle was evaluated whole, more points than one system holds."""
+    u, v = plane(129)
+    truth, lattice = smooth(2 * u, 2 * v).ravel(), lattice_of((129, 129))
+    first = first_points(lattice, "0")
+    middle = np.abs(lattice.offsets(np.arange(len(lattice)))).max(axis=1) <= 0.5
+    there = np.flatnonzero(middle)
+    assert len(there) > 4000
+    index = np.union1d(there, np.concatenate([first.asked, first.held_out]))
+    asked = 0
+    while True:
+        held_out = np.isin(index, np.setdiff1d(first.held_out, there))
+        known = Evaluated(index, truth[index], held_out, middle[index])
+        last = decide(lattice, TOLERANCE, known)
+        if last.state != "open":
+            break
+        asked += len(last.ask)
+        index = np.union1d(index, last.ask)
+    assert last.state == "done" and asked < 500
+    filled = fill(lattice, known)
+    true = np.abs(np.log(filled.values) - np.log(truth)) / filled.spread
+    assert true.max() <= TOLERANCE and np.array_equal(filled.values[there], truth[there])
+
+
 def test_the_margin_is_the_error_in_the_units_of_the_loss() -> None:
     lattice, truth = lattice_of((51, 51)), smooth(U, V).ravel()
     first = first_points(lattice, "0")

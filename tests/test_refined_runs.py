@@ -7,6 +7,7 @@ less; and they take some milliseconds each, so that several workers find somethi
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -423,6 +424,41 @@ def test_a_tighter_tolerance_and_a_finer_grid_reuse_what_there_is(
         assert new < int(surface.evaluated.sum())
     assert command("plan", toml, *wanted).code == 0
     assert is_complete(folder) and verify(folder).problems == []
+
+
+def test_what_is_still_to_be_merged_or_asked_is_told(
+    calm: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(calm, tmp_path / "calm.run")
+    merge(folder)[0].save(folder.surface)
+    told = lines(status(folder))
+    filled = status(folder)["interpolated"]
+    assert f"  {filled} interpolated" in told and filled > 300
+    folder.surface.unlink()
+    told = "\n".join(lines(status(folder)))
+    assert f"  {filled} to be interpolated" in told and "every point is evaluated" not in told
+    open_ = asked_in(tmp_path)
+    monkeypatch.setattr(shift, "QUIET", 0.0)
+    worked(open_, index=0, of=3, claims="static")  # and nobody else
+    asked = rounds_of(open_).last.points
+    left = asked - len(evaluated(open_))
+    assert 0 < left < asked
+    assert f"{left} of {asked} points asked so far are missing" in merged(open_)[1].lines()
+
+
+def test_a_merge_that_rounds_otherwise_gives_the_same_surface(
+    calm: RunFolder, tmp_path: Path
+) -> None:
+    """Threads and kinds of CPU differ between nodes, and with them an interpolant's last bits."""
+    folder = copied(calm, tmp_path / "calm.run")
+    surface = merge(folder)[0]
+    filled = surface.status == Status.INTERPOLATED
+    for where, much, same in ((filled, 1e-2, False), (~filled, 1e-9, False), (filled, 1e-9, True)):
+        values = dict(surface.values)
+        values["train_loss"] = values["train_loss"] * (1 + much * where)
+        dataclasses.replace(surface, values=values).save(folder.surface)
+        assert ("older than the parts" in str(verify(folder).notes)) is not same
+    prune(folder)  # of the last
 
 
 def test_a_chaotic_surface_is_evaluated_whole(tmp_path: Path) -> None:

@@ -289,6 +289,24 @@ def test_the_error_of_a_weighted_mean_is_its_own_and_has_no_unit_of_weight():
         assert standard_error(*(s.sum() for s in sums)) == pytest.approx(truth, rel=1e-12)
 
 
+def test_an_accuracy_is_not_moved_beyond_its_bounds():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4000, 2, generator=generator)
+    y = (x @ torch.tensor([1.0, 0.3]) > 0).long()
+    net = nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[-3.0, -0.9], [3.0, 0.6]]))
+    problem = lsweep.Problem(net, {"train": (x, y)}, loss=nn.CrossEntropyLoss(),
+                             metrics={"accuracy": lsweep.accuracy})  # fmt: skip
+    for samples in (200, 400):
+        found = lsweep.sweep(problem, x=(-0.4, 0.4, 9), y=(-0.4, 0.4, 9), samples=samples,
+                             progress=False)  # fmt: skip
+        sampling = found.provenance["sampling"]
+        assert sampling["train_loss"]["shift"] is not None
+        assert sampling["train_accuracy"]["shift"] is None
+        assert found["train_accuracy"].max() <= 100
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_anchor_is_the_whole_centre_in_float32_whatever_is_asked_for(precision):
     net, x, y = nn.Linear(2, 3), torch.randn(40, 2), torch.arange(40) % 3

@@ -40,6 +40,7 @@ from lsweep.storage.folder import RunFolder
 from lsweep.storage.parts import PartWriter
 from lsweep.storage.rows import BLOCK, KIND_AT, STATUS_AT, Kind, row_type, seed_of, valid_rows
 from lsweep.storage.workers import PATIENCE
+from lsweep.surfaces.differing import difference
 from lsweep.surfaces.surface import Status
 
 PLAN = "b" * 64

@@ -6,11 +6,12 @@ is the direction of a sweep without replicates. At layer l only that layer's ten
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lsweep.axes.noise import random_tensor
-from lsweep.axes.vectors import Direction, Origin, finish, ignored_names
+from lsweep.axes.vectors import Direction, Origin, finish, ignored_names, is_weight
 from lsweep.plans.recipes import WEIGHTS_ONLY, Recipe
 from lsweep.problems.weights import State
 
@@ -39,10 +40,12 @@ def curved(recipes: Mapping[str, Recipe], origin: Origin) -> Curved:
     """Return what derivatives are taken over: what a random direction of the plan moves.
 
     The ``ignore`` and ``parameters`` of the first axis that leaves biases and normalisation out by
-    default; those of `Recipe` where there is none.
+    default; those of `Recipe` where there is none, as far as they leave any.
     """
     usual = [r for r in recipes.values() if r.kind in WEIGHTS_ONLY]
     recipe = usual[0] if usual else Recipe(seed=next(iter(recipes.values())).seed)
+    if not usual and not any(is_weight(n, p, origin) for n, p in origin.parameters.items()):
+        recipe = dataclasses.replace(recipe, ignore="none")
     still = set(ignored_names(recipe, origin))
     return Curved(recipe, tuple(n for n in origin.parameters if n not in still))
 

@@ -113,13 +113,18 @@ def difference(state: State, origin: State) -> State:
     return {n: (state[n].double() - t.double()).to(dtype_of(t)) for n, t in origin.items()}
 
 
+def is_weight(name: str, parameter: Tensor, origin: Origin) -> bool:
+    """Whether ``ignore = "bias+norm"`` lets a parameter move."""
+    return parameter.dim() > 1 and not is_norm(origin.owners[name])
+
+
 def ignored_names(recipe: Recipe, origin: Origin) -> tuple[str, ...]:
     """Return the parameters that the recipe's ``ignore`` and ``parameters`` hold still."""
     out = []
     for name, p in origin.parameters.items():
         still = not any(fnmatch.fnmatchcase(name, pattern) for pattern in recipe.parameters)
         if recipe.ignore == "bias+norm":
-            still |= p.dim() <= 1 or is_norm(origin.owners[name])
+            still |= not is_weight(name, p, origin)
         if still:
             out.append(name)
     if len(out) == len(origin.parameters):

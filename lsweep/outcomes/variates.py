@@ -65,7 +65,7 @@ def correct(
     """
     known = list(anchors)
     out = {}
-    for (split, _), name in zip(plan.variables, plan.variable_names, strict=True):
+    for (split, metric), name in zip(plan.variables, plan.variable_names, strict=True):
         data = plan.data[split]
         if "of" not in data:
             continue
@@ -81,7 +81,8 @@ def correct(
         anchor = next((a[name] for a in known if a.get(name)), None)
         if math.isfinite(found):
             out[name]["gain"] = found
-        if anchor is not None and found < 1:
+        # A share, such as an accuracy, would be moved beyond its bounds.
+        if anchor is not None and found < 1 and metric == "loss":
             shift = anchor["whole"] - anchor["subset"]
             values[name] += shift
             se[:] = diff

@@ -23,6 +23,7 @@ from lsweep.pictures.marks import (
     Z,
     default_name,
     describe,
+    is_path,
     join,
     label_axes,
     put_legend,
@@ -287,7 +288,7 @@ def _mark(surface: Surface, name: str, ax: Axes, color: str, several: bool) -> N
         _explain(ax, f"{int(pending.sum())} of {pending.size} points pending", ls="none")
     t = surface.trajectory
     if t is not None and name in t.values and not several:
-        for entry in join(t, (t.offsets[:, 0], t.values[name]), ax):
+        for entry in join(t, (t.offsets[:, 0], t.values[name]), ax, path=is_path(surface)):
             assert isinstance(entry, Line2D), "entries of a trajectory are lines"
             ax.add_line(entry)
 

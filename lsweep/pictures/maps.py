@@ -321,7 +321,7 @@ def finish(
     letters = 44 if grid is not None and grid.get_gridspec().ncols > 1 else 60
     waits = bool((surface.status == Status.PENDING).any())
     entries += _outcomes(cells, scale, kind, "pending" if waits else "not evaluated")
-    put_legend(ax, entries, letters=letters, below=4 if height else 32)
+    put_legend(ax, entries, letters=letters, below=24 if height else 32)
     put_title(ax, surface.title)
     if bar:
         add_bar([ax], scale, describe(surface, name), kind)

@@ -21,6 +21,7 @@ from lsweep.errors import LsweepError
 from lsweep.measures.from_surface import guessed
 from lsweep.surfaces.scales import FloatArray, number
 from lsweep.surfaces.surface import Surface, Trajectory
+from lsweep.wording import counted
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -194,15 +195,23 @@ def trace(surface: Surface, ax: Axes, height: Height | None = None) -> list[Arti
     if t is None:
         return []
     at = _lift(t.offsets[:, 0], t.offsets[:, 1], height)
-    entries = join(t, at, ax)
     inside = np.ones(len(t.offsets), bool)
     for axis, column in zip((surface.x, surface.y), t.offsets.T, strict=False):
-        inside &= (column >= axis.min()) & (column <= axis.max())
+        rounding = 1e-6 * float(np.ptp(axis))
+        inside &= (column >= axis.min() - rounding) & (column <= axis.max() + rounding)
     outside = int(np.count_nonzero(np.isfinite(t.offsets).all(1) & ~inside))
+    entries = join(t, at, ax, path=is_path(surface), clip=outside > 0)
     if entries and outside:
-        steps = "step" if outside == 1 else "steps"
-        entries.append(Line2D([], [], ls="none", label=f"{outside} {steps} outside the picture"))
+        many = counted(outside, "step" if is_path(surface) else "checkpoint")
+        entries.append(Line2D([], [], ls="none", label=f"{many} outside the picture"))
     return entries
+
+
+def is_path(surface: Surface) -> bool:
+    """Whether the checkpoints on a surface follow each other, and are not just the axes' ends."""
+    plan = surface.provenance.get("plan", {})
+    kinds = {recipe.get("kind") for recipe in plan.get("directions", {}).values()}
+    return bool(plan.get("facts", {}).get("track")) or not kinds & {"to", "plane"}
 
 
 def palette_of(count: int) -> list[str]:
@@ -217,15 +226,20 @@ def palette_of(count: int) -> list[str]:
     return [to_hex(scale(t)) for t in np.linspace(0.03, 0.97, count)]
 
 
-def join(t: Trajectory, at: Sequence[FloatArray], ax: Axes) -> list[Artist]:
-    """Join checkpoints by a line; the marker's area grows with residual / in-plane distance.
+def join(
+    t: Trajectory, at: Sequence[FloatArray], ax: Axes, *, path: bool = True, clip: bool = True
+) -> list[Artist]:
+    """Mark checkpoints; a path is joined by a line.
 
-    A step that lies farther from the plane than along it says little on the plane: it is hollow.
+    The marker's area grows with residual / in-plane distance. A step that lies farther from the
+    plane than along it says little on the plane: it is hollow.
 
     Args:
         t: (T,) steps.
         at: two or three arrays (T,), where they are drawn.
         ax: the picture.
+        path: whether they follow each other.
+        clip: whether some lie outside; else those on the border are drawn whole.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(t.residual > 0, t.residual / t.in_plane, 0.0)
@@ -236,8 +250,10 @@ def join(t: Trajectory, at: Sequence[FloatArray], ax: Axes) -> list[Artist]:
     at = [a[good] for a in at]
     hollow = ~(ratio[good] <= 1.0)
     area = 12.0 + 40.0 * np.clip(np.nan_to_num(ratio[good], nan=1.0, posinf=1.0), 0.0, 1.0)
-    ax.plot(*at, color=VERMILLION, lw=1.1, zorder=5, path_effects=halo)
+    if path:
+        ax.plot(*at, color=VERMILLION, lw=1.1, zorder=5, path_effects=halo)
     style: dict[str, Any] = {"edgecolors": VERMILLION, "linewidths": 1.1, "zorder": 6}
+    style |= {"clip_on": clip}
     if (~hollow).any():
         _scatter(ax, at, ~hollow, area, {**style, "facecolors": VERMILLION, "edgecolors": "white"})
     if hollow.any():
@@ -247,12 +263,16 @@ def join(t: Trajectory, at: Sequence[FloatArray], ax: Axes) -> list[Artist]:
         end: dict[str, Any] = {"color": VERMILLION, "mec": "white", "ls": "none", "ms": 4.5}
         return [Line2D([], [], marker="o", label=labels[0], **end)]
     if len(at) == 2:
-        for i in sorted({0, len(labels) - 1}) if labels else []:
+        ends = range(len(labels)) if not path else sorted({0, len(labels) - 1}) if labels else []
+        for i in ends:
+            right = at[0][i] > np.mean(ax.get_xlim())
+            above = at[1][i] > np.mean(ax.get_ylim())  # over the border stands the title
             ax.annotate(
                 labels[i],
                 (float(at[0][i]), float(at[1][i])),
-                xytext=(-5, 5) if at[0][i] > np.mean(ax.get_xlim()) else (5, 5),
-                ha="right" if at[0][i] > np.mean(ax.get_xlim()) else "left",
+                xytext=(-5 if right else 5, -5 if above else 5),
+                ha="right" if right else "left",
+                va="top" if above else "bottom",
                 textcoords="offset points",
                 size=SMALL,
                 zorder=9,
@@ -261,7 +281,9 @@ def join(t: Trajectory, at: Sequence[FloatArray], ax: Axes) -> list[Artist]:
                 annotation_clip=True,
             )
     entry: dict[str, Any] = {"color": VERMILLION, "marker": "o", "lw": 1.1, "ms": 4.5}
-    text = "trajectory (marker area: residual / in-plane)"
+    text = "trajectory" if path else "checkpoints"
+    text += " (marker area: residual / in-plane)"
+    entry |= {} if path else {"ls": "none"}
     entries: list[Artist] = [Line2D([], [], mec="white", label=text, **entry)]
     if hollow.any():
         text = "hollow: farther from the plane than along it"

@@ -42,7 +42,7 @@ def title(plan: Plan) -> str:
     """Return what is shown, in one short line."""
     shape = {0: "centre", 1: "line", 2: "plane", 3: "volume"}[len(plan.moving)]
     kinds = dict.fromkeys(str(plan.directions[a]["kind"]) for a in plan.moving)
-    words = [" and ".join(kinds), shape]
+    words = [" and ".join(k for k in kinds if k != shape), shape]
     each = " and ".join(str(plan.directions[a]["kind"]) for a in plan.axes if a not in plan.moving)
     return f"{plan.facts['network']}: {' '.join(filter(None, words))}" + (
         f" per {each}" if each else ""

@@ -279,6 +279,16 @@ class Rounds:
         """True while a later round may ask more once this one is complete."""
         return self.last.refine is not None and self.last.refine.state == Goal.OPEN
 
+    @property
+    def begun(self) -> int:
+        """The number of the first point that the present refinement asked, or ``total``."""
+        first = self.total
+        for r in reversed(self.all):
+            if r.refine is None or r.grid != self.last.grid:
+                break
+            first = r.first
+        return first
+
     @functools.cached_property
     def offsets(self) -> FloatArray:
         """(points, axes) offsets of every number; not those of a trajectory's steps."""

@@ -26,6 +26,7 @@ from lsweep.plans.recipes import (
 from lsweep.storage.tables import build, one_of, override_key, parse_toml, plain
 
 BATCH_NORMS = ("eval", "batch", "recalibrate")
+DERIVED = ("se", "diff_se", "error", "abs_error")  # what the surface keeps beside a variable
 PRECISIONS = ("float64", "float32", "tf32", "bfloat16", "float16")
 BACKENDS = (
     "auto", "eager", "channels_last", "fused", "native", "vmap", "cudagraph", "compiled"
@@ -84,6 +85,12 @@ class Evaluation:
             for name in names:
                 if not re.fullmatch(r"[A-Za-z]\w*", name):
                     raise LsweepError(f"{what}: {name!r} must be letters, digits and _")
+        variables = {f"{s}_{m}" for s in self.splits for m in self.metrics}
+        derived = {f"{v}_{end}" for v in variables for end in DERIVED} | {"weight_sq", "status"}
+        for name in sorted(variables & derived):
+            raise LsweepError(
+                f"metrics: {name} is what the surface calls something else: rename it"
+            )
         # Whatever looks at one metric, be it check or picture, takes the first: the loss.
         loss_first = tuple(sorted(self.metrics, key=lambda name: name != "loss"))
         object.__setattr__(self, "metrics", loss_first)

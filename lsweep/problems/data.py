@@ -276,7 +276,8 @@ class Split:
                 raise  # smaller batches are tried
             raise LsweepError(
                 f"data[{self.name!r}]: samples {first} to {first + len(items) - 1} make no batch "
-                f"({describe(e)}): give a DataLoader with a collate_fn, which pads them"
+                f"({describe(e)}): give a transform that makes tensors, or a DataLoader with a "
+                "collate_fn, which pads them"
             ) from e
 
     def _collated(self, size: int) -> Iterator[Batch]:
@@ -331,7 +332,7 @@ class Split:
             if self._tensors is not None:
                 yield i, map_tensors(self._tensors, lambda t, i=i: t[i : i + 1])
             else:
-                yield i, self._collate([self._dataset[i]])  # type: ignore[index]
+                yield i, self._collated_once([self._dataset[i]], i)  # type: ignore[index]
 
     def full_digest(self, size: int) -> str:
         """Return the sha256 over every sample in order, whatever the batch size."""

@@ -81,10 +81,18 @@ class Problem:
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
             raise LsweepError(f"model is a {type(self.model).__name__}, not an nn.Module")
-        if isinstance(self.model, torch.jit.ScriptModule):
+        scripted = [
+            n for n, m in self.model.named_modules() if isinstance(m, torch.jit.ScriptModule)
+        ]
+        if scripted:
             raise LsweepError(
-                "model is compiled TorchScript, whose weights cannot be exchanged: give the "
-                "nn.Module that it was made from"
+                f"{scripted[0] or 'model'} is compiled TorchScript, whose weights cannot be "
+                "exchanged: give the nn.Module that it was made from"
+            )
+        if "eval" in vars(self.model):  # one that raises
+            raise LsweepError(
+                "model comes from torch.export, which fixes its mode: give the nn.Module that it "
+                "was made from"
             )
         if not isinstance(self.data, Mapping) or not self.data:
             raise LsweepError('data must be a dict of splits, such as {"train": (x, y)}')

@@ -77,9 +77,10 @@ def fill_gaps(
         return Gaps("none interpolated", facts)
     indices = np.flatnonzero(~gaps & (status != Status.PENDING))
     held_out = np.isin(numbers[indices], refine.held_out)
+    free = numbers[indices] < rounds.begun
     attributes, worst, blank, ranges = {}, {}, {}, {}
     for (split, metric), name in zip(plan.variables, plan.variable_names, strict=True):
-        known = Evaluated(indices, values[name][indices], held_out)
+        known = Evaluated(indices, values[name][indices], held_out, free)
         found = fill(lattice, known, log=name.endswith("_loss"))
         values[name][gaps] = found.values[gaps]
         for suffix, error, units, what in (

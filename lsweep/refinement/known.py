@@ -19,7 +19,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from lsweep.plans.points import Lattice
+from lsweep.plans.points import Lattice, bisection_levels
 from lsweep.refinement.interpolate import Interpolant
 from lsweep.surfaces.scales import LINEAR, Transform, log_scale
 
@@ -38,6 +38,9 @@ STUCK = 0.5
 """Chaotic: four times the first points leave more than this share of their error."""
 WHOLE = 20_000
 """Grids up to so many points are looked at everywhere."""
+ENOUGH = 1200
+"""Nodes above which points that were there before are thinned out, as another grid may have left
+them by the hundred thousand; what is asked here always stays."""
 FINEST = 64
 """Where finite values end is told to this part of an axis, or to a step where that is more: to a
 step of a large grid it would take the points of its whole perimeter."""
@@ -51,11 +54,13 @@ class Evaluated:
         indices: (n,) distinct C-order indices, in any order.
         values: (n,) float64 in the same order; NaN and Inf where the network gave them.
         held_out: (n,) bool, True for the points of `First.held_out`.
+        free: (n,) bool, True for what was there before this refinement began; None: nothing was.
     """
 
     indices: IntArray
     values: FloatArray
     held_out: BoolArray
+    free: BoolArray | None = None
 
 
 @dataclass(frozen=True)
@@ -87,23 +92,41 @@ class Known:
         self.mask = np.zeros(len(lattice), bool)
         self.mask[self.index] = True
         self.finite = np.isfinite(self.values)
-        self.nodes, self.held = self.index[self.finite], evaluated.held_out[order][self.finite]
+        free, held = evaluated.free, evaluated.held_out[order]
+        self.free = np.zeros(len(order), bool) if free is None else free[order]
+        taken = self.finite & self._thinned(self.free & ~held)
+        self.nodes, self.held = self.index[taken], held[taken]
         values = self.values[self.finite]
         self.scale: Transform = LINEAR
         if log and len(values):
             centre = (lattice.offsets(self.index) == 0.0).all(axis=1)
             at_centre = float(self.values[centre][0]) if centre.any() else np.nan
             self.scale = log_scale(values, center=at_centre)
-        self.transformed = transformed = self.scale.forward(values)
+        transformed = self.scale.forward(values)
+        self.transformed = transformed[taken[self.finite]]
         self.spread, self.factor = 1.0, KAPPA
         self.model: Interpolant | None = None
         if len(values):
             low, high = np.quantile(transformed, [0.02, 0.98])
             self.spread = float(high - low) or float(np.ptp(transformed)) or 1.0
         # Where all is evaluated there is nothing to predict, and the system would be large.
-        if 2 * (len(self.shape) + 2) <= len(values) and not self.mask.all():
-            self.model = Interpolant(self.at(self.nodes), transformed)
+        if 2 * (len(self.shape) + 2) <= len(self.nodes) and not self.mask.all():
+            self.model = Interpolant(self.at(self.nodes), self.transformed)
             self.factor = _factor(self.model.left_out()[self.held])
+
+    def _thinned(self, spare: BoolArray) -> BoolArray:
+        """Return which points may be nodes: what is not spare, and a coarse part of the rest.
+
+        Args:
+            spare: (n,) which of the evaluated points may be left out.
+        """
+        room = max(0, ENOUGH - int((self.finite & ~spare).sum()))
+        along = np.unravel_index(self.index, self.shape)
+        levels = [bisection_levels(n)[i] for n, i in zip(self.shape, along, strict=True)]
+        level = np.max(levels, axis=0)
+        counts = np.cumsum(np.bincount(level[self.finite & spare]))
+        kept: BoolArray = ~spare | (level < np.searchsorted(counts, room, side="right"))
+        return kept
 
     def at(self, index: IntArray) -> FloatArray:
         """Return (m, A) positions with axes of unit length."""

@@ -49,6 +49,7 @@ GROWTH = 0.3
 with half of it, a tenth more points are asked in the end (benchmarks/honesty.md)."""
 LEAST = 0.05
 """And at least this share, for a round costs a barrier."""
+ROUGH = "the surface is too rough to be interpolated"
 MOST_NODES = 4000
 """More evaluated points than one dense system should hold."""
 
@@ -76,12 +77,14 @@ class Decision:
         ask: (k,) C-order indices, most wanted first; never one that is evaluated.
         likely: (l,) what the round after it may ask, most wanted first; none of ``ask``.
         error: the largest stated refinement error, inf where it cannot be told yet.
+        why: of ``dense``, as a sentence.
     """
 
     state: Literal["open", "done", "dense"]
     ask: IntArray
     likely: IntArray
     error: float
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -153,30 +156,30 @@ def decide(
     if not len(rest):
         return Decision("done", rest, rest, 0.0)
     nothing = rest[:0]
-    dense = Decision("dense", rest, nothing, np.inf)
     if _too_small(lattice):
-        return dense
+        return Decision("dense", rest, nothing, np.inf, "the grid is too small to be refined")
     border = known.border()
     if known.model is None:
         ask = np.union1d(border, known.open_corners())
         state: Literal["open", "done"] = "open" if len(ask) else "done"
         return Decision(state, ask, nothing, np.inf if len(ask) else 0.0)
     if known.chaotic(tolerance, _sub_lattice(lattice)):
-        return dense
+        return Decision("dense", rest, nothing, np.inf, ROUGH)
     probes = np.setdiff1d(known.probes(), border, assume_unique=True)
     stated = known.stated(probes)
     error = np.inf if len(border) else float(stated.max(initial=0.0))
     if error <= AIM * tolerance:
         return Decision("done", nothing, nothing, error)
-    most = max(8, int(GROWTH * len(known.index)))
-    least = max(8, int(LEAST * len(known.index)))
+    nodes = len(known.nodes) + int((~known.finite).sum())
+    most = max(8, int(GROWTH * nodes))
+    least = max(8, int(LEAST * nodes))
     wanted = probes[np.argsort(-stated, kind="stable")[:4096]]
     order, needed = known.sequence(wanted, AIM * tolerance, most + most // 2)
     count = min(most, max(least, needed)) if needed else 0
     ask = np.concatenate([border, order[:count]])
-    total = len(known.index) + len(ask)
-    if 2 * total > len(lattice) or total > MOST_NODES:
-        return Decision("dense", rest, nothing, error)
+    asked = int((~known.free).sum()) + len(ask)
+    if 2 * asked > len(lattice) - int(known.free.sum()) or nodes + len(ask) > MOST_NODES:
+        return Decision("dense", rest, nothing, error, ROUGH)
     return Decision("open", ask, order[count : max(needed, count)], error)
 
 

@@ -66,8 +66,8 @@ def _next(folder: RunFolder, plan: Plan, rounds: Rounds, sampler: Sampler | None
         for name, evaluated in known.items()
     ]
     error = _finite(max(d.error for d in found))
-    if any(d.state == "dense" for d in found):
-        return _dense(rounds, goal, error, "the surface is too rough to be interpolated")
+    if reasons := [d.why for d in found if d.state == "dense"]:
+        return _dense(rounds, goal, error, reasons[0])
     asked, adopted = split(rounds, numbers, _joined([d.ask for d in found if _is_open(d)]))
     likely, _ = split(rounds, numbers, _joined([d.likely for d in found if _is_open(d)]))
     taken = set(asked)
@@ -135,4 +135,5 @@ def evaluations(
     indices = np.flatnonzero((numbers >= 0) & rounds.required[numbers])
     at = numbers[indices]
     held_out = np.isin(at, rounds.last.refine.held_out if rounds.last.refine else [])
-    return {n: Evaluated(indices, known.values[n][at], held_out) for n in losses(plan)}
+    free = at < rounds.begun
+    return {n: Evaluated(indices, known.values[n][at], held_out, free) for n in losses(plan)}
