@@ -69,6 +69,9 @@ class Compiled(Eager):
 class Vmapped:
     """Many points at once: network and metrics over stacked weights, for networks that are small.
 
+    On a CPU, where it is never chosen by itself, the last bits of a few networks depend on a
+    point's place in the stack: rows of products lie there at addresses that are aligned or not.
+
     Args:
         ground: what to evaluate.
         packed: rows of the network's own tensors.
