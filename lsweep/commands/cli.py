@@ -7,8 +7,7 @@ points; 130 interrupted, all committed. Torch is imported by the commands that c
 from __future__ import annotations
 
 import argparse
-import errno
-import os
+import contextlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from typing import Any, NoReturn
 
 from lsweep.commands import invariance, looking, running, submitting
 from lsweep.commands import making as commands
+from lsweep.commands.printing import flush, named
 from lsweep.errors import LsweepError, nearest
 from lsweep.plans.children import CHILDREN
 from lsweep.plans.study import through
@@ -31,42 +31,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
     finally:  # of --help, which ends the program
-        _flush()
+        with contextlib.suppress(OSError):
+            flush()
     if not hasattr(options, "run_command"):
         _parser().print_help()
         return 2
     try:
         code = int(options.run_command(options))
-        _flush()
+        flush()
         return code
     except KeyboardInterrupt:
         print("lsweep: interrupted; all that was committed is kept", file=sys.stderr)
         return commands.INTERRUPTED
     except BrokenPipeError:  # 'lsweep status RUN | head' has read enough
-        _flush()
+        flush()
         return 0
     except (LsweepError, OSError) as e:
+        with contextlib.suppress(OSError):
+            flush()
         if options.verbose:
             traceback.print_exc()
-        text = str(e) if isinstance(e, LsweepError) else _named(e)
+        text = str(e) if isinstance(e, LsweepError) else named(e)
         print("lsweep:", " ".join(text.splitlines()), file=sys.stderr)
         return e.exit_code if isinstance(e, LsweepError) else LsweepError.exit_code
-
-
-def _flush() -> None:
-    """Let what was printed be read; a reader that has seen enough is no error."""
-    try:
-        if sys.stdout is not None:  # it is None where it was closed before this began
-            sys.stdout.flush()
-    except BrokenPipeError:  # nor is it one when the interpreter ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _named(error: OSError) -> str:
-    """Return where the disk refused, and why; what has no name is where this prints."""
-    if error.strerror is None or (error.filename is None and error.errno != errno.ENOSPC):
-        return str(error)
-    return f"{error.filename or 'cannot print to standard output'}: {error.strerror}"
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
