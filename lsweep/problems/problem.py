@@ -89,7 +89,7 @@ class Problem:
                 f"{scripted[0] or 'model'} is compiled TorchScript, whose weights cannot be "
                 "exchanged: give the nn.Module that it was made from"
             )
-        if "eval" in vars(self.model):  # one that raises
+        if isinstance(self.model, torch.fx.GraphModule) and "eval" in vars(self.model):  # it raises
             raise LsweepError(
                 "model comes from torch.export, which fixes its mode: give the nn.Module that it "
                 "was made from"
