@@ -467,6 +467,19 @@ def counting(m: Forward, x: Tensor) -> Tensor:
     return x * m.weight * m.count
 
 
+def picky(m: Forward, x: Tensor) -> Tensor:
+    if m.weight.data_ptr() != m.first:
+        raise ValueError("these are not my weights")
+    return x * m.weight
+
+
+def test_a_graph_that_cannot_be_checked_at_other_weights_is_none():
+    net = Forward(picky)
+    net.first = net.weight.data_ptr()
+    with pytest.raises(Unsupported, match="it fails at other weights"):
+        traced(net, torch.randn(5, 4))
+
+
 @pytest.mark.parametrize(
     ("forward", "reason"),
     [

@@ -13,6 +13,7 @@ everywhere.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -25,19 +26,7 @@ from lsweep.backends.graph import Graph, Unsupported
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv2d.default, aten.conv3d.default)
 LAYERS = (*CONVOLUTIONS, aten.linear.default, aten.addmm.default)
-PRODUCTS = (
-    "conv",
-    "linear",
-    "mm",
-    "mv",
-    "matmul",
-    "dot",
-    "einsum",
-    "attention",
-    "lstm",
-    "gru",
-    "rnn",
-)
+PRODUCTS = re.compile(r"conv|linear|mm|mv|matmul|dot|einsum|attention|lstm|gru|rnn")
 SCORES = 2**19  # of attention that are held at once: they stay in a core's cache
 FLOAT = (
     aten.log_softmax.int,
@@ -338,7 +327,7 @@ def _reduce(module: fx.GraphModule, dtype: torch.dtype) -> None:
 
 def _multiplies(node: fx.Node) -> bool:
     """Whether it is a product of matrices, whose operands have one dtype."""
-    return any(word in str(node.target) for word in PRODUCTS)
+    return PRODUCTS.search(str(node.target)) is not None
 
 
 def _tensors(node: fx.Node) -> list[Tensor]:

@@ -39,8 +39,7 @@ CHANGES: tuple[Callable[[Tensor], Tensor], ...] = (  # of each weight, where the
     lambda p: -p.flip(list(range(p.dim()))),  # no sign and no order stays what it was
 )
 READS = (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__, Tensor.untyped_storage)
-
-MAKES = (torch.tensor, torch.as_tensor, torch.asarray)
+MAKES = (torch.tensor, torch.as_tensor, torch.asarray)  # of lists of tensors, past the dispatcher
 
 
 @dataclass(frozen=True)
@@ -117,12 +116,14 @@ def plain_graph(
         computed_constants(module)
         check = _Check(module)
         check.compare(state, leaves, wanted)
-        other = _samples(leaves, OTHER if free else None, -1)
+        other, compared = _samples(leaves, OTHER if free else None, -1), False
         for change in CHANGES:
             with model_kept(model):
                 for p in (p for p in model.parameters() if p.is_floating_point()):
                     p.data = change(p)
-                check.compare_with(network, state, other)
+                compared |= check.compare_with(network, state, other)
+        if not compared:
+            raise Unsupported("it fails at other weights, so that its graph cannot be checked")
         if free:  # a last batch may have one sample
             with model_kept(model):
                 check.compare_with(network, state, _samples(leaves, 1, 1))
@@ -144,13 +145,14 @@ class _Check(fx.Interpreter):
         network: Callable[[Sequence[Tensor]], Any],
         state: Mapping[str, Tensor],
         leaves: Sequence[Tensor],
-    ) -> None:
-        """Raise where they differ on a batch on which the network itself does not fail."""
+    ) -> bool:
+        """Raise where they differ on a batch; False where the network itself fails on it."""
         try:
             wanted = network([t.clone() for t in leaves])
         except Exception:
-            return
+            return False
         self.compare(state, leaves, wanted)
+        return True
 
     def compare(self, state: Mapping[str, Tensor], leaves: Sequence[Tensor], wanted: Any) -> None:
         """Raise where they differ."""
@@ -300,8 +302,8 @@ class _Watching(TorchFunctionMode):
         """Call ``func``, or attention as plain operations."""
         if func in READS:
             self._run.require_constant(args[0], func.__name__)
-        if func in MAKES:  # reads what it is given past the dispatcher
-            for t in tree_leaves(args):
+        if func in MAKES:
+            for t in tree_leaves((args, kwargs)):
                 if isinstance(t, Tensor):
                     self._run.require_constant(t, func.__name__)
         if func is F.multi_head_attention_forward:
